@@ -1,0 +1,105 @@
+// The C++ contract of every op: one argument struct and one launcher each.
+//
+// A launcher reads and writes exactly the memory that its struct describes. It neither allocates nor
+// synchronises, so that a CUDA graph can capture it; scratch memory is passed in, sized by *_workspace.
+// All checks are made in Python (ldmfast/ops); a launcher may trust its struct. Indices are 64 bits.
+// Strides are in elements. A launcher throws std::runtime_error naming the op when the device refuses.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace ldmfast {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kBool = 3 };
+
+// Where to run. The CPU ignores both; CUDA takes the device's index and a cudaStream_t.
+struct Launch {
+  int device = -1;
+  void* stream = nullptr;
+};
+
+// y = act(GroupNorm(x + add) * (1 + scale) + shift), act = SiLU or the identity
+struct GroupNormSiluArgs {
+  const void* x;                       // [N, C, P], P = H * W; either stride_xp == 1 or stride_xc == 1
+  int64_t stride_xn, stride_xc, stride_xp;
+  void* y;                             // [N, C, P], dense, in the layout of x (see channels_last)
+  const void* weight;                  // [C] or null
+  const void* bias;                    // [C] or null
+  const void* add;                     // [N, C], unit stride in C, or null
+  const void* scale;                   // [N, C], unit stride in C, or null (null together with shift or alone)
+  const void* shift;                   // [N, C], unit stride in C, or null
+  int64_t stride_add, stride_scale, stride_shift;  // one row to the next
+  int64_t N, C, P, groups;
+  float eps;
+  bool silu;
+  bool channels_last;                  // true: stride_xc == 1 and y is [N, P, C] in memory; false: stride_xp == 1
+  DType dtype;                         // of x and y
+  DType param_dtype;                   // of weight and bias: dtype or kFloat32
+  DType mod_dtype;                     // of add, scale and shift: dtype or kFloat32
+  float* workspace;                    // group_norm_silu_workspace(args) bytes, or null where that is 0
+};
+size_t group_norm_silu_workspace(const GroupNormSiluArgs& args);
+void group_norm_silu(const GroupNormSiluArgs& args, const Launch& launch);
+
+// out = softmax(scale * q k^T + mask) v. A row with every key masked, or S == 0, gives zeros.
+struct AttentionArgs {
+  const void* q;                       // [N, L, H, D], unit stride in D
+  const void* k;                       // [N, S, H, D], unit stride in D
+  const void* v;                       // [N, S, H, D], unit stride in D
+  void* out;                           // [N, L, H, D], dense
+  int64_t stride_qn, stride_ql, stride_qh;
+  int64_t stride_kn, stride_ks, stride_kh;
+  int64_t stride_vn, stride_vs, stride_vh;
+  const void* mask;                    // [N, H, L, S] by strides (0 where broadcast), or null
+  int64_t stride_mn, stride_mh, stride_ml, stride_ms;
+  DType mask_dtype;                    // kBool (true: attend) or an additive floating type
+  int64_t N, L, S, H, D;
+  float scale;
+  DType dtype;
+  void* workspace;                     // attention_workspace(args) bytes, or null where that is 0
+};
+size_t attention_workspace(const AttentionArgs& args);
+void attention(const AttentionArgs& args, const Launch& launch);
+
+// out = w2 silu(w1 sinusoid(t) + b1) + b2; the sinusoid is rounded to dtype, as the layers' input
+struct TimestepMlpArgs {
+  const float* t;                      // [N]
+  const float* freqs;                  // [dim / 2], computed by ldmfast/ops/timestep_mlp.py
+  const void* w1;                      // [F, dim], dense
+  const void* b1;                      // [F] or null
+  const void* w2;                      // [E, F], dense
+  const void* b2;                      // [E] or null
+  void* out;                           // [N, E], dense
+  int64_t N, dim, F, E;
+  bool flip_sin_to_cos;                // true: cosines first; an odd dim ends in a zero
+  DType dtype;                         // of the weights, the biases and out
+  float* workspace;                    // timestep_mlp_workspace(args) bytes
+};
+size_t timestep_mlp_workspace(const TimestepMlpArgs& args);
+void timestep_mlp(const TimestepMlpArgs& args, const Launch& launch);
+
+// m   = guided ? mu + guidance * (mc - mu) : model_output
+// x0  = clamp(x0_sample * sample + x0_model * m, -clip, clip)
+// eps = eps_sample * sample + eps_model * m
+// prev = prev_x0 * x0 + prev_eps * eps + sigma * noise
+struct DdimCoefficients {
+  float x0_sample, x0_model, eps_sample, eps_model, prev_x0, prev_eps, sigma;
+};
+struct DdimStepArgs {
+  const void* sample;                  // [N, M] dense
+  const void* model_output;            // [N, M], or [2N, M] (unconditional half first) when guided
+  const void* noise;                   // [N, M] or null
+  void* prev;                          // [N, M]
+  void* x0;                            // [N, M]
+  int64_t N, M;
+  DdimCoefficients coefficients;       // for every sample, unless table is given
+  const float* table;                  // [N, 7] in the order of DdimCoefficients, or null
+  float guidance;
+  bool guided;
+  float clip;                          // used if clipped
+  bool clipped;
+  DType dtype;                         // of every tensor but the table
+};
+void ddim_step(const DdimStepArgs& args, const Launch& launch);
+
+}  // namespace ldmfast

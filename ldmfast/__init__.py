@@ -1,0 +1,36 @@
+"""ldmfast: latent diffusion with fused kernels.
+
+    from ldmfast import UNet              # in place of diffusers' UNet2DConditionModel
+
+The names below are loaded on first use: `import ldmfast` itself imports only torch, and nothing touches CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from ldmfast._version import __version__
+
+_HOMES = {
+    "AutoencoderKL": "ldmfast.models.autoencoder",
+    "DDIMScheduler": "ldmfast.diffusion.ddim",
+    "TextToImagePipeline": "ldmfast.pipeline",
+    "UNet": "ldmfast.models.unet",
+    "explain": "ldmfast.ops",
+    "use_backend": "ldmfast.ops",
+}
+__all__ = [*_HOMES, "ops"]
+
+
+def __getattr__(name: str):
+    if name == "ops":
+        return importlib.import_module("ldmfast.ops")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'ldmfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

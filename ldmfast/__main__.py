@@ -1,0 +1,5 @@
+import sys
+
+from ldmfast.cli import main
+
+sys.exit(main())

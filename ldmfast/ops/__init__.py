@@ -1,0 +1,14 @@
+"""The fused ops. One file per op: contract, checks, reference, backends, gradient.
+
+>>> from ldmfast import ops
+>>> y = ops.group_norm_silu(x, norm.weight, norm.bias, 32)
+>>> print(ops.explain(ops.attention, q, k, v))
+"""
+
+from ldmfast.ops.attention import attention
+from ldmfast.ops.ddim_step import ddim_step
+from ldmfast.ops.group_norm_silu import group_norm_silu
+from ldmfast.ops.registry import explain, use_backend
+from ldmfast.ops.timestep_mlp import timestep_mlp
+
+__all__ = ["attention", "ddim_step", "explain", "group_norm_silu", "timestep_mlp", "use_backend"]

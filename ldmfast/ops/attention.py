@@ -1,0 +1,145 @@
+"""softmax(q k^T) v, flash-style: the L x S scores never reach memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ldmfast.ops import native, triton
+from ldmfast.ops.checks import require_device, require_dtype, require_float, require_tensors, short
+from ldmfast.ops.registry import Op
+
+NAME = "attention"
+
+
+def attention(q, k, v, *, scale=None, mask=None, backend=None):
+    """softmax(scale * q k^T + mask) v, head by head.
+
+    q        [N, L, H, D]  float16 | bfloat16 | float32 (float64: the reference); any strides with unit stride in D
+    k, v     [N, S, H, D]  likewise; S = 77 and S = 4096 are both ordinary
+    scale    float         None: 1 / sqrt(D)
+    mask     boolean, [N, S] or broadcastable to [N, H, L, S]: True attends;
+             or additive, broadcastable to [N, H, L, S], dtype of q or float32
+    returns  [N, L, H, D]  dense, dtype of q; the softmax is float32. A row with every key masked gives zeros.
+
+    Raises TypeError for what is no tensor; ValueError naming the argument for a wrong shape, dtype, device or layout,
+    or an unknown backend; NotImplementedError with the reason of each backend that refuses.
+    Traffic: (2 L + 2 S) * N * H * D elements; 4 * N * H * L * S * D FLOP.
+    Source: Dao et al. 2022 (arXiv 2205.14135), algorithm 1; Dao 2023 (arXiv 2307.08691).
+    """
+    return op(*_arguments(q, k, v, scale=scale, mask=mask), backend)
+
+
+def _arguments(q, k, v, *, scale=None, mask=None):
+    require_tensors(NAME, q=q, k=k, v=v, mask_=mask)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+    if mask is not None and mask.dtype is torch.bool and mask.dim() == 2:
+        mask = mask[:, None, None, :]
+    return q, k, v, scale, mask
+
+
+def _check(q, k, v, scale, mask):
+    for name, tensor, meaning in (("q", q, "[N, L, H, D]"), ("k", k, "[N, S, H, D]"), ("v", v, "[N, S, H, D]")):
+        if tensor.dim() != 4:
+            raise ValueError(f"{NAME}: {name} has shape {list(tensor.shape)}, expected {meaning}")
+        if tensor.stride(3) != 1 and tensor.shape[3] > 1:
+            raise ValueError(f"{NAME}: {name} has stride {tensor.stride(3)} in D, expected 1; call .contiguous()")
+    require_float(NAME, "q", q)
+    require_dtype(NAME, (q.dtype,), k=k, v=v)
+    require_device(NAME, "q", q.device, k=k, v=v, mask=mask)
+    N, L, H, D = q.shape
+    if (k.shape[0], k.shape[2], k.shape[3]) != (N, H, D):
+        raise ValueError(f"{NAME}: k has shape {list(k.shape)}, expected [N, S, H, D] = [{N}, S, {H}, {D}] as q")
+    if v.shape != k.shape:
+        raise ValueError(f"{NAME}: v has shape {list(v.shape)}, expected {list(k.shape)} as k")
+    if mask is not None:
+        _check_mask(mask, q.dtype, (N, H, L, k.shape[1]))
+
+
+def _check_mask(mask, dtype, wanted):
+    if mask.dtype not in (torch.bool, torch.float32, dtype):
+        raise ValueError(f"{NAME}: mask is {short(mask.dtype)}, expected bool, float32 or {short(dtype)}")
+    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if mask.dim() > 4 or any(size not in (1, full) for size, full in zip(sizes, wanted, strict=False)):
+        raise ValueError(
+            f"{NAME}: mask has shape {list(mask.shape)}, expected broadcastable to [N, H, L, S] = {list(wanted)}, "
+            "or a boolean [N, S]"
+        )
+
+
+def _fake(q, *others):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _autocast(dtype, q, k, v, scale, mask):
+    if q.dtype is torch.float64:
+        return q, k, v, scale, mask
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.float()
+    return q.to(dtype), k.to(dtype), v.to(dtype), scale, mask
+
+
+op = Op(
+    NAME,
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> Tensor",
+    check=_check, fake=_fake, autocast=_autocast, normalise=_arguments,
+)  # fmt: skip
+attention.op = op
+
+
+@op.backend("torch")
+def _reference(q, k, v, scale, mask):
+    if q.numel() == 0 or k.numel() == 0:
+        return q * 0 + v.sum(1, keepdim=True)  # zeros that keep the way back for autograd
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    if mask is None:
+        return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2).contiguous()
+    if mask.dtype is torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
+    dead = (mask == -torch.inf).all(-1, keepdim=True)  # softmax has no answer there; ours is zero
+    mask = mask.to(q.dtype).masked_fill(dead, 0)
+    # SDPA's CPU kernel takes masks of [N or 1, H or 1, L, S or 1] only
+    mask = mask.broadcast_to(*mask.shape[:-2], q.shape[1], k.shape[1])
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+    return out.masked_fill(dead, 0).transpose(1, 2).contiguous()
+
+
+def _expanded(mask, q, k) -> torch.Tensor | None:
+    """The mask as [N, H, L, S] by strides, nothing copied."""
+    return None if mask is None else mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+
+
+def _native(extension, q, k, v, scale, mask):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0 or k.shape[1] == 0:
+        return out.zero_()
+    N, L, H, D = q.shape
+    mask = _expanded(mask, q, k)
+    strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    size = extension.attention_workspace(N, L, k.shape[1], H, D, native.DTYPES[q.dtype])
+    scratch = native.workspace(size, q)
+    extension.attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        native.address(mask), *strides, 0 if mask is None else native.DTYPES[mask.dtype],
+        N, L, k.shape[1], H, D, scale, native.DTYPES[q.dtype], native.address(scratch), *native.launch(q),
+    )  # fmt: skip
+    return out
+
+
+native.register(op, _native)
+
+
+@op.backend("triton", devices={"cuda", "cpu"})
+def _triton(q, k, v, scale, mask):
+    from ldmfast.kernels.attention import attention as kernel
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0 or k.shape[1] == 0:
+        return out.zero_()
+    kernel(q, k, v, out, _expanded(mask, q, k), scale)
+    return out
+
+
+_triton.refuses(triton.refuse)

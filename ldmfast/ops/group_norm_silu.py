@@ -1,0 +1,169 @@
+"""SiLU(GroupNorm(x)), with what a U-Net puts before and after it, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ldmfast.ops import native, triton
+from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.registry import Op
+
+NAME = "group_norm_silu"
+
+
+def group_norm_silu(x, weight, bias, groups, eps=1e-5, *, silu=True, add=None, scale=None, shift=None, backend=None):
+    """SiLU(GroupNorm(x + add) * (1 + scale) + shift) in one op.
+
+    x             [N, C, ...]  float16 | bfloat16 | float32 (float64: the reference); contiguous or channels_last
+    weight, bias  [C]          dtype of x, or float32; None: 1 and 0
+    groups        channels are normalised in this many groups
+    add           [N, C]       added to x before the statistics (the time embedding); dtype of x, or float32
+    scale, shift  [N, C]       modulate after the affine; dtype of x, or float32
+    silu          False leaves the activation out
+    returns       [N, C, ...]  dtype and layout of x, dense; statistics are float32, two-pass or Welford
+
+    Raises TypeError for what is no tensor; ValueError naming the argument for a wrong shape, dtype or device, for
+    C % groups, or an unknown backend; NotImplementedError with the reason of each backend that refuses.
+    Traffic: 2 * x bytes.   Source: Wu & He 2018, section 3.
+    """
+    return op(*_arguments(x, weight, bias, groups, eps, silu=silu, add=add, scale=scale, shift=shift), backend)
+
+
+def _arguments(x, weight, bias, groups, eps=1e-5, *, silu=True, add=None, scale=None, shift=None):
+    require_tensors(NAME, x=x, weight_=weight, bias_=bias, add_=add, scale_=scale, shift_=shift)
+    return x, weight, bias, groups, eps, silu, add, scale, shift
+
+
+def _check(x, weight, bias, groups, eps, silu, add, scale, shift):
+    if x.dim() < 2:
+        raise ValueError(f"{NAME}: x has shape {list(x.shape)}, expected [N, C, ...]")
+    require_float(NAME, "x", x)
+    N, C = x.shape[:2]
+    if groups < 1 or C % groups:
+        raise ValueError(f"{NAME}: C={C} is not divisible by groups={groups}")
+    if not eps > 0:
+        raise ValueError(f"{NAME}: eps is {eps}, expected more than 0")
+    require_device(NAME, "x", x.device, weight=weight, bias=bias, add=add, scale=scale, shift=shift)
+    require_dtype(NAME, (x.dtype, torch.float32), weight=weight, bias=bias, add=add, scale=scale, shift=shift)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        require_shape(NAME, name, tensor, (C,), "[C]")
+    for name, tensor in (("add", add), ("scale", scale), ("shift", shift)):
+        require_shape(NAME, name, tensor, (N, C), "[N, C]")
+
+
+def _output(x: torch.Tensor) -> torch.Tensor:
+    """Dense, in the layout of x: channels_last where x has its channels innermost, else contiguous."""
+    return torch.empty_like(x, memory_format=_layout(x))
+
+
+def _layout(x: torch.Tensor) -> torch.memory_format:
+    # by strides, not is_contiguous: slices keep their layout too, and at H = W = 1 or C = 1 both layouts are the same
+    if x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1 and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _fake(x, *others):
+    return _output(x)
+
+
+def _autocast(dtype, *args):
+    return args  # x keeps its dtype: every backend takes float32 parameters beside a 16-bit x
+
+
+op = Op(
+    NAME,
+    "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, Tensor? add, Tensor? scale, "
+    "Tensor? shift) -> Tensor",
+    check=_check, fake=_fake, autocast=_autocast, normalise=_arguments,
+)  # fmt: skip
+group_norm_silu.op = op
+
+
+@op.backend("torch")
+def _reference(x, weight, bias, groups, eps, silu, add, scale, shift):
+    def cast(tensor):
+        return None if tensor is None else tensor.to(x.dtype)
+
+    def per_channel(tensor):  # [N, C] -> [N, C, 1, ...]
+        return cast(tensor).reshape(*tensor.shape, *[1] * (x.dim() - 2))
+
+    y = x if add is None else x + per_channel(add)
+    y = F.group_norm(y, groups, cast(weight), cast(bias), eps)
+    if scale is not None:
+        y = y * (1 + per_channel(scale))
+    if shift is not None:
+        y = y + per_channel(shift)
+    y = F.silu(y) if silu else y
+    return y.contiguous(memory_format=_layout(x)) if y.numel() else _output(x)
+
+
+def _kernel_layout(x: torch.Tensor) -> tuple[torch.Tensor, bool, tuple[int, int, int]]:
+    """x as kernels take it (copied only if its pixels have no common stride), channels_last?, strides of [N, C, P]."""
+    channels_last = _layout(x) is torch.channels_last
+    if x.dim() == 2:
+        return x, False, (x.stride(0), x.stride(1), 1)
+    last, pixels = x.stride(-1), 1
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size > 1 and stride != last * pixels:
+            return _kernel_layout(x.contiguous(memory_format=_layout(x)))
+        pixels *= size
+    if not channels_last and last != 1 and pixels > 1:
+        return _kernel_layout(x.contiguous())
+    return x, channels_last, (x.stride(0), x.stride(1), last if pixels > 1 else 1)
+
+
+def _common(like: torch.Tensor, *tensors):
+    """The tensors in one dtype (the first one's if they agree, else float32) with unit stride in C, and that dtype."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None} or {like.dtype}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    def ready(tensor):
+        if tensor is None:
+            return None
+        tensor = tensor.to(dtype)
+        return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+    return [ready(tensor) for tensor in tensors], dtype
+
+
+def _native(extension, x, weight, bias, groups, eps, silu, add, scale, shift):
+    y = _output(x)
+    if y.numel() == 0:
+        return y
+    x, channels_last, strides = _kernel_layout(x)
+    (weight, bias), param_dtype = _common(x, weight, bias)
+    (add, scale, shift), mod_dtype = _common(x, add, scale, shift)
+    rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
+    N, C = x.shape[:2]
+    P = x.numel() // (N * C)
+    size = extension.group_norm_silu_workspace(N, C, P, groups, channels_last, native.DTYPES[x.dtype])
+    scratch = native.workspace(size, x)
+    extension.group_norm_silu(
+        x.data_ptr(), *strides, y.data_ptr(),
+        *[native.address(tensor) for tensor in (weight, bias, add, scale, shift)], *rows,
+        N, C, P, groups, eps, silu, channels_last,
+        native.DTYPES[x.dtype], native.DTYPES[param_dtype], native.DTYPES[mod_dtype],
+        native.address(scratch), *native.launch(x),
+    )  # fmt: skip
+    return y
+
+
+native.register(op, _native)
+
+
+@op.backend("triton", devices={"cuda", "cpu"})
+def _triton(x, weight, bias, groups, eps, silu, add, scale, shift):
+    from ldmfast.kernels.group_norm_silu import group_norm_silu as kernel
+
+    y = _output(x)
+    if y.numel():
+        x, channels_last, _ = _kernel_layout(x)
+        (weight, bias), _ = _common(x, weight, bias)
+        (add, scale, shift), _ = _common(x, add, scale, shift)
+        kernel(x, y, weight, bias, add, scale, shift, groups, eps, silu)
+    return y
+
+
+_triton.refuses(triton.refuse)

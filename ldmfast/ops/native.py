@@ -1,0 +1,74 @@
+"""The C++ extension modules: found, loaded once, called with raw addresses.
+
+They know no torch (csrc/bind.cpp), so a build runs under any torch version. `import torch` above comes first on
+purpose: the CPU module then shares the OpenMP pool that torch has loaded instead of starting a second one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
+MODULES = {"cpu": "_cpu", "cuda": "_cuda", "cuda-host": "_cuda_host"}
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "cuda-host": "cpu"}
+HOW = {
+    "cpu": "install ldmfast with a C++17 compiler on PATH",
+    "cuda": "install ldmfast with nvcc on PATH",
+    "cuda-host": "make host-kernels",
+}
+
+
+@functools.cache
+def missing(backend: str) -> str | None:
+    """Why the backend's module cannot be used, or None."""
+    name = f"ldmfast.{MODULES[backend]}"
+    if importlib.util.find_spec(name) is None:
+        return f"was not built ({HOW[backend]})"
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"was built but does not load: {error}"
+    return None
+
+
+@functools.cache
+def module(backend: str):
+    return importlib.import_module(f"ldmfast.{MODULES[backend]}")
+
+
+def launch(tensor: torch.Tensor) -> tuple[int, int]:
+    """The device index and raw stream that a launcher takes; the CPU ignores both."""
+    if tensor.device.type != "cuda":
+        return -1, 0
+    index = tensor.device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def workspace(size: int, like: torch.Tensor) -> torch.Tensor | None:
+    """size bytes on like's device, or None for 0."""
+    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+
+
+def register(op, function) -> None:
+    """Registers `function(extension, *args)` as the op's three native backends, which refuse what was not built."""
+    for name in MODULES:
+        def run(*args, _name=name):
+            return function(module(_name), *args)
+
+        backend = op.backend(name, devices={DEVICES[name]})(run)
+        backend.refuses(lambda *args, _name=name: missing(_name))
+        backend.refuses(_float64)
+
+
+def _float64(*args) -> str | None:
+    if any(isinstance(value, torch.Tensor) and value.dtype is torch.float64 for value in args):
+        return "float64 is not compiled"
+    return None

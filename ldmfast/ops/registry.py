@@ -1,0 +1,230 @@
+"""Which backend runs an op, and why the others do not.
+
+Each op is one torch operator (`torch.ops.ldmfast.<name>`), so that torch.compile, CUDA graphs and autograd see one
+opaque call with a fake implementation, autocast rules and a gradient. PyTorch's dispatcher knows the device; it
+cannot tell Triton from CUDA C++. That second choice is made here, in `Op.run`:
+
+1. an explicit `backend=` argument, else `use_backend(name)`, else `LDMFAST_BACKEND`: that one or an error;
+2. else the highest-ranked backend that does not refuse. A refusal is a sentence. With nothing left, the error lists
+   every backend's sentence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+LIBRARY = torch.library.Library("ldmfast", "DEF")
+OPS: dict[str, Op] = {}
+BACKENDS = ("cuda", "triton", "cpu", "torch")  # what a user may name; `cuda-host` joins them in tests
+RANKS = {"cuda": 3, "triton": 2, "cpu": 2, "torch": 0, "cuda-host": -1}  # below 0: only when named
+
+_chosen: list[str] = []  # the innermost use_backend is last
+
+
+class use_backend:  # noqa: N801 - used as a function and as a context manager, as torch.no_grad is
+    """Run every op with this backend: until the end of the `with` block, or for good when called as a statement.
+
+    The setting is process-wide (autograd calls ops from threads of its own). An op that the backend refuses raises
+    NotImplementedError with the reason; it never falls back.
+
+    Raises ValueError for a name that no op has.
+    """
+
+    def __init__(self, name: str):
+        require_backend_name(name, "use_backend")
+        self.name = name
+        _chosen.append(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        del _chosen[len(_chosen) - 1 - _chosen[::-1].index(self.name)]
+
+
+def require_backend_name(name: str, where: str) -> None:
+    if name not in RANKS:
+        raise ValueError(f"{where}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+
+
+def chosen_backend() -> str | None:
+    """The backend that the user named, by use_backend or LDMFAST_BACKEND, or None."""
+    if _chosen:
+        return _chosen[-1]
+    name = os.environ.get("LDMFAST_BACKEND")
+    if name:
+        require_backend_name(name, "LDMFAST_BACKEND")
+        return name
+    return None
+
+
+@dataclass
+class Backend:
+    """One implementation of one op. `refusal(args)` is None, or the sentence that says why it cannot run them."""
+
+    name: str
+    devices: frozenset[str] | None  # None: any
+    run: Callable
+    conditions: list[Callable] = field(default_factory=list)
+
+    def refuses(self, condition: Callable) -> Callable:
+        """Decorator: `condition(*args)` returns a sentence, or None where the backend can run these arguments."""
+        self.conditions.append(condition)
+        return condition
+
+    def refusal(self, args: Sequence) -> str | None:
+        device = args[0].device.type
+        if self.devices is not None and device not in self.devices:
+            return f"runs on {' and '.join(sorted(self.devices))} tensors, not {device}"
+        for condition in self.conditions:
+            if reason := condition(*args):
+                return reason
+        return None
+
+
+class Op:
+    """One op: its contract (schema and checks), its backends, and its torch operator.
+
+    name        the operator's name in torch.ops.ldmfast
+    schema      its arguments and results without the name; a last argument `str? backend` is added
+    check       called as check(*args) before any backend and in the fake implementation; raises on bad input
+    fake        called as fake(*args): empty outputs of the right shape, dtype and strides
+    autocast    called as autocast(dtype, *args): the arguments as autocast wants them
+    normalise   the public function's arguments -> args, for `explain`
+    """
+
+    def __init__(self, name, schema, *, check, fake, autocast, normalise):
+        self.name, self.check, self.fake, self.normalise = name, check, fake, normalise
+        self.backends: dict[str, Backend] = {}
+        self._autocast = autocast
+        self._define(schema)
+        OPS[name] = self
+
+    def backend(self, name: str, *, devices: set[str] | None = None) -> Callable[[Callable], Backend]:
+        """Decorator: registers `function(*args)` as this op's backend `name`."""
+
+        def register(function: Callable) -> Backend:
+            self.backends[name] = Backend(name, None if devices is None else frozenset(devices), function)
+            return self.backends[name]
+
+        return register
+
+    @property
+    def reference(self) -> Callable:
+        return self.backends["torch"].run
+
+    def ranked(self) -> list[Backend]:
+        return sorted(self.backends.values(), key=lambda backend: -RANKS[backend.name])
+
+    def __call__(self, *args):
+        """args as in the schema, the backend's name or None last."""
+        return self._operator(*args)
+
+    def run(self, *args):
+        """Check, choose and run: what the operator does on every device."""
+        *args, name = args
+        self.check(*args)
+        return self.select(args, name).run(*args)
+
+    def select(self, args: Sequence, name: str | None = None) -> Backend:
+        """The backend for these arguments.
+
+        Raises ValueError for an unknown name, NotImplementedError with the reason of each backend that refuses.
+        """
+        name = name or chosen_backend()
+        if name is not None:
+            require_backend_name(name, self.name)
+            backend = self.backends[name]
+            if reason := backend.refusal(args):
+                raise NotImplementedError(f"{self.name}: backend {name} refuses: {reason}")
+            return backend
+        reasons = []
+        for backend in self.ranked():
+            if RANKS[backend.name] < 0:
+                continue
+            reason = backend.refusal(args)
+            if reason is None:
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
+        raise NotImplementedError(f"{self.name}: every backend refuses. " + "; ".join(reasons))
+
+    def _define(self, schema: str) -> None:
+        arguments, returns = schema.rsplit("->", 1)
+        arguments = arguments.strip().removesuffix(")")
+        LIBRARY.define(f"{self.name}{arguments}, str? backend) ->{returns}", tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        name = f"ldmfast::{self.name}"
+        torch.library.register_fake(name, self._fake, lib=LIBRARY)
+        torch.library.register_autograd(name, self._backward, setup_context=self._save, lib=LIBRARY)
+        for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+            LIBRARY.impl(self.name, self._autocast_kernel(key, device), key)
+        self._operator = getattr(torch.ops.ldmfast, self.name).default
+
+    def _fake(self, *args):
+        *args, name = args
+        self.check(*args)
+        return self.fake(*args)
+
+    def _autocast_kernel(self, key: str, device: str) -> Callable:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*args):
+            *args, name = args
+            args = self._autocast(torch.get_autocast_dtype(device), *args)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self._operator(*args, name)
+
+        return kernel
+
+    @staticmethod
+    def _save(ctx, inputs, output) -> None:
+        tensors = [value if isinstance(value, torch.Tensor) else None for value in inputs]
+        ctx.save_for_backward(*tensors)
+        ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+
+    def _backward(self, ctx, *grads):
+        """The reference's formula, recomputed from the saved inputs and differentiated by autograd."""
+        inputs = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        second_order = torch.is_grad_enabled()
+        with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            for i, needed in enumerate(ctx.needs_input_grad):
+                if needed:  # a view keeps the way back to the input for a second derivative
+                    inputs[i] = inputs[i].view_as(inputs[i]) if second_order else inputs[i].detach().requires_grad_()
+            outputs = self.reference(*inputs[:-1])
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            wanted = [inputs[i] for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
+            found = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs],
+                                             create_graph=second_order, allow_unused=True))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
+def explain(op, *args, **kwargs) -> str:
+    """What each backend says to these arguments, and which one would run. Runs nothing.
+
+    op is a function of ldmfast.ops (or its name); args and kwargs are that function's. Bad arguments are reported as
+    they would be raised.
+    """
+    op = OPS[op] if isinstance(op, str) else op.op
+    name = kwargs.pop("backend", None) or chosen_backend()
+    lines = [f"{op.name}:"]
+    try:
+        arguments = op.normalise(*args, **kwargs)
+        op.check(*arguments)
+    except (TypeError, ValueError) as error:
+        return f"{lines[0]} the arguments are refused: {error}"
+    taken = None
+    for backend in op.ranked():
+        reason = backend.refusal(arguments)
+        if reason is None and taken is None and (name == backend.name or name is None and RANKS[backend.name] >= 0):
+            taken = backend.name
+            lines.append(f"  {backend.name:<10} runs" + (" (asked for)" if name else ""))
+        else:
+            lines.append(f"  {backend.name:<10} " + (f"refuses: {reason}" if reason else "could run"))
+    if taken is None:
+        lines.append("  nothing runs: " + (f"backend {name} was asked for" if name else "every backend refuses"))
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""The timestep embedding: sinusoid, linear, SiLU, linear."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ldmfast.ops import native, triton
+from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors, short
+from ldmfast.ops.registry import Op
+
+NAME = "timestep_mlp"
+
+
+def timestep_mlp(
+    t, w1, b1, w2, b2, *, dim, flip_sin_to_cos=True, downscale_freq_shift=0.0, max_period=10000.0, backend=None
+):
+    """w2 SiLU(w1 sinusoid(t) + b1) + b2: diffusers' `Timesteps` and `TimestepEmbedding` in one.
+
+    t         [N]       int or float
+    w1, b1    [F, dim], [F]   float16 | bfloat16 | float32 (float64: the reference); b1 may be None
+    w2, b2    [E, F], [E]     dtype of w1; b2 may be None
+    dim       width of the sinusoid: sines and cosines of t * max_period ** (-i / (dim // 2 - downscale_freq_shift));
+              cosines first with flip_sin_to_cos; an odd dim ends in a zero
+    returns   [N, E]    dtype of w1; the sinusoid is float32, rounded to that dtype before the first layer
+
+    Raises TypeError for what is no tensor; ValueError naming the argument for a wrong shape, dtype or device, or an
+    unknown backend; NotImplementedError with the reason of each backend that refuses.
+    Traffic: the weights.   Source: Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
+    """
+    return op(*_arguments(t, w1, b1, w2, b2, dim=dim, flip_sin_to_cos=flip_sin_to_cos,
+                          downscale_freq_shift=downscale_freq_shift, max_period=max_period), backend)  # fmt: skip
+
+
+def _arguments(t, w1, b1, w2, b2, *, dim, flip_sin_to_cos=True, downscale_freq_shift=0.0, max_period=10000.0):
+    require_tensors(NAME, t=t, w1=w1, b1_=b1, w2=w2, b2_=b2)
+    return t, w1, b1, w2, b2, dim, flip_sin_to_cos, float(downscale_freq_shift), float(max_period)
+
+
+def _check(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+    if t.dim() != 1:
+        raise ValueError(f"{NAME}: t has shape {list(t.shape)}, expected [N]")
+    if t.dtype is torch.bool or t.dtype.is_complex:
+        raise ValueError(f"{NAME}: t is {short(t.dtype)}, expected an integer or floating type")
+    require_float(NAME, "w1", w1)
+    require_dtype(NAME, (w1.dtype,), b1=b1, w2=w2, b2=b2)
+    require_device(NAME, "w1", w1.device, t=t, b1=b1, w2=w2, b2=b2)
+    if dim < 2 or dim // 2 <= downscale_freq_shift:
+        raise ValueError(f"{NAME}: dim={dim} with downscale_freq_shift={downscale_freq_shift}, expected dim // 2 above it")
+    if max_period <= 0:
+        raise ValueError(f"{NAME}: max_period is {max_period}, expected more than 0")
+    if w1.dim() != 2 or w1.shape[1] != dim:
+        raise ValueError(f"{NAME}: w1 has shape {list(w1.shape)}, expected [F, dim] = [F, {dim}]")
+    if w2.dim() != 2 or w2.shape[1] != w1.shape[0]:
+        raise ValueError(f"{NAME}: w2 has shape {list(w2.shape)}, expected [E, F] = [E, {w1.shape[0]}]")
+    require_shape(NAME, "b1", b1, (w1.shape[0],), "[F]")
+    require_shape(NAME, "b2", b2, (w2.shape[0],), "[E]")
+
+
+def _fake(t, w1, b1, w2, *others):
+    return w1.new_empty(t.shape[0], w2.shape[0])
+
+
+def _autocast(dtype, t, w1, b1, w2, b2, *others):
+    if w1.dtype is torch.float64:
+        return t, w1, b1, w2, b2, *others
+    return t, *[None if tensor is None else tensor.to(dtype) for tensor in (w1, b1, w2, b2)], *others
+
+
+op = Op(
+    NAME,
+    "(Tensor t, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int dim, bool flip_sin_to_cos, "
+    "float downscale_freq_shift, float max_period) -> Tensor",
+    check=_check, fake=_fake, autocast=_autocast, normalise=_arguments,
+)  # fmt: skip
+timestep_mlp.op = op
+
+
+def frequencies(dim, downscale_freq_shift, max_period, dtype=torch.float32) -> torch.Tensor:
+    """[dim // 2] on the CPU. In float32 the same steps as diffusers' get_timestep_embedding, so the same bits."""
+    half = dim // 2
+    exponent = -math.log(max_period) * torch.arange(half, dtype=dtype, device="cpu")
+    return torch.exp(exponent / (half - downscale_freq_shift))
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies_on(device, dim, downscale_freq_shift, max_period):
+    with torch.inference_mode(False):  # the cache outlives this call: it must not hold inference tensors
+        return frequencies(dim, downscale_freq_shift, max_period).to(device)
+
+
+@op.backend("torch")
+def _reference(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+    dtype = torch.float64 if w1.dtype is torch.float64 else torch.float32
+    freqs = frequencies(dim, downscale_freq_shift, max_period, dtype).to(t.device)
+    angles = t.to(dtype)[:, None] * freqs
+    parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    embedding = F.pad(torch.cat(parts, dim=-1), (0, dim % 2)).to(w1.dtype)
+    return F.linear(F.silu(F.linear(embedding, w1, b1)), w2, b2)
+
+
+def _ready(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period):
+    freqs = _frequencies_on(w1.device, dim, downscale_freq_shift, max_period)
+    b1, b2 = (None if bias is None else bias.contiguous() for bias in (b1, b2))
+    return t.to(torch.float32).contiguous(), freqs, w1.contiguous(), b1, w2.contiguous(), b2
+
+
+def _native(extension, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+    out = w1.new_empty(t.shape[0], w2.shape[0])
+    if out.numel() == 0:
+        return out
+    tensors = _ready(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period)
+    sizes = t.shape[0], dim, w1.shape[0], w2.shape[0]
+    scratch = native.workspace(extension.timestep_mlp_workspace(*sizes, native.DTYPES[w1.dtype]), w1)
+    extension.timestep_mlp(
+        *map(native.address, tensors), out.data_ptr(), *sizes, flip_sin_to_cos, native.DTYPES[w1.dtype],
+        native.address(scratch), *native.launch(w1),
+    )  # fmt: skip
+    return out
+
+
+native.register(op, _native)
+
+
+@op.backend("triton", devices={"cuda", "cpu"})
+def _triton(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+    from ldmfast.kernels.timestep_mlp import timestep_mlp as kernel
+
+    out = w1.new_empty(t.shape[0], w2.shape[0])
+    if out.numel():
+        hidden = torch.empty(t.shape[0], w1.shape[0], dtype=torch.float32, device=w1.device)
+        kernel(*_ready(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period), out, flip_sin_to_cos, hidden)
+    return out
+
+
+_triton.refuses(triton.refuse)

@@ -1,0 +1,35 @@
+"""What refuses for every Triton kernel."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+
+def refuse(*args) -> str | None:
+    """The conditions that all Triton backends share: installed, a GPU or the interpreter, a dtype it has."""
+    if reason := _unusable():
+        return reason
+    if args[0].device.type != "cuda" and not interpreted():
+        return "runs on cuda tensors (or on cpu tensors with TRITON_INTERPRET=1), not " + args[0].device.type
+    if any(isinstance(value, torch.Tensor) and value.dtype is torch.float64 for value in args):
+        return "float64 is not compiled"
+    if interpreted() and any(isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 for value in args):
+        return "the interpreter's tl.dot is wrong on bfloat16"
+    return None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Triton reads this when it decorates a kernel, so it holds for the whole process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _unusable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
