@@ -90,7 +90,8 @@ def _reference(x, weight, bias, groups, eps, silu, add, scale, shift):
         return cast(tensor).reshape(*tensor.shape, *[1] * (x.dim() - 2))
 
     y = x if add is None else x + per_channel(add)
-    y = F.group_norm(y, groups, cast(weight), cast(bias), eps)
+    # contiguous: torch's channels_last kernel takes E[x^2]-E[x]^2, off by 6.6e-3 at mean 300, std 1 (float32, CPU)
+    y = F.group_norm(y.contiguous(), groups, cast(weight), cast(bias), eps)
     if scale is not None:
         y = y * (1 + per_channel(scale))
     if shift is not None:

@@ -1,0 +1,79 @@
+"""Builds the C++ modules with CMake and copies kernels/ into the package. Everything else is in pyproject.toml.
+
+Without a C++ compiler the package still installs; the ops then say that the backend was not built
+(`python -m ldmfast doctor`). A compiler that is there and fails is an error.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def compiler() -> str | None:
+    """The C++ compiler that CMake will use, or None."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
+
+
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+
+
+class BuildKernels(build_py):
+    """ldmfast.kernels: in a checkout its __path__ reaches kernels/; in a wheel the files lie in the package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "ldmfast" / "kernels"
+            for source in sorted((ROOT / "kernels").glob("*.py")):
+                shutil.copyfile(source, target / source.name)
+
+
+class BuildModules(build_ext):
+    """One CMake run for all modules."""
+
+    def run(self):
+        if compiler() is None:
+            print("ldmfast: no C++ compiler on PATH: the cpu and cuda backends are not built", file=sys.stderr)
+            return
+        inplace = self.inplace or self.editable_mode
+        output = ROOT / "ldmfast" if inplace else Path(self.build_lib).resolve() / "ldmfast"
+        build = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        import pybind11
+
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator, f"-DLDMFAST_OUTPUT={output}",
+                     f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]  # fmt: skip
+        self.spawn(configure)
+        self.spawn(["cmake", "--build", str(build), "--parallel", str(jobs())])
+
+    def spawn(self, command):
+        try:
+            subprocess.run(command, check=True)
+        except FileNotFoundError as error:
+            raise SystemExit(f"ldmfast: {command[0]} is needed to build: pip install {command[0]}") from error
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"ldmfast: the build failed: {' '.join(command)}") from error
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+setup(
+    # sources are CMake's business; one entry makes the wheel a platform wheel
+    ext_modules=[Extension("ldmfast._cpu", [])],
+    cmdclass={"build_py": BuildKernels, "build_ext": BuildModules},
+)

@@ -1,0 +1,209 @@
+"""Shapes and inputs on which every backend of every op is checked, and the error budget.
+
+An output passes when its error against the float64 reference is at most twice that of the reference computed in the
+output's own dtype, plus a floor: err(y) <= 2 * err(reference(x)) + floor[dtype], errors as ||y - exact|| / ||exact||
+and the exact value computed from the inputs as rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ldmfast import ops
+from ldmfast.ops.registry import OPS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    label: str
+    make: Callable[[torch.dtype], tuple[tuple, dict]]  # dtype -> the public function's (args, kwargs)
+    big: bool = False  # too slow for interpreters
+
+
+def randn(*shape, dtype, mean=0.0, std=1.0):
+    return (torch.randn(*shape) * std + mean).to(dtype)
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def group_norm(C, H, W, *, N=2, groups=32, layout=None, mean=0.0, add=False, modulate=False, float_params=False,
+               affine=True, silu=True, sliced=None, eps=1e-5):  # fmt: skip
+    def make(dtype):
+        x = randn(N, C, H, W, dtype=dtype, mean=mean)
+        if sliced == "channels":
+            wide = randn(N, 2 * C, H, W, dtype=dtype, mean=mean)
+            x = (layout(wide) if layout else wide)[:, C // 2 : C // 2 + C]
+        elif sliced == "batch":
+            x = randn(2 * N, C, H, W, dtype=dtype, mean=mean)[::2]
+        elif sliced == "width":
+            x = randn(N, C, H, W + 3, dtype=dtype, mean=mean)[..., 1 : W + 1]
+        elif layout:
+            x = layout(x)
+        param = torch.float32 if float_params else dtype
+        weight, bias = (randn(C, dtype=param), randn(C, dtype=param)) if affine else (None, None)
+        kwargs = {"silu": silu, "eps": eps}
+        if add:
+            kwargs["add"] = randn(N, C, dtype=dtype)
+        if modulate:  # as chunk(2, dim=1) of one projection gives them
+            kwargs["scale"], kwargs["shift"] = randn(N, 2 * C, dtype=dtype).chunk(2, dim=1)
+        return (x, weight, bias, groups), kwargs
+
+    return make
+
+
+def heads(N, L, S, H, D, *, mask=None, fused=False, scale=None, spread=1.0):
+    def make(dtype):
+        if fused:  # q, k, v as slices of one projection
+            q, k, v = randn(N, L, 3 * H * D, dtype=dtype).view(N, L, 3, H, D).unbind(2)
+        else:
+            q, k, v = randn(N, L, H, D, dtype=dtype, std=spread), *(randn(N, S, H, D, dtype=dtype) for _ in "kv")
+        kwargs = {} if scale is None else {"scale": scale}
+        if mask == "keys":
+            kwargs["mask"] = torch.rand(N, S) > 0.3
+        elif mask == "dead":
+            kwargs["mask"] = torch.rand(N, S) > 0.3
+            kwargs["mask"][0] = False
+        elif mask == "additive":
+            kwargs["mask"] = randn(N, H, L, S, dtype=dtype, std=3.0)
+        elif mask == "bias":  # what diffusers' UNet makes of an attention mask
+            kwargs["mask"] = (torch.rand(N, 1, 1, S) > 0.5).to(dtype) * -10000.0
+        elif mask == "causal":
+            kwargs["mask"] = torch.ones(L, S).tril().bool()[None, None]
+        return (q, k, v), kwargs
+
+    return make
+
+
+def timesteps(N, dim, F, E, *, kind=torch.int64, bias=True, **kwargs):
+    def make(dtype):
+        t = torch.randint(0, 1000, (N,)) if kind is torch.int64 else torch.rand(N) * 999
+        b1, b2 = (randn(F, dtype=dtype), randn(E, dtype=dtype)) if bias else (None, None)
+        w1, w2 = randn(F, dim, dtype=dtype, std=dim**-0.5), randn(E, F, dtype=dtype, std=F**-0.5)
+        return (t.to(kind), w1, b1, w2, b2), {"dim": dim, **kwargs}
+
+    return make
+
+
+def latents(*shape, guided=True, layout=None, alphas=(0.3, 0.5), noise=False, **kwargs):
+    def make(dtype):
+        sample = randn(*shape, dtype=dtype)
+        output = randn((2 if guided else 1) * shape[0], *shape[1:], dtype=dtype)
+        if layout:
+            sample, output = layout(sample), layout(output)
+        named = {"guidance": 7.5 if guided else None, **kwargs}
+        if noise:
+            named |= {"noise": randn(*shape, dtype=dtype), "sigma": 0.2}
+        alpha_t, alpha_prev = alphas
+        if alphas[0] == "table":
+            alpha_t, alpha_prev = torch.linspace(0.2, 0.5, shape[0]), torch.linspace(0.5, 0.9, shape[0])
+        return (sample, output, alpha_t, alpha_prev), named
+
+    return make
+
+
+def _cases():
+    GN, AT, TM, DD = "group_norm_silu", "attention", "timestep_mlp", "ddim_step"
+    for C, size in ((320, 64), (640, 32), (960, 32), (1280, 16), (1920, 16), (2560, 8)):
+        for name, layout in (("contiguous", None), ("channels_last", channels_last)):
+            yield Case(GN, f"C{C}-{size}x{size}-{name}", group_norm(C, size, size, layout=layout), big=size > 8)
+            small = 8 if C <= 640 else 4
+            yield Case(GN, f"C{C}-{small}x{small}-{name}", group_norm(C, small, small, layout=layout))
+    for name, layout in (("contiguous", None), ("channels_last", channels_last)):
+        yield Case(GN, f"odd-13x7-{name}", group_norm(320, 13, 7, layout=layout))
+        yield Case(GN, f"1x1-{name}", group_norm(320, 1, 1, layout=layout))
+        yield Case(GN, f"off-centre-{name}", group_norm(320, 8, 8, layout=layout, mean=300.0))
+        yield Case(GN, f"off-centre-large-{name}", group_norm(320, 64, 64, layout=layout, mean=300.0), big=True)
+        yield Case(GN, f"add-{name}", group_norm(640, 5, 5, layout=layout, add=True))
+        yield Case(GN, f"modulated-{name}", group_norm(320, 6, 7, layout=layout, modulate=True))
+        yield Case(GN, f"everything-{name}", group_norm(96, 9, 5, layout=layout, add=True, modulate=True, eps=1e-6))
+        yield Case(GN, f"float-params-{name}", group_norm(320, 8, 8, layout=layout, float_params=True))
+        yield Case(GN, f"no-affine-no-silu-{name}", group_norm(64, 8, 8, layout=layout, affine=False, silu=False))
+        yield Case(GN, f"channel-slice-{name}", group_norm(320, 7, 9, layout=layout, sliced="channels"))
+        yield Case(GN, f"empty-{name}", group_norm(320, 8, 8, N=0, layout=layout))
+        yield Case(GN, f"odd-group-{name}", group_norm(21, 5, 3, groups=7, layout=layout))
+        yield Case(GN, f"one-group-{name}", group_norm(24, 5, 3, groups=1, layout=layout))
+    yield Case(GN, "batch-slice", group_norm(320, 8, 8, sliced="batch"))
+    yield Case(GN, "width-slice", group_norm(320, 8, 8, sliced="width"))
+
+    yield Case(AT, "self-4096x40", heads(1, 4096, 4096, 2, 40), big=True)
+    yield Case(AT, "self-1024x80", heads(2, 1024, 1024, 2, 80), big=True)
+    yield Case(AT, "cross-4096x77x40", heads(2, 4096, 77, 2, 40), big=True)
+    for D in (8, 24, 32, 40, 48, 64, 80, 96, 128, 160, 256):
+        yield Case(AT, f"self-67x{D}", heads(1, 67, 67, 2, D))
+        yield Case(AT, f"cross-50x77x{D}", heads(2, 50, 77, 1, D))
+    for D in (20, 33, 384, 512):
+        yield Case(AT, f"width-{D}", heads(1, 19, 35, 1, D))
+    yield Case(AT, "1x1", heads(2, 1, 1, 3, 40))
+    yield Case(AT, "one-key", heads(2, 33, 1, 3, 40))
+    yield Case(AT, "fused-qkv", heads(2, 64, 64, 2, 40, fused=True))
+    yield Case(AT, "empty-batch", heads(0, 16, 16, 2, 40))
+    yield Case(AT, "no-queries", heads(2, 0, 16, 2, 40))
+    yield Case(AT, "no-keys", heads(2, 16, 0, 2, 40))
+    yield Case(AT, "scaled", heads(1, 33, 65, 2, 40, scale=0.5))
+    yield Case(AT, "peaked", heads(1, 33, 130, 2, 64, spread=12.0))
+    for mask in ("keys", "dead", "additive", "bias", "causal"):
+        yield Case(AT, f"mask-{mask}", heads(2, 35, 77, 2, 40, mask=mask))
+
+    yield Case(TM, "sd15", timesteps(2, 320, 1280, 1280))
+    yield Case(TM, "float-t", timesteps(3, 320, 640, 320, kind=torch.float32))
+    yield Case(TM, "batch-17", timesteps(17, 64, 96, 80))
+    yield Case(TM, "odd", timesteps(2, 33, 45, 27, flip_sin_to_cos=False, downscale_freq_shift=1.0))
+    yield Case(TM, "no-bias", timesteps(2, 32, 64, 64, bias=False, max_period=100.0))
+    yield Case(TM, "empty", timesteps(0, 32, 64, 64))
+
+    yield Case(DD, "sd15", latents(1, 4, 64, 64))
+    yield Case(DD, "odd", latents(3, 4, 7, 5))
+    yield Case(DD, "unguided", latents(2, 4, 9, 9, guided=False))
+    yield Case(DD, "channels-last", latents(2, 4, 8, 8, layout=channels_last))
+    yield Case(DD, "noise", latents(2, 4, 8, 8, noise=True))
+    yield Case(DD, "clip", latents(2, 4, 8, 8, clip=1.0))
+    yield Case(DD, "table", latents(3, 4, 8, 8, alphas=("table", None)))
+    yield Case(DD, "last-step", latents(2, 4, 8, 8, alphas=(0.998, 1.0)))
+    yield Case(DD, "empty", latents(0, 4, 8, 8))
+    for prediction in ("v_prediction", "sample"):
+        yield Case(DD, prediction, latents(2, 4, 8, 8, prediction=prediction, noise=True))
+
+
+CASES = tuple(_cases())
+
+
+def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    norm = exact.norm().item()
+    return (y.double() - exact).norm().item() / norm if norm else y.double().norm().item()
+
+
+def exactly(arguments):
+    """The arguments in float64: what they say after rounding."""
+    return [value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for value in arguments]  # fmt: skip
+
+
+def tuples(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def errors(case: Case, dtype: torch.dtype, backend: str) -> tuple[float, float]:
+    """(worst error over the outputs, its budget). Raises AssertionError if an output's shape or dtype is wrong."""
+    torch.manual_seed(sum(map(ord, case.label)))
+    args, kwargs = case.make(dtype)
+    op = OPS[case.op]
+    arguments = op.normalise(*args, **kwargs)
+    wanted = tuples(op.reference(*arguments))
+    exact = tuples(op.reference(*exactly(arguments)))
+    outputs = tuples(getattr(ops, case.op)(*args, **kwargs, backend=backend))
+    worst = (0.0, 1.0)
+    for y, same, true in zip(outputs, wanted, exact, strict=True):
+        assert y.shape == true.shape and y.dtype == dtype, (y.shape, y.dtype)
+        assert y.stride() == same.stride() or y.numel() < 2, f"strides {y.stride()}, expected {same.stride()}"
+        pair = relative_error(y, true), 2 * relative_error(same, true) + FLOOR[dtype]
+        worst = max(worst, pair, key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else float("inf"))
+    return worst

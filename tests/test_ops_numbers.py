@@ -1,0 +1,83 @@
+"""Every op, backend and dtype within the error budget, on the U-Net's shapes and the awkward ones.
+
+`python tests/test_ops_numbers.py [--big]` prints the table of worst errors instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from cases import CASES, DTYPES, errors
+
+from ldmfast.ops.registry import OPS
+
+# the interpreter runs in a pytest process of its own (tests/test_triton.py); cuda needs a GPU
+BACKENDS = ("torch", "cpu", "cuda-host", "triton", "cuda")
+SLOW = ("cuda-host", "triton")
+
+
+def device_for(backend):
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def refusal(case, dtype, backend):
+    args, kwargs = case.make(dtype)
+    arguments = OPS[case.op].normalise(*args, **kwargs)
+    return OPS[case.op].backends[backend].refusal(arguments)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh memory is NaN, so that an element which a kernel leaves out is seen."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.label}")
+def test_within_budget(case, backend, dtype):
+    with torch.device(device_for(backend)):
+        reason = refusal(case, dtype, backend)
+        if reason:
+            pytest.skip(f"{backend}: {reason}")
+        if case.big and backend in SLOW and device_for(backend) == "cpu":
+            pytest.skip(f"{backend} is emulated here: the small shape of the same kind runs")
+        error, budget = errors(case, dtype, backend)
+    assert error <= budget
+
+
+def main() -> int:
+    big, failed = "--big" in sys.argv, 0
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for op in OPS.values():
+        for backend in BACKENDS:
+            for dtype in DTYPES:
+                worst, count, reason = None, 0, "not tried"
+                for case in (case for case in CASES if case.op == op.name and (big or not case.big or backend == "cpu")):
+                    with torch.device(device_for(backend)):
+                        reason = refusal(case, dtype, backend)
+                        if reason:
+                            break
+                        pair, count = errors(case, dtype, backend), count + 1
+                    if worst is None or not pair[0] / pair[1] <= worst[0] / worst[1]:
+                        worst = (*pair, case.label)
+                line = f"{op.name:<16} {backend:<10} {str(dtype).removeprefix('torch.'):<9}"
+                if reason:
+                    print(f"{line} refuses: {reason}")
+                    continue
+                ok = worst[0] <= worst[1]
+                failed += not ok
+                print(f"{line} {count:>3} cases, nearest its budget: error {worst[0]:.2e} of {worst[1]:.2e} "
+                      f"({worst[2]}){'' if ok else '  FAILS'}", flush=True)  # fmt: skip
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    sys.exit(main())
