@@ -1,0 +1,242 @@
+"""What every op promises beside its numbers: errors, the choice of a backend, gradients, fakes, autocast."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CASES
+from torch.library import opcheck
+
+from ldmfast import ops
+from ldmfast.ops import registry
+from ldmfast.ops.registry import OPS
+
+SMALL = {case.op: case for case in CASES if case.label in ("everything-contiguous", "mask-additive", "odd", "noise")}
+
+
+def small(name, dtype=torch.float32):
+    """The public function, and (args, kwargs) of a small case with most optional arguments."""
+    args, kwargs = SMALL[name].make(dtype)
+    return getattr(ops, name), args, kwargs
+
+
+def x(*shape, **kwargs):
+    return torch.randn(*shape, **kwargs)
+
+
+gn, at, tm, dd = ops.group_norm_silu, ops.attention, ops.timestep_mlp, ops.ddim_step
+w1, w2 = torch.zeros(64, 32), torch.zeros(16, 64)
+
+WRONG = [
+    # op, call, error, words that the message must hold
+    (lambda: gn(x(2, 320, 4, 4), None, None, 48), ValueError, "group_norm_silu: C=320 is not divisible by groups=48"),
+    (lambda: gn(x(2, 320, 4, 4), None, None, 0), ValueError, "group_norm_silu: C=320.*groups=0"),
+    (lambda: gn(x(8), None, None, 1), ValueError, r"group_norm_silu: x has shape \[8\], expected \[N, C, ...\]"),
+    (lambda: gn([1.0], None, None, 1), TypeError, "group_norm_silu: x is list, expected a tensor"),
+    (lambda: gn(x(2, 8, 4, 4), x(4), None, 2), ValueError, r"weight has shape \[4\], expected \[C\] = \[8\]"),
+    (lambda: gn(x(2, 8, 4, 4), None, x(8).half(), 2), ValueError, "bias is float16, expected float32"),
+    (lambda: gn(x(2, 8, 4, 4), None, None, 2, add=x(8)), ValueError, r"add has shape \[8\], expected \[N, C\]"),
+    (lambda: gn(x(2, 8, 4, 4).int(), None, None, 2), ValueError, "x is int32, expected float32"),
+    (lambda: gn(x(2, 8, 4, 4), x(8, device="meta"), None, 2), ValueError, "weight is on meta, expected cpu as x"),
+    (lambda: gn(x(2, 8, 4, 4), None, None, 2, eps=-1.0), ValueError, "eps is -1.0"),
+    (lambda: at(x(2, 8, 40), x(2, 8, 1, 40), x(2, 8, 1, 40)), ValueError, r"attention: q has shape.*\[N, L, H, D\]"),
+    (lambda: at(x(2, 8, 4, 40), x(2, 9, 2, 40), x(2, 9, 2, 40)), ValueError, r"attention: k has.*\[2, S, 4, 40\] as q"),
+    (lambda: at(x(2, 8, 4, 40), x(2, 9, 4, 40), x(2, 8, 4, 40)), ValueError, "attention: v has shape.* as k"),
+    (lambda: at(x(2, 8, 4, 40), x(2, 9, 4, 40).half(), x(2, 9, 4, 40)), ValueError, "k is float16, expected float32"),
+    (lambda: at(x(2, 8, 40, 4).mT, x(2, 9, 4, 40), x(2, 9, 4, 40)), ValueError, "q has stride 4 in D, expected 1"),
+    (lambda: at(*[x(2, 8, 4, 40)] * 3, mask=x(2, 9) > 0), ValueError, r"mask has shape.*\[N, H, L, S\]"),
+    (lambda: at(*[x(2, 8, 4, 40)] * 3, mask=x(8, 8).long()), ValueError, "mask is int64, expected bool, float32"),
+    (lambda: at(x(2, 8, 4, 40), *[x(2, 9, 4, 40, device="meta")] * 2), ValueError, "k is on meta, expected cpu as q"),
+    (lambda: tm(x(2, 2), w1, None, w2, None, dim=32), ValueError, r"timestep_mlp: t has shape \[2, 2\], expected \[N\]"),
+    (lambda: tm(x(2), w1, None, w2, None, dim=30), ValueError, r"w1 has shape \[64, 32\], expected \[F, dim\]"),
+    (lambda: tm(x(2), w1, None, w2.mT, None, dim=32), ValueError, r"w2 has shape \[64, 16\], expected \[E, F\]"),
+    (lambda: tm(x(2), w1, None, w2.half(), None, dim=32), ValueError, "w2 is float16, expected float32"),
+    (lambda: tm(x(2), w1, x(3), w2, None, dim=32), ValueError, r"b1 has shape \[3\], expected \[F\] = \[64\]"),
+    (lambda: tm(x(2), w1, None, w2, None, dim=1), ValueError, "dim=1"),
+    (lambda: tm(3, w1, None, w2, None, dim=32), TypeError, "timestep_mlp: t is int, expected a tensor"),
+    (lambda: tm(x(2, device="meta"), w1, None, w2, None, dim=32), ValueError, "t is on meta, expected cpu as w1"),
+    (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, guidance=7.5), ValueError, r"model_output has shape.*\[2N, ...\] = \[4, 4\]"),
+    (lambda: dd(x(2, 4), x(2, 5), 0.5, 0.6), ValueError, r"ddim_step: model_output has shape \[2, 5\]"),
+    (lambda: dd(x(2, 4), x(2, 4), 1.5, 0.6), ValueError, "alpha_t is 1.5"),
+    (lambda: dd(x(2, 4), x(2, 4), x(3).abs(), 0.6), ValueError, r"alpha_t has shape \[3\], expected a scalar or \[N\]"),
+    (lambda: dd(x(2, 4), x(2, 4), 0.0, 0.6), ValueError, "alpha_t is 0, where epsilon does not determine x0"),
+    (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, sigma=0.1), ValueError, "noise is None"),
+    (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, sigma=0.9, noise=x(2, 4)), ValueError, "sigma is 0.9, expected at most"),
+    (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, prediction="eps"), ValueError, "prediction is 'eps', expected epsilon"),
+    (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, guidance=float("nan"), clip=1), ValueError, "guidance is nan"),
+    (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, clip=-1.0), ValueError, "clip is -1.0"),
+    (lambda: dd(x(2, 4).long(), x(2, 4), 0.5, 0.6), ValueError, "sample is int64, expected float32"),
+    (lambda: dd(x(2, 4), x(2, 4, device="meta"), 0.5, 0.6), ValueError, "model_output is on meta, expected cpu as sample"),
+]
+
+
+@pytest.mark.parametrize("call, error, words", WRONG, ids=range(len(WRONG)))
+def test_wrong_argument_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_unknown_backend(name):
+    function, args, kwargs = small(name)
+    with pytest.raises(ValueError, match=f"{name}: unknown backend 'cudnn'; known: cuda, triton, cpu, torch"):
+        function(*args, **kwargs, backend="cudnn")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_named_backend_never_falls_back(name):
+    function, args, kwargs = small(name)
+    with pytest.raises(NotImplementedError, match=f"{name}: backend cuda refuses: runs on cuda tensors, not cpu"):
+        function(*args, **kwargs, backend="cuda")
+    with ops.use_backend("cuda"), pytest.raises(NotImplementedError, match="backend cuda refuses"):
+        function(*args, **kwargs)
+
+
+def test_a_backend_that_was_not_built_says_so(monkeypatch):
+    reason = "was not built (install ldmfast with a C++17 compiler on PATH)"
+    monkeypatch.setattr("ldmfast.ops.native.missing", lambda name: reason)
+    function, args, kwargs = small("attention")
+    with pytest.raises(NotImplementedError, match=re.escape(f"attention: backend cpu refuses: {reason}")):
+        function(*args, **kwargs, backend="cpu")
+    assert f"cpu        refuses: {reason}" in ops.explain(function, *args, **kwargs)
+    assert function(*args, **kwargs).isfinite().all()  # the reference runs when nobody was named
+
+
+def test_every_refusal_is_listed_when_none_runs(monkeypatch):
+    op = OPS["attention"]
+    for backend in op.backends.values():
+        monkeypatch.setattr(backend, "refusal", lambda args, name=backend.name: f"{name} is out")
+    _, args, kwargs = small("attention")
+    with pytest.raises(NotImplementedError, match="every backend refuses. cuda: cuda is out; .*torch: torch is out"):
+        ops.attention(*args, **kwargs)
+
+
+def test_use_backend_nests_and_stays():
+    assert registry.chosen_backend() is None
+    with ops.use_backend("torch"):
+        with ops.use_backend("cpu"):
+            assert registry.chosen_backend() == "cpu"
+        assert registry.chosen_backend() == "torch"
+    assert registry.chosen_backend() is None
+    with pytest.raises(ValueError, match="use_backend: unknown backend 'tpu'"):
+        ops.use_backend("tpu")
+    statement = ops.use_backend("torch")
+    assert registry.chosen_backend() == "torch"
+    statement.__exit__()
+
+
+def test_environment_chooses(monkeypatch):
+    monkeypatch.setenv("LDMFAST_BACKEND", "torch")
+    assert "torch      runs (asked for)" in ops.explain("attention", *[x(1, 2, 1, 8)] * 3)
+    monkeypatch.setenv("LDMFAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match="LDMFAST_BACKEND: unknown backend 'fast'"):
+        ops.attention(*[x(1, 2, 1, 8)] * 3)
+
+
+def test_explain_reports_bad_arguments():
+    assert "not divisible by groups=3" in ops.explain(ops.group_norm_silu, x(2, 8, 4, 4), None, None, 3)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    """PyTorch's own checks: schema, fake implementation, autograd registration, tracing with dynamic shapes."""
+    _, args, kwargs = small(name)
+    arguments = list(OPS[name].normalise(*args, **kwargs))
+    for i, value in enumerate(arguments):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            arguments[i] = value.requires_grad_()
+    opcheck(getattr(torch.ops.ldmfast, name).default, (*arguments, None))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "cuda-host"])
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_equal_the_reference(name, backend):
+    function, args, kwargs = small(name)
+    arguments = OPS[name].normalise(*args, **kwargs)
+    if reason := OPS[name].backends[backend].refusal(arguments):
+        pytest.skip(f"{backend}: {reason}")
+
+    def gradients(call, arguments):
+        inputs = [value.detach().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point()
+                  else value for value in arguments]  # fmt: skip
+        outputs = call(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(1)
+        sum((out * torch.randn_like(out)).sum() for out in outputs).backward()
+        return [value.grad for value in inputs if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+    ours = gradients(lambda *inputs: OPS[name](*inputs, backend), arguments)
+    wanted = gradients(OPS[name].reference, arguments)
+    assert len(ours) == len(wanted) > 1
+    for mine, theirs in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradcheck(name):
+    _, args, kwargs = small(name)
+    tiny = {
+        "group_norm_silu": lambda: ((x(2, 4, 2, 2), x(4), x(4), 2), {"add": x(2, 4), "scale": x(2, 4)}),
+        "attention": lambda: ((x(1, 3, 2, 4), x(1, 2, 2, 4), x(1, 2, 2, 4)), {"mask": x(3, 2)}),
+        "timestep_mlp": lambda: ((x(2), x(4, 4), x(4), x(3, 4), x(3)), {"dim": 4}),
+        "ddim_step": lambda: ((x(2, 3), x(4, 3), 0.3, 0.6), {"guidance": 3.0, "noise": x(2, 3), "sigma": 0.2}),
+    }[name]
+    args, kwargs = tiny()
+    arguments = [value.double().requires_grad_() if isinstance(value, torch.Tensor) else value
+                 for value in OPS[name].normalise(*args, **kwargs)]  # fmt: skip
+    assert torch.autograd.gradcheck(lambda *inputs: OPS[name](*inputs, None), arguments)
+
+
+def test_no_silent_detach_in_no_grad_branches():
+    """A batch of none and no keys keep their way back."""
+    q = x(1, 3, 2, 8, requires_grad=True)
+    ops.attention(q, q[:, :0], q[:, :0]).sum().backward()
+    assert q.grad is not None and not q.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    q = x(1, 5, 2, 8, requires_grad=True)
+    w = torch.nn.Parameter(x(8))
+    with torch.autocast("cpu", dtype):
+        out = ops.attention(q, q, q)
+        assert out.dtype is dtype
+        assert ops.timestep_mlp(torch.arange(2), w1, None, w2, None, dim=32).dtype is dtype
+        assert gn(x(1, 8, 2, 2).to(dtype), w, w, 2).dtype is dtype  # 16-bit x beside float32 parameters
+        assert gn(x(1, 8, 2, 2), w, w, 2).dtype is torch.float32
+        assert dd(x(1, 4), x(1, 4), 0.5, 0.6)[0].dtype is torch.float32
+    out.sum().backward()
+    assert q.grad.dtype is torch.float32 and q.grad.isfinite().all()
+
+
+def test_seen_through_by_compile():
+    """One graph, no break, and the same numbers; aot_eager needs no compiler."""
+
+    def step(q, weight):
+        h = ops.group_norm_silu(q.flatten(2).mT, weight, weight, 4)
+        return ops.attention(q, q, q).sum() + h.sum()
+
+    q, weight = x(2, 6, 2, 8), x(16)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, weight), step(q, weight))
+
+
+def test_table_of_alphas_equals_scalars():
+    sample, output = x(3, 4, 5, 5), x(6, 4, 5, 5)
+    alphas, previous = torch.tensor([0.2, 0.4, 0.9]), torch.tensor([0.3, 0.6, 1.0])
+    together = dd(sample, output, alphas, previous, guidance=4.0)
+    for i in range(3):
+        alone = dd(sample[i : i + 1], output[i::3], alphas[i].item(), previous[i].item(), guidance=4.0)
+        for mine, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(mine[i : i + 1], theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_import_touches_no_cuda():
+    code = "import torch, ldmfast; ldmfast.ops; assert not torch.cuda.is_initialized()"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
