@@ -1,0 +1,1 @@
+"""Noise schedules, objectives and samplers."""

@@ -1,0 +1,135 @@
+"""`AutoencoderKL`: diffusers' AutoencoderKL with encoder and decoder over `ldmfast.ops`.
+
+    vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
+    pipe.vae = AutoencoderKL.from_vae(pipe.vae)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import diffusers
+import torch
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
+from torch import nn
+
+from ldmfast.models.blocks import Conditioning, downsample, mid_block, resnet, upsample
+from ldmfast.models.dropin import DropIn
+from ldmfast.models.guard import obstacle, obstacles
+from ldmfast.models.layers import channels_last, conv2d, group_norm
+
+
+class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
+    """Images to latents and back: the first stage.
+
+    Constructed, configured, loaded and saved as diffusers' AutoencoderKL is, with the same encode, decode, slicing and
+    tiling; tiles go through diffusers' own forward. A float16 decoding that overflows is repeated in float32.
+    Source: Rombach et al. 2022, section 3.1.
+    """
+
+    stock = diffusers.AutoencoderKL
+
+    @classmethod
+    def from_vae(cls, vae: diffusers.AutoencoderKL) -> AutoencoderKL:
+        """The same network under our forward, sharing its parameters. Raises as `DropIn.adopt` does."""
+        return cls.adopt(vae)
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        if self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size:
+            return super()._encode(x)
+        h = encode(self.encoder, channels_last(x))
+        h = h if self.quant_conv is None else conv2d(self.quant_conv, h)
+        return h.contiguous() if x.is_contiguous() else h
+
+    def _decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        x = self._decode_as_it_is(z)
+        if _overflowed(x):
+            x = self._decode_in_float32(z)
+        return DecoderOutput(sample=x) if return_dict else (x,)
+
+    def _decode_as_it_is(self, z: torch.Tensor) -> torch.Tensor:
+        if self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size:
+            return super()._decode(z).sample
+        h = channels_last(z)
+        h = h if self.post_quant_conv is None else conv2d(self.post_quant_conv, h)
+        h = decode(self.decoder, h)
+        return h.contiguous() if z.is_contiguous() else h
+
+    def _decode_in_float32(self, z: torch.Tensor) -> torch.Tensor:
+        """Again, with the decoder in float32 for this call. Where its weights are managed by others, only a warning."""
+        managed = next(obstacles(self), None)
+        again = "decoded again in float32" if managed is None else f"left so, because of {managed[0]}: {managed[1]}"
+        if not getattr(self, "_overflow_warned", False):
+            self._overflow_warned = True
+            warnings.warn(f"the float16 autoencoder overflowed; {again}", stacklevel=2)
+        if managed is not None:
+            return self._decode_as_it_is(z)
+        with _in_float32(self):
+            return self._decode_as_it_is(z.float()).to(z.dtype)
+
+    def explain(self) -> list[str]:
+        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
+        sentences = super().explain()
+        if self.use_tiling:
+            sentences.append("Pictures larger than a tile run as diffusers' AutoencoderKL: tiling is on.")
+        return sentences
+
+
+def encode(m: Encoder, x: torch.Tensor) -> torch.Tensor:
+    """Images [N, 3, H, W] to moments [N, 2c, H/f, W/f]."""
+    if obstacle(m):
+        return m(x)
+    cond = Conditioning()
+    x = conv2d(m.conv_in, x)
+    for block in m.down_blocks:
+        x = _level(block, x, cond, downsample, "downsamplers")
+    return _out(m, mid_block(m.mid_block, x, cond))
+
+
+def decode(m: Decoder, z: torch.Tensor) -> torch.Tensor:
+    """Latents [N, c, h, w] to images [N, 3, f h, f w]."""
+    if obstacle(m):
+        return m(z)
+    cond = Conditioning()
+    x = mid_block(m.mid_block, conv2d(m.conv_in, z), cond)
+    for block in m.up_blocks:
+        x = _level(block, x, cond, upsample, "upsamplers")
+    return _out(m, x)
+
+
+def _level(m: nn.Module, x: torch.Tensor, cond: Conditioning, resample, name: str) -> torch.Tensor:
+    """One size: its resnets, then the step to the next size."""
+    if obstacle(m):
+        return m(x)
+    for layer in m.resnets:
+        x = resnet(layer, x, cond)
+    for layer in getattr(m, name) or ():
+        x = resample(layer, x)
+    return x
+
+
+def _out(m: Encoder | Decoder, x: torch.Tensor) -> torch.Tensor:
+    return conv2d(m.conv_out, group_norm(m.conv_norm_out, x, silu=True))
+
+
+def _overflowed(x: torch.Tensor) -> bool:
+    """Whether a finished float16 picture has values that are not finite. Waits for the device, once a picture."""
+    if x.dtype is not torch.float16 or torch.compiler.is_compiling():
+        return False
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not bool(torch.isfinite(x).all())
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module):
+    """The parameters in float32 for a while; float16 to float32 and back is exact."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data

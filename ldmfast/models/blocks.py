@@ -1,0 +1,204 @@
+"""The U-Net's blocks as plain functions over diffusers' modules, which only hold the parameters.
+
+Each function does what its module's `forward` does. Where the guard finds an obstacle (guard.py), the module itself
+is called, so anything that was attached to it still works; the rest of the network stays with us.
+Images are [N, C, H, W] in channels_last, tokens [N, HW, C].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from ldmfast import ops
+from ldmfast.models.guard import obstacle
+from ldmfast.models.layers import conv2d, group_norm, image, pointwise, tokens
+
+
+@dataclass
+class Conditioning:
+    """What every block is told: the time, the prompt, and which keys to attend to."""
+
+    temb: torch.Tensor | None = None  # [N, E]
+    temb_silu: torch.Tensor | None = None  # SiLU(temb), which every resnet's projection takes
+    context: torch.Tensor | tuple | None = None  # [N, S, C]; a tuple with image prompts (IP-Adapter)
+    self_mask: torch.Tensor | None = None  # [N, 1, L] additive
+    context_mask: torch.Tensor | None = None  # [N, 1, S] additive
+
+    def for_attention(self) -> dict:
+        """The keyword arguments of a stock block with cross-attention."""
+        return {
+            "encoder_hidden_states": self.context,
+            "attention_mask": self.self_mask,
+            "encoder_attention_mask": self.context_mask,
+        }
+
+
+def resnet(m: ResnetBlock2D, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    """GroupNorm, SiLU, conv; time; GroupNorm, SiLU, conv; plus the input."""
+    if obstacle(m):
+        return m(x, cond.temb)
+    h = conv2d(m.conv1, group_norm(m.norm1, x, silu=True))
+    h = group_norm(m.norm2, h, silu=True, **_time(m, cond))
+    h = conv2d(m.conv2, m.dropout(h))
+    if m.conv_shortcut is not None:
+        x = conv2d(m.conv_shortcut, x)
+    x = x + h
+    return x if m.output_scale_factor == 1 else x / m.output_scale_factor
+
+
+def _time(m: ResnetBlock2D, cond: Conditioning) -> dict[str, torch.Tensor]:
+    """How the time embedding enters the second norm: added before it, or as scale and shift after it."""
+    if m.time_emb_proj is None or cond.temb is None:
+        return {}
+    t = m.time_emb_proj(cond.temb if m.skip_time_act else cond.temb_silu)
+    if m.time_embedding_norm == "default":
+        return {"add": t}
+    scale, shift = t.chunk(2, dim=1)
+    return {"scale": scale, "shift": shift}
+
+
+def attention(m: Attention, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v. x [N, L, C]; context [N, S, C'] or None (then x); mask [N, 1, S] additive."""
+    if obstacle(m) or m.group_norm is not None:
+        return m(x, encoder_hidden_states=context, attention_mask=mask)
+    keys = x if context is None else context
+    heads = (m.heads, -1)
+    h = ops.attention(
+        m.to_q(x).unflatten(-1, heads),
+        m.to_k(keys).unflatten(-1, heads),
+        m.to_v(keys).unflatten(-1, heads),
+        mask=None if mask is None else mask[:, None],
+    )
+    h = m.to_out[1](m.to_out[0](h.flatten(2)))
+    h = h + x if m.residual_connection else h
+    return h if m.rescale_output_factor == 1 else h / m.rescale_output_factor
+
+
+def feed_forward(m: FeedForward, x: torch.Tensor) -> torch.Tensor:
+    """GEGLU and a linear layer: (a * gelu(b)) W, [a, b] = x V."""
+    if obstacle(m) or type(m.net[0]) is not GEGLU or obstacle(m.net[0]):
+        return m(x)
+    a, b = m.net[0].proj(x).chunk(2, dim=-1)
+    x = a * F.gelu(b)
+    for layer in m.net[1:]:  # dropout, linear, sometimes dropout
+        x = layer(x)
+    return x
+
+
+def transformer_block(m: BasicTransformerBlock, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and added to x [N, L, C]."""
+    if obstacle(m):
+        return m(x, **cond.for_attention())
+    x = x + attention(m.attn1, m.norm1(x), cond.context if m.only_cross_attention else None, cond.self_mask)
+    if m.attn2 is not None:
+        x = x + attention(m.attn2, m.norm2(x), cond.context, cond.context_mask)
+    return x + feed_forward(m.ff, m.norm3(x))
+
+
+def transformer(m: Transformer2DModel, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    """The spatial transformer: an image as tokens, through its blocks, and added back."""
+    if obstacle(m):
+        return m(x, **cond.for_attention(), return_dict=False)[0]
+    size = x.shape[2:]
+    h = tokens(group_norm(m.norm, x, silu=False))
+    h = m.proj_in(h) if m.use_linear_projection else pointwise(m.proj_in, h, size)
+    for block in m.transformer_blocks:
+        h = transformer_block(block, h, cond)
+    h = m.proj_out(h) if m.use_linear_projection else pointwise(m.proj_out, h, size)
+    return image(h, size) + x
+
+
+def downsample(m: Downsample2D, x: torch.Tensor) -> torch.Tensor:
+    """Half the size: a convolution of stride 2 (padded only right and below where `padding` is 0), or a mean."""
+    if obstacle(m):
+        return m(x)
+    if m.use_conv and m.padding == 0:
+        x = F.pad(x, (0, 1, 0, 1))
+    return conv2d(m.conv, x)
+
+
+def upsample(m: Upsample2D, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """Twice the size, or `size`: each pixel repeated, then a convolution."""
+    if obstacle(m):
+        return m(x, size)
+    if m.interpolate:
+        x = F.interpolate(x, size=size, scale_factor=2.0 if size is None else None, mode="nearest")
+    return conv2d(m.conv, x) if m.use_conv else x
+
+
+def down_block(m: nn.Module, x: torch.Tensor, cond: Conditioning, residual: torch.Tensor | None = None):
+    """(x, the skips) of one level on the way down. `residual` (T2I-Adapter) joins before the downsampler."""
+    crosses = has_cross_attention(m)
+    if obstacle(m):
+        if not crosses:
+            return m(hidden_states=x, temb=cond.temb)
+        extra = {} if residual is None else {"additional_residuals": residual}
+        return m(hidden_states=x, temb=cond.temb, **cond.for_attention(), **extra)
+    skips = []
+    for i, layer in enumerate(m.resnets):
+        x = resnet(layer, x, cond)
+        if crosses:
+            x = transformer(m.attentions[i], x, cond)
+            if residual is not None and i == len(m.resnets) - 1:
+                x = x + residual
+        skips.append(x)
+    for layer in m.downsamplers or ():
+        x = downsample(layer, x)
+    if m.downsamplers is not None:
+        skips.append(x)
+    return x, tuple(skips)
+
+
+def mid_block(m: nn.Module, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    """The lowest level: resnet, then (transformer, resnet) each time."""
+    crosses = has_cross_attention(m)
+    if obstacle(m):
+        return m(x, cond.temb, **cond.for_attention()) if crosses else m(x, cond.temb)
+    x = resnet(m.resnets[0], x, cond)
+    for attn, layer in zip(m.attentions, m.resnets[1:], strict=True):
+        if attn is not None:
+            x = transformer(attn, x, cond) if crosses else image_attention(attn, x, cond)
+        x = resnet(layer, x, cond)
+    return x
+
+
+def up_block(m: nn.Module, x: torch.Tensor, skips: tuple, cond: Conditioning, size=None) -> torch.Tensor:
+    """One level on the way up: the skips joined from the last to the first, then upsampled to `size` or twice."""
+    crosses = has_cross_attention(m)
+    if obstacle(m):
+        extra = cond.for_attention() if crosses else {}
+        return m(hidden_states=x, temb=cond.temb, res_hidden_states_tuple=skips, upsample_size=size, **extra)
+    for i, layer in enumerate(m.resnets):
+        x = resnet(layer, torch.cat([x, skips[-1 - i]], dim=1), cond)
+        if crosses:
+            x = transformer(m.attentions[i], x, cond)
+    for layer in m.upsamplers or ():
+        x = upsample(layer, x, size)
+    return x
+
+
+def image_attention(m: Attention, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    """Self-attention over an image's pixels behind its own GroupNorm, added to x: the autoencoder's, one wide head."""
+    if obstacle(m) or m.group_norm is None:
+        return m(x, temb=cond.temb)
+    size, heads = x.shape[2:], (m.heads, -1)
+    h = tokens(group_norm(m.group_norm, x, silu=False))
+    h = ops.attention(m.to_q(h).unflatten(-1, heads), m.to_k(h).unflatten(-1, heads), m.to_v(h).unflatten(-1, heads))
+    h = image(m.to_out[1](m.to_out[0](h.flatten(2))), size)
+    h = h + x if m.residual_connection else h
+    return h if m.rescale_output_factor == 1 else h / m.rescale_output_factor
+
+
+def has_cross_attention(m: nn.Module) -> bool:
+    return getattr(m, "has_cross_attention", False)

@@ -1,0 +1,45 @@
+"""What every drop-in model shares: taking over a live stock model, its name in saved files, explain()."""
+
+from __future__ import annotations
+
+import json
+
+from torch import nn
+
+from ldmfast.models import guard
+from ldmfast.models.layers import weights_channels_last
+
+
+class DropIn:
+    """Mixed into a subclass of a diffusers model, before it. `stock` is that diffusers class."""
+
+    stock: type
+
+    @classmethod
+    def adopt(cls, model: nn.Module):
+        """A live stock model under our forward: its very parameters, submodules and configuration, nothing copied.
+
+        The convolutions' weights are laid out channels_last in place, which changes no value.
+        Raises TypeError for another class, ValueError for a model whose forward is already wrapped.
+        """
+        if type(model) is cls:
+            return model
+        if type(model) is not cls.stock:
+            more = "; compile what adopt returns" if hasattr(model, "_orig_mod") else ""
+            raise TypeError(f"{cls.__name__} takes over a {cls.stock.__name__}; got {type(model).__name__}{more}")
+        if "forward" in model.__dict__:
+            raise ValueError(f"this {cls.stock.__name__}'s forward is wrapped: take it over first, then offload it")
+        new = cls.__new__(cls)
+        new.__dict__.update(model.__dict__)
+        weights_channels_last(new)
+        return new
+
+    def explain(self) -> list[str]:
+        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
+        return guard.explain(self)
+
+    def to_json_string(self) -> str:
+        """The configuration as diffusers writes it, under the name of diffusers' class, so that diffusers loads it."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = self.stock.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"

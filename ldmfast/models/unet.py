@@ -1,0 +1,167 @@
+"""`UNet`: diffusers' UNet2DConditionModel with its own forward, over `ldmfast.ops`.
+
+Parameters, keys, configuration, saved files, LoRA, hooks and isinstance checks are diffusers'. Only the way through
+the network is ours (blocks.py), and whatever was attached to a part of it is still called (guard.py).
+
+    unet = UNet.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subfolder="unet")
+    pipe.unet = UNet.from_unet(pipe.unet)       # or: the parameters of a live one, shared
+    print(*unet.explain(), sep="\n")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import apply_lora_scale
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ldmfast.models.blocks import Conditioning, down_block, has_cross_attention, mid_block, up_block
+from ldmfast.models.checks import add_residual, add_residuals, check_inputs, timestep_tensor
+from ldmfast.models.dropin import DropIn
+from ldmfast.models.layers import channels_last, conv2d, group_norm, timestep_embedding
+
+
+class UNet(DropIn, UNet2DConditionModel):
+    """A conditional U-Net: (noisy latents, timestep, prompt) -> noise.
+
+    Constructed, configured, loaded and saved as diffusers' UNet2DConditionModel is; a folder that it saved is one
+    that diffusers loads. `explain()` says what does not go through ldmfast's own ops, and why.
+    Source: Rombach et al. 2022, section 3.
+    """
+
+    stock = UNet2DConditionModel
+
+    @apply_lora_scale("cross_attention_kwargs")
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: tuple[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: tuple[torch.Tensor] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple:
+        """sample [N, C, H, W], timestep a number or [] or [N], encoder_hidden_states [N, S, width] -> [N, C', H, W].
+
+        The other arguments are UNet2DConditionModel.forward's, with its meaning.
+        Raises ValueError naming the argument, what came and what was wanted.
+        """
+        extras = (down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals)
+        if self._parents_business(cross_attention_kwargs, *extras):
+            return super().forward(
+                sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask,
+                cross_attention_kwargs, added_cond_kwargs, *extras, encoder_attention_mask, return_dict,
+            )  # fmt: skip
+        masks = {"attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask}
+        check_inputs(self, sample, encoder_hidden_states, class_labels, added_cond_kwargs, masks)
+
+        # the time, and what is added to it
+        temb = self._time(sample, timestep, timestep_cond, class_labels)
+        temb, x = self._added(temb, sample, encoder_hidden_states, added_cond_kwargs)
+        cond = Conditioning(
+            temb=temb,
+            temb_silu=F.silu(temb),
+            context=self.process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs),
+            self_mask=_bias(attention_mask, sample.dtype),
+            context_mask=_bias(encoder_attention_mask, sample.dtype),
+        )
+
+        # down, leaving a skip at every step
+        x = conv2d(self.conv_in, channels_last(x))
+        x, skips = self._down(x, cond, down_intrablock_additional_residuals)
+        if down_block_additional_residuals is not None:  # ControlNet's
+            skips = add_residuals(skips, down_block_additional_residuals)
+
+        # mid
+        if self.mid_block is not None:
+            x = mid_block(self.mid_block, x, cond)
+        x = self._after_mid(x, mid_block_additional_residual, down_intrablock_additional_residuals)
+
+        # up, taking the skips from the last to the first; odd sizes do not double back, so the next skip's is passed
+        for block in self.up_blocks:
+            used, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            x = up_block(block, x, used, cond, size=skips[-1].shape[2:] if skips else None)
+
+        # out, in the layout that came in
+        if self.conv_norm_out is not None:
+            x = group_norm(self.conv_norm_out, x, silu=type(self.conv_act) is nn.SiLU)
+            x = x if type(self.conv_act) is nn.SiLU else self.conv_act(x)
+        x = conv2d(self.conv_out, x)
+        x = x.contiguous() if sample.is_contiguous() else x
+        return UNet2DConditionOutput(sample=x) if return_dict else (x,)
+
+    def _time(self, sample, timestep, timestep_cond, class_labels) -> torch.Tensor:
+        """[N, E]: the timestep's embedding and the class's."""
+        t = timestep_tensor(timestep, sample)
+        temb = timestep_embedding(self.time_proj, self.time_embedding, t, timestep_cond, sample.dtype)
+        label = self.get_class_embed(sample=sample, class_labels=class_labels)
+        if label is None:
+            return temb
+        return torch.cat([temb, label], dim=-1) if self.config.class_embeddings_concat else temb + label
+
+    def _added(self, temb, sample, context, added) -> tuple[torch.Tensor, torch.Tensor]:
+        """(temb with the additional embeddings, such as SDXL's; the sample as conv_in takes it)"""
+        x = 2 * sample - 1 if self.config.center_input_sample else sample
+        more = self.get_aug_embed(emb=temb, encoder_hidden_states=context, added_cond_kwargs=added)
+        if self.config.addition_embed_type == "image_hint":
+            more, hint = more
+            x = torch.cat([x, hint], dim=1)
+        temb = temb if more is None else temb + more
+        return temb if self.time_embed_act is None else self.time_embed_act(temb), x
+
+    def _down(self, x, cond: Conditioning, adapters: list | None) -> tuple[torch.Tensor, tuple]:
+        """(x, the skips). T2I-Adapter's residuals are popped as they are used, as the parent does."""
+        skips = (x,)
+        for block in self.down_blocks:
+            residual = adapters.pop(0) if adapters else None
+            crosses = has_cross_attention(block)
+            x, more = down_block(block, x, cond, residual if crosses else None)
+            if residual is not None and not crosses:
+                x = add_residual("down_intrablock_additional_residuals", x, residual)
+                more = (*more[:-1], x)  # the parent adds in place, so the last skip has it too
+            skips += more
+        return x, skips
+
+    def _after_mid(self, x, control, adapters: list | None) -> torch.Tensor:
+        """x with T2I-Adapter-XL's last residual, then ControlNet's."""
+        if adapters and self.mid_block is not None and x.shape == adapters[0].shape:
+            x = x + adapters.pop(0)
+        return x if control is None else add_residual("mid_block_additional_residual", x, control)
+
+    def _parents_business(self, cross_attention_kwargs, controls, mid_control, adapters) -> str | None:
+        """Why this call goes to UNet2DConditionModel.forward as a whole, as a clause, or None."""
+        if cross_attention_kwargs and (names := sorted(set(cross_attention_kwargs) - {"scale"})):
+            return f"cross_attention_kwargs has {', '.join(names)}"
+        if (controls is None) != (mid_control is None):
+            return "only one of ControlNet's two residual arguments was given"
+        if controls is not None and adapters is not None:
+            return "ControlNet's and T2I-Adapter's residuals came together"
+        return "a global module hook is set" if _has_any_global_hook() else None
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel) -> UNet:
+        """The same network under our forward, sharing its parameters. Raises as `DropIn.adopt` does."""
+        return cls.adopt(unet)
+
+    def explain(self, cross_attention_kwargs: dict | None = None) -> list[str]:
+        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
+        if reason := self._parents_business(cross_attention_kwargs, None, None, None):
+            return [f"The whole network runs as UNet2DConditionModel.forward: {reason}."]
+        return super().explain()
+
+
+def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask [N, S] of ones (attend) and zeros as [N, 1, S], added to the scores."""
+    return None if mask is None else ((1 - mask.to(dtype)) * -10000.0)[:, None]
