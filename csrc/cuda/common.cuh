@@ -1,0 +1,193 @@
+// What every kernel here stands on: 16-bit types, vector accesses, warp and cluster primitives, the launch.
+// With LDMFAST_CUDA_HOST the same names come from host_primitives.h and the sources build with g++ alone.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "../ops.h"
+
+#ifdef LDMFAST_CUDA_HOST
+#include "host_primitives.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace ldmfast {
+
+using f16 = __half;
+using bf16 = __nv_bfloat16;
+
+__device__ __forceinline__ float bits_to_float(uint32_t u) { return __uint_as_float(u); }
+__device__ __forceinline__ uint32_t float_to_bits(float f) { return __float_as_uint(f); }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+template <typename T> __device__ __forceinline__ uint32_t pack2(float lo, float hi);
+template <> __device__ __forceinline__ uint32_t pack2<f16>(float lo, float hi) {
+  uint32_t u;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(hi), "f"(lo));
+  return u;
+}
+template <> __device__ __forceinline__ uint32_t pack2<bf16>(float lo, float hi) {
+  uint32_t u;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(hi), "f"(lo));
+  return u;
+}
+template <typename T> __device__ __forceinline__ float2 unpack2(uint32_t u);
+template <> __device__ __forceinline__ float2 unpack2<f16>(uint32_t u) {
+  return __half22float2(*reinterpret_cast<__half2*>(&u));
+}
+template <> __device__ __forceinline__ float2 unpack2<bf16>(uint32_t u) {
+  return {__uint_as_float(u << 16), __uint_as_float(u & 0xFFFF0000u)};
+}
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char storage[];
+  return storage;
+}
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
+__device__ __forceinline__ bool warp_any(bool v) { return __any_sync(0xFFFFFFFFu, v); }
+
+// Thread block clusters exist from sm_90 on; a kernel compiled for less is never launched with one.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ unsigned cluster_rank() {
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ float cluster_load(const float* own, unsigned rank) {
+  uint32_t address;
+  float v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+#else
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ float cluster_load(const float* own, unsigned) { return *own; }
+#endif
+
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// copies BYTES to shared memory without passing through registers; zeros where !valid
+template <int BYTES> __device__ __forceinline__ void cp_async(void* to, const void* from, bool valid = true) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async size");
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES),
+                 "r"(valid ? BYTES : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+}  // namespace ldmfast
+#endif
+
+namespace ldmfast {
+
+template <typename T> constexpr DType dtype_of();
+template <> constexpr DType dtype_of<float>() { return DType::kFloat32; }
+template <> constexpr DType dtype_of<f16>() { return DType::kFloat16; }
+template <> constexpr DType dtype_of<bf16>() { return DType::kBFloat16; }
+inline size_t size_of(DType d) { return d == DType::kFloat32 ? 4 : d == DType::kBool ? 1 : 2; }
+
+template <int64_t B> constexpr int64_t round_up(int64_t a) { return (a + B - 1) / B * B; }
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+__device__ __forceinline__ float load_as_float(const void* p, int64_t i, DType d) {
+  if (d == DType::kFloat32) return static_cast<const float*>(p)[i];
+  if (d == DType::kFloat16) return to_float(static_cast<const f16*>(p)[i]);
+  return to_float(static_cast<const bf16*>(p)[i]);
+}
+
+// 1, 2 or 4 words in one access
+template <int W> __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[W]) {
+  if constexpr (W == 4) {
+    const uint4 u = *static_cast<const uint4*>(p);
+    w[0] = u.x, w[1] = u.y, w[2] = u.z, w[3] = u.w;
+  } else if constexpr (W == 2) {
+    const uint2 u = *static_cast<const uint2*>(p);
+    w[0] = u.x, w[1] = u.y;
+  } else {
+    w[0] = *static_cast<const uint32_t*>(p);
+  }
+}
+template <int W> __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[W]) {
+  if constexpr (W == 4) *static_cast<uint4*>(p) = uint4{w[0], w[1], w[2], w[3]};
+  else if constexpr (W == 2) *static_cast<uint2*>(p) = uint2{w[0], w[1]};
+  else *static_cast<uint32_t*>(p) = w[0];
+}
+
+// V neighbouring elements in one access of V * sizeof(T) bytes, as floats
+template <typename T, int V> __device__ __forceinline__ void load_vector(const T* p, float (&v)[V]) {
+  if constexpr (V == 1) {
+    v[0] = to_float(*p);
+  } else {
+    uint32_t w[V * sizeof(T) / 4];
+    load_words(p, w);
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = bits_to_float(w[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V / 2; ++i) {
+        const float2 e = unpack2<T>(w[i]);
+        v[2 * i] = e.x;
+        v[2 * i + 1] = e.y;
+      }
+    }
+  }
+}
+template <typename T, int V> __device__ __forceinline__ void store_vector(T* p, const float (&v)[V]) {
+  if constexpr (V == 1) {
+    *p = from_float<T>(v[0]);
+  } else {
+    uint32_t w[V * sizeof(T) / 4];
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) w[i] = float_to_bits(v[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V / 2; ++i) w[i] = pack2<T>(v[2 * i], v[2 * i + 1]);
+    }
+    store_words(p, w);
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) v += shuffle_xor(v, mask);
+  return v;
+}
+__device__ __forceinline__ float silu(float y) { return y * fast_reciprocal(1.0f + fast_exp2(-1.4426950408889634f * y)); }
+}  // namespace ldmfast

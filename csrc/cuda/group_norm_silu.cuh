@@ -1,0 +1,163 @@
+// group_norm_silu: how the work is cut, and the statistics. The kernels are in group_norm_silu.cu.
+//
+// A task is one sample's bundle of whole groups (channels_last) or one group (contiguous); its elements are cut into
+// slices, one thread block each. Channels_last with 10 channels a group has 20 bytes of a group beside each other: a
+// bundle of 4 groups is 80 bytes, whole 16-byte vectors that no other block touches. A slice is staged in shared memory
+// by slabs, so that memory is read once for both passes of the statistics (and, when fused, for the normalisation).
+#pragma once
+#include "launch.cuh"
+
+namespace ldmfast {
+namespace group_norm {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// 32 bits for what is counted in vectors, pixels or blocks (make_plan throws beyond), 64 for offsets into tensors
+struct Params {
+  GroupNormSiluArgs a;
+  int group_channels;       // C / groups
+  int bundle, bundles;      // groups a task; tasks a sample
+  int tiles;                // channels_last: column tiles a group, 1 unless a group is wider than a block can be
+  int tile_channels;        // channels a tile
+  int slices;               // blocks a task and tile; with clusters, the size of one
+  int extent;               // what is sliced: pixels (channels_last) or vectors of the group (contiguous)
+  int slice_extent;         // of that, a slice
+  int slab_extent;          // and a slab
+  int row_vectors;          // contiguous: vectors a channel
+  int slab_bytes, coefficients;   // shared memory: staging; channels in a slab
+  bool clustered;
+};
+
+struct Moments { float count, mean, m2; };   // m2: sum of squared distances from the mean
+
+// Chan, Golub & LeVeque 1979: exact for any split, no E[x^2] - E[x]^2
+__device__ __forceinline__ Moments merge(Moments a, Moments b) {
+  const float count = a.count + b.count;
+  if (count == 0.0f) return a;
+  const float delta = b.mean - a.mean, share = b.count / count;
+  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+}
+__device__ __forceinline__ Moments warp_merge(Moments m) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) {
+    const Moments other = {shuffle_xor(m.count, mask), shuffle_xor(m.mean, mask), shuffle_xor(m.m2, mask)};
+    m = merge(m, other);
+  }
+  return m;
+}
+
+// this block's place: sample n, first group and channel, its slice of the task
+struct Place {
+  int64_t n, group, channel;
+  int begin, end;           // of the extent
+  int width;                // channels: of the bundle or tile (channels_last), of the group (contiguous)
+  int groups;
+  int tile, slice;
+};
+__device__ __forceinline__ Place locate(const Params& p) {
+  Place w;
+  unsigned id = blockIdx.x;
+  w.slice = id % unsigned(p.slices);
+  id /= unsigned(p.slices);
+  w.tile = id % unsigned(p.tiles);
+  id /= unsigned(p.tiles);
+  w.n = id / unsigned(p.bundles);
+  w.group = int64_t(id % unsigned(p.bundles)) * p.bundle;
+  w.groups = p.bundle;
+  w.channel = w.group * p.group_channels + w.tile * p.tile_channels;
+  const int all = p.bundle * p.group_channels - w.tile * p.tile_channels;
+  w.width = all < p.tile_channels ? all : p.tile_channels;
+  w.begin = w.slice * p.slice_extent < p.extent ? w.slice * p.slice_extent : p.extent;
+  w.end = p.extent - w.begin < p.slice_extent ? p.extent : w.begin + p.slice_extent;
+  return w;
+}
+
+// A slab, and how the block's threads walk it: thread t takes vectors t / columns * columns + t % columns, stepping by
+// whole rows, so that in channels_last its channels never change. Contiguous: one row of vectors, channels change.
+template <int V, bool CL> struct Slab {
+  const Params* p;
+  int begin;                // first pixel or vector
+  int count, columns, step; // pixels or vectors; vectors a pixel; pixels or vectors a step of the block
+  unsigned offset;          // contiguous: the first vector's place in its channel
+  int64_t channel;          // of the first vector
+
+  __device__ __forceinline__ Slab(const Params& params, const Place& w, int from) : p(&params), begin(from) {
+    count = w.end - from < params.slab_extent ? w.end - from : params.slab_extent;
+    columns = CL ? unsigned(w.width) / V : 1;
+    step = CL ? unsigned(kThreads) / unsigned(columns) : kThreads;
+    channel = w.channel + (CL ? 0 : unsigned(from) / unsigned(params.row_vectors));
+    offset = CL ? 0 : unsigned(from) % unsigned(params.row_vectors);
+  }
+  __device__ __forceinline__ int channels(const Place& w) const {
+    return CL ? w.width : count == 0 ? 0 : (offset + unsigned(count - 1)) / unsigned(p->row_vectors) + 1;
+  }
+  // f(staging index, channel relative to the slab's first, offset into x, offset into y), in vectors' first elements
+  template <typename F> __device__ __forceinline__ void each(int64_t n, F&& f) const {
+    const GroupNormSiluArgs& a = p->a;
+    const int column = CL ? threadIdx.x % unsigned(columns) : 0;
+    const int first = CL ? threadIdx.x / unsigned(columns) : threadIdx.x;
+    if (CL && first >= step) return;
+    if constexpr (CL) {
+      const int c = column * V;
+      int64_t x = n * a.stride_xn + (begin + first) * a.stride_xp + channel + c;
+      int64_t y = (n * a.P + begin + first) * a.C + channel + c;
+      for (int i = first; i < count; i += step, x += step * a.stride_xp, y += step * a.C)
+        f((i * columns + column) * V, c, x, y);
+    } else {
+      for (int i = first; i < count; i += step) {
+        const unsigned at = offset + i, c = at / unsigned(p->row_vectors);
+        const int64_t in_row = int64_t(at - c * unsigned(p->row_vectors)) * V;
+        f(i * V, static_cast<int>(c), n * a.stride_xn + (channel + c) * a.stride_xc + in_row,
+          (n * a.C + channel + c) * a.P + in_row);
+      }
+    }
+  }
+};
+
+// Shared memory of a block, carved from one allocation
+template <typename T> struct Storage {
+  T* slab;
+  float* parts;             // [4, kThreads] partial sums
+  float* add;               // [coefficients] each
+  float* gain;
+  float* offset;
+  float* count;             // [bundle] each: this block's moments, which the cluster's other blocks read
+  float* mean;
+  float* m2;
+  float* pivot;             // [bundle]: first estimate of the mean, in the end the mean
+  float* rstd;              // [bundle]
+  __device__ __forceinline__ explicit Storage(const Params& p) {
+    unsigned char* at = shared_memory();
+    slab = reinterpret_cast<T*>(at);
+    parts = reinterpret_cast<float*>(at + p.slab_bytes);
+    add = parts + 4 * kThreads;
+    gain = add + p.coefficients;
+    offset = gain + p.coefficients;
+    count = offset + p.coefficients;
+    mean = count + p.bundle;
+    m2 = mean + p.bundle;
+    pivot = m2 + p.bundle;
+    rstd = pivot + p.bundle;
+  }
+};
+inline size_t storage_bytes(const Params& p) {
+  return p.slab_bytes + sizeof(float) * (4 * kThreads + 3 * p.coefficients + 5 * p.bundle);
+}
+
+// out[g] = sum of every thread's share of group g. A vector touches at most two groups: its lower one's sum is in
+// slot 0 of parts, the next one's in slot 1, where a group starts in the middle of a vector.
+template <int V>
+__device__ __forceinline__ float group_sum(const float* parts, int g, int width, int columns, int step, int gc) {
+  const int start = g * gc, stop = gc < width - start ? start + gc : width;
+  const int first = start / V, n = (stop - 1) / V - first + 1;
+  const bool straddles = start % V != 0;
+  float sum = 0.0f;
+  for (int e = threadIdx.x % 32; e < n * step; e += 32) {
+    const int row = unsigned(e) / unsigned(n), column = e - row * n;
+    sum += parts[(straddles && column == 0 ? kThreads : 0) + row * columns + first + column];
+  }
+  return warp_sum(sum);
+}
+}  // namespace group_norm
+}  // namespace ldmfast
