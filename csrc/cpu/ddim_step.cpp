@@ -1,0 +1,88 @@
+// Guidance and one DDIM step in one pass. Traffic: every tensor once.
+// Source: Song et al. 2021, equation 12; Ho & Salimans 2022 (guidance).
+#include "simd.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4096;       // elements of one task
+constexpr int64_t kSerial = 64 * 1024;  // elements below which waking threads costs more than it gives
+
+struct Step {
+  DdimCoefficients k;
+  float guidance, clip;
+};
+
+template <bool kGuided, bool kClipped, bool kNoise>
+LDMFAST_INLINE void step(const Step& s, VecF x, VecF mu, VecF mc, VecF noise, VecF& prev, VecF& x0) {
+  const VecF m = kGuided ? mu + s.guidance * (mc - mu) : mu;
+  x0 = s.k.x0_sample * x + s.k.x0_model * m;
+  if (kClipped) {  // written so that NaN stays
+    x0 = x0 < -s.clip ? splat(-s.clip) : x0;
+    x0 = x0 > s.clip ? splat(s.clip) : x0;
+  }
+  const VecF eps = s.k.eps_sample * x + s.k.eps_model * m;
+  prev = s.k.prev_x0 * x0 + s.k.prev_eps * eps;
+  if (kNoise) prev += s.k.sigma * noise;
+}
+
+template <class T, bool kGuided, bool kClipped, bool kNoise>
+void block(const DdimStepArgs& d, const Step& s, int64_t begin, int64_t end) {
+  const T *sample = (const T*)d.sample, *noise = (const T*)d.noise;
+  const T *mu = (const T*)d.model_output, *mc = mu + d.N * d.M;
+  T *out = (T*)d.prev, *out_x0 = (T*)d.x0;
+  VecF prev, x0;
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    step<kGuided, kClipped, kNoise>(s, load(sample + i), load(mu + i), kGuided ? load(mc + i) : VecF{},
+                                    kNoise ? load(noise + i) : VecF{}, prev, x0);
+    store(out + i, prev);
+    store(out_x0 + i, x0);
+  }
+  if (const int64_t n = end - i; n > 0) {
+    step<kGuided, kClipped, kNoise>(s, load_first(sample + i, n), load_first(mu + i, n),
+                                    kGuided ? load_first(mc + i, n) : VecF{},
+                                    kNoise ? load_first(noise + i, n) : VecF{}, prev, x0);
+    store_first(out + i, prev, n);
+    store_first(out_x0 + i, x0, n);
+  }
+}
+
+template <class T> using Block = void (*)(const DdimStepArgs&, const Step&, int64_t, int64_t);
+
+template <class T, bool kGuided> Block<T> choose(bool clipped, bool noise) {
+  if (clipped) return noise ? block<T, kGuided, true, true> : block<T, kGuided, true, false>;
+  return noise ? block<T, kGuided, false, true> : block<T, kGuided, false, false>;
+}
+
+Step step_of(const DdimStepArgs& d, int64_t n) {
+  Step s{d.coefficients, d.guidance, d.clip};
+  if (d.table) {
+    const float* row = d.table + n * 7;
+    s.k = {row[0], row[1], row[2], row[3], row[4], row[5], row[6]};
+  }
+  return s;
+}
+
+template <class T> void run(const DdimStepArgs& d) {
+  const Block<T> work = d.guided ? choose<T, true>(d.clipped, d.noise) : choose<T, false>(d.clipped, d.noise);
+  const int64_t blocks = ceil_div(d.M, kBlock);
+#pragma omp parallel for schedule(static) if (d.N * d.M > kSerial)
+  for (int64_t i = 0; i < d.N * blocks; ++i) {
+    const int64_t n = i / blocks, begin = i % blocks * kBlock;
+    work(d, step_of(d, n), n * d.M + begin, n * d.M + min64(d.M, begin + kBlock));
+  }
+}
+
+}  // namespace
+
+void ddim_step(const DdimStepArgs& d) {
+  if (d.N * d.M == 0) return;
+  if (d.dtype == DType::kFloat32) return run<float>(d);
+  if (d.dtype == DType::kBFloat16) return run<BFloat16>(d);
+  return run<Half>(d);
+}
+
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast

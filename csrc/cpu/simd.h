@@ -1,0 +1,234 @@
+// Vectors of float32 for one instruction set, and what the kernels need of them.
+//
+// Every kernel file is compiled once per instruction set, each time with another LDMFAST_ISA, which names the
+// inner namespace. Nothing here, and nothing in the kernels, may leave a symbol outside that namespace: the linker
+// keeps one copy of a shared inline function, perhaps the AVX-512 one, and an older machine would run it. Hence no
+// std:: templates below.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../ops.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define LDMFAST_INLINE static inline __attribute__((always_inline))
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float VecF __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));  // kLanes 16-bit numbers
+
+struct Half { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kInf = __builtin_inff();
+
+LDMFAST_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+LDMFAST_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+LDMFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+LDMFAST_INLINE VecF splat(float x) { return x - VecF{}; }
+LDMFAST_INLINE VecU splat_u(uint32_t x) { return x - VecU{}; }
+LDMFAST_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }  // b if either is NaN
+
+// ---- conversions; to 16 bits with round-to-nearest-even ----
+
+LDMFAST_INLINE VecF from_bits(VecH h, BFloat16) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }
+
+LDMFAST_INLINE VecU rounded_bits(VecF x) {  // the upper 16 bits are the bfloat16
+  VecU u = (VecU)x;
+  VecU r = u + 0x7fffu + ((u >> 16) & 1u);
+  return (VecU)(x == x ? (VecI)r : (VecI)(u | 0x00400000u));
+}
+
+LDMFAST_INLINE VecH to_bits(VecF x, BFloat16) {
+#if defined(__AVX512BF16__)
+  return (VecH)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(rounded_bits(x) >> 16, VecH);
+#endif
+}
+
+LDMFAST_INLINE VecF from_bits(VecH h, Half) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (VecF)_mm256_cvtph_ps((__m128i)h);
+#else
+  VecU u = __builtin_convertvector(h, VecU);
+  VecU magnitude = (u & 0x7fffu) << 13;
+  VecF scaled = (VecF)magnitude * 0x1p112f;  // also makes subnormals exact
+  VecI special = (VecI)((u & 0x7c00u) == 0x7c00u);
+  VecU bits = (VecU)(special ? (VecI)(magnitude | 0x7f800000u) : (VecI)scaled);
+  return (VecF)(bits | ((u & 0x8000u) << 16));
+#endif
+}
+
+LDMFAST_INLINE VecH to_bits(VecF x, Half) {
+#if defined(__AVX512F__)
+  return (VecH)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (VecH)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  VecU u = (VecU)x & 0x7fffffffu, sign = ((VecU)x >> 16) & 0x8000u;
+  VecF magnitude = (VecF)u;
+  VecU normal = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  VecU subnormal = (VecU)(magnitude + 0.5f) - 0x3f000000u;  // the addition rounds at half's last place, 2^-24
+  VecI r = magnitude < 0x1p-14f ? (VecI)subnormal : (VecI)normal;
+  r = magnitude >= 65520.0f ? VecI{} + 0x7c00 : r;
+  r = x == x ? r : VecI{} + 0x7e00;
+  return __builtin_convertvector((VecU)r | sign, VecH);
+#endif
+}
+
+// ---- memory: kLanes elements, or the first n of them (the rest reads as zero and is not written) ----
+
+template <class T> LDMFAST_INLINE VecF load(const T* p) {
+  VecH h;
+  memcpy(&h, p, sizeof h);
+  return from_bits(h, T{});
+}
+template <> inline __attribute__((always_inline)) VecF load(const float* p) {
+  VecF x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T> LDMFAST_INLINE void store(T* p, VecF x) {
+  VecH h = to_bits(x, T{});
+  memcpy(p, &h, sizeof h);
+}
+template <> inline __attribute__((always_inline)) void store(float* p, VecF x) { memcpy(p, &x, sizeof x); }
+
+template <class T> LDMFAST_INLINE VecF load_first(const T* p, int64_t n) {
+  T buffer[kLanes] = {};
+  memcpy(buffer, p, (size_t)n * sizeof(T));
+  return load(buffer);
+}
+template <class T> LDMFAST_INLINE void store_first(T* p, VecF x, int64_t n) {
+  T buffer[kLanes];
+  store(buffer, x);
+  memcpy(p, buffer, (size_t)n * sizeof(T));
+}
+
+// 2 * kLanes elements in an order of the type's own: bfloat16 splits into even and odd with one operation each.
+template <class T> LDMFAST_INLINE void load_pair(const T* p, VecF& a, VecF& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+template <> inline __attribute__((always_inline)) void load_pair(const BFloat16* p, VecF& even, VecF& odd) {
+  VecU u;
+  memcpy(&u, p, sizeof u);
+  even = (VecF)(u << 16);
+  odd = (VecF)(u & 0xffff0000u);
+}
+template <class T> LDMFAST_INLINE void store_pair(T* p, VecF a, VecF b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+template <> inline __attribute__((always_inline)) void store_pair(BFloat16* p, VecF even, VecF odd) {
+#if defined(__AVX512BF16__)
+  __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)even), high = (__m256i)_mm512_cvtneps_pbh((__m512)odd);
+  VecU u = (VecU)_mm512_cvtepu16_epi32(low) | ((VecU)_mm512_cvtepu16_epi32(high) << 16);
+#else
+  VecU u = (rounded_bits(even) >> 16) | (rounded_bits(odd) & 0xffff0000u);
+#endif
+  memcpy(p, &u, sizeof u);
+}
+
+// One number of a dtype known only at run time; for coefficients, not for inner loops.
+LDMFAST_INLINE float load_scalar(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return ((const float*)p)[i];
+  if (dtype == DType::kBool) return ((const uint8_t*)p)[i] != 0;
+  if (dtype == DType::kBFloat16) return load_first((const BFloat16*)p + i, 1)[0];
+  return load_first((const Half*)p + i, 1)[0];
+}
+
+// ---- across lanes ----
+
+LDMFAST_INLINE float reduce_add(VecF x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+#endif
+}
+LDMFAST_INLINE float reduce_max(VecF x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float m = x[0];
+  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+#endif
+}
+
+// ---- exponentials ----
+// kFast is for results that end in 8 bits of mantissa: 7.5e-5 relative against bfloat16's half step of 3.9e-3.
+
+enum class Accuracy { kFast, kFull };
+template <class T> struct AccuracyOf { static constexpr Accuracy value = Accuracy::kFull; };
+template <> struct AccuracyOf<BFloat16> { static constexpr Accuracy value = Accuracy::kFast; };
+
+// 2^t; infinity above 128, 0 below about -126, NaN for NaN. Minimax polynomials of 2^f, f in [-0.5, 0.5], by
+// Lawson's iteration on the relative error: 7.5e-5 (degree 3) and 7.9e-8 with its float32 rounding (degree 6).
+template <Accuracy A> LDMFAST_INLINE VecF exp2v(VecF t) {
+#if defined(__AVX512F__)
+  VecF n = (VecF)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  VecF f = t - n;
+#else
+  t = t < -126.0f ? splat(-126.0f) : t;
+  t = t > 128.5f ? splat(128.5f) : t;
+  VecF shifted = t + 0x1.8p23f;  // rounds to an integer, held in the low bits
+  VecF f = t - (shifted - 0x1.8p23f);
+#endif
+  VecF p;
+  if (A == Accuracy::kFast) {
+    p = f * 0.0551716685f + 0.242611125f;
+    p = p * f + 0.693260968f;
+    p = p * f + 0.999928057f;
+  } else {
+    p = f * 0.000153458124f + 0.00133999309f;
+    p = p * f + 0.00961848907f;
+    p = p * f + 0.0555032864f;
+    p = p * f + 0.240226462f;
+    p = p * f + 0.693147182f;
+    p = p * f + 1.0f;
+  }
+#if defined(__AVX512F__)
+  // infinities are right although f is NaN there: scalef(NaN, inf) is inf, scalef(NaN, -inf) is 0
+  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  VecI exponent = (VecI)shifted - 0x4b400000 + 126;
+  return p * (VecF)(exponent << 23) * 2.0f;  // in two steps: 2^128 has no float32
+#endif
+}
+
+// y * sigmoid(y); NaN at minus infinity, as torch has it
+template <Accuracy A> LDMFAST_INLINE VecF silu(VecF y) {
+  VecF denominator = exp2v<A>(y * -kLog2e) + 1.0f;
+#if defined(__AVX512F__)
+  if (A == Accuracy::kFast) return y * (VecF)_mm512_rcp14_ps((__m512)denominator);  // 6e-5 relative
+#endif
+  return y / denominator;
+}
+
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast
