@@ -12,9 +12,8 @@ import warnings
 
 import torch
 
+from ldmfast.models.checkpoints import WIDTHS
 from ldmfast.models.guard import plain
-
-_FAMILIES = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL's refiner", 2048: "SDXL"}
 
 
 def check_inputs(unet, sample, context, class_labels, added, masks: dict) -> None:
@@ -84,9 +83,9 @@ def expected_context_width(unet) -> int | None:
 
 
 def _width_message(got: int, wanted: int) -> str:
-    family = f" ({_FAMILIES[wanted]})" if wanted in _FAMILIES else ""
-    other = f" {got} is {_FAMILIES[got]}'s." if got in _FAMILIES else ""
-    return f"encoder_hidden_states has width {got}; this UNet expects {wanted}{family}.{other}".replace("'s's", "'s")
+    family = f" ({WIDTHS[wanted]})" if wanted in WIDTHS else ""
+    other = f" {got} is that of {WIDTHS[got]}." if got in WIDTHS else ""
+    return f"encoder_hidden_states has width {got}; this UNet expects {wanted}{family}.{other}"
 
 
 def _check_added(unet, sample, added) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from torch import nn
 
 from ldmfast.models import guard
+from ldmfast.models.checkpoints import check_folder, check_loaded
 from ldmfast.models.layers import weights_channels_last
 
 
@@ -33,6 +35,21 @@ class DropIn:
         new.__dict__.update(model.__dict__)
         weights_channels_last(new)
         return new
+
+    @classmethod
+    def from_pretrained(cls, source, *, allow_missing: bool = False, output_loading_info: bool = False, **kwargs):
+        """As diffusers' from_pretrained, from a folder or the hub; weights that the checkpoint lacks are an error.
+
+        allow_missing  take them at random, as diffusers does
+        Raises ValueError with one sentence for a missing weight, a truncated file, a web page saved in place of one,
+        another model's or another family's checkpoint.
+        """
+        check_folder(Path(source) / (kwargs.get("subfolder") or ""), cls.stock.__name__)
+        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        if not allow_missing:
+            check_loaded(cls.stock.__name__, source, info)
+        weights_channels_last(model)
+        return (model, info) if output_loading_info else model
 
     def explain(self) -> list[str]:
         """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""

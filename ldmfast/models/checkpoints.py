@@ -1,0 +1,132 @@
+"""What a checkpoint is, told from its first bytes, so that a wrong one is refused in one line.
+
+Only headers are read: a safetensors file begins with the length of a JSON table of names, dtypes and shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+from pathlib import Path
+
+WIDTHS = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # of the prompt, by family
+_HEADS = {  # attention_head_dim by (block_out_channels, cross_attention_dim); a wrong one loads and draws noise
+    ((320, 640, 1280, 1280), 768): [8],
+    ((320, 640, 1280, 1280), 1024): [5, 10, 20, 20],
+    ((320, 640, 1280), 2048): [5, 10, 20],
+}
+_KINDS = (  # a name in the table, and what a file with it is
+    ("model.diffusion_model.", "a single-file checkpoint; load it with from_single_file"),
+    ("lora", "a LoRA; load the base model, then pipe.load_lora_weights"),
+    ("controlnet_cond_embedding", "a ControlNet; load it with diffusers' ControlNetModel"),
+    ("transformer_blocks.0.attn.", "a transformer (SD3 or Flux), not a U-Net"),
+    ("text_model.", "a text encoder; load it with transformers"),
+    ("decoder.up_blocks.", "an autoencoder; use AutoencoderKL"),
+    ("down_blocks.0.resnets.0.time_emb_proj", "a U-Net; use UNet"),
+)
+
+
+def shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a safetensors file, from its header alone. Raises ValueError saying what else the file is."""
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        if problem := _not_safetensors(start):
+            raise ValueError(f"{path}: {problem}")
+        length = struct.unpack("<Q", start[:8])[0]
+        if 8 + length > size:
+            raise ValueError(f"{path}: truncated inside its header ({size} bytes); download it again")
+        file.seek(8)
+        try:
+            table = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path}: its header is not JSON, so it is no safetensors file") from error
+    table.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
+    if end > size:
+        raise ValueError(f"{path}: truncated, {size} bytes of {end}; download it again")
+    return {name: tuple(entry["shape"]) for name, entry in table.items()}
+
+
+def _not_safetensors(start: bytes) -> str | None:
+    text = start.lstrip().lower()
+    if text.startswith((b"<html", b"<!doctype", b"<?xml")):
+        return f"starts with `{text[:5].decode()}`: a failed download (a web page was saved in place of the file)"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the weights; run `git lfs pull`"
+    if start.startswith((b"PK", b"\x80")):
+        return "is a pickle (.bin or .ckpt), not a safetensors file"
+    return None if len(start) >= 8 else f"has only {len(start)} bytes; download it again"
+
+
+def kind(table: dict[str, tuple]) -> str:
+    """What a table of names belongs to: the first entry of `_KINDS` that occurs in it."""
+    for mark, meaning in _KINDS:
+        if any(mark in name for name in table):
+            return meaning
+    return "nothing that ldmfast knows"
+
+
+def prompt_width(table: dict[str, tuple]) -> int | None:
+    """The width of the prompt that a U-Net's cross-attention takes, from its tables of shapes."""
+    return next((shape[1] for name, shape in table.items() if name.endswith("attn2.to_k.weight")), None)
+
+
+def check_folder(folder: Path, stock_name: str) -> None:
+    """Refuse a local folder that does not hold a `stock_name` with whole files of the family its config says.
+
+    Raises ValueError with one sentence. A folder that is not there is left to diffusers, which asks the hub.
+    """
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").exists():
+        if (folder / "model_index.json").exists():
+            raise ValueError(f"{folder} is a whole pipeline: name the part, such as subfolder='unet' or 'vae'")
+        return
+    config = json.loads((folder / "config.json").read_text())
+    name = config.get("_class_name", stock_name)
+    if name != stock_name:
+        raise ValueError(f"{folder} holds a {name}, not a {stock_name}; load it with diffusers' {name}")
+    tables = {file: shapes(file) for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors"))}
+    together = {name: shape for table in tables.values() for name, shape in table.items()}
+    if together:
+        _check_family(folder, stock_name, config, together)
+    _warn_of_heads(folder, config)
+
+
+def _check_family(folder: Path, stock_name: str, config: dict, table: dict[str, tuple]) -> None:
+    if "conv_in.weight" not in table and "encoder.conv_in.weight" not in table:
+        raise ValueError(f"{folder}: its weights are {kind(table)}; expected a {stock_name}")
+    width, wanted = prompt_width(table), config.get("cross_attention_dim")
+    if width is None or not isinstance(wanted, int) or width == wanted:
+        return
+    family, other = (f" ({WIDTHS[w]})" if w in WIDTHS else "" for w in (width, wanted))
+    raise ValueError(
+        f"{folder}: its weights take prompts of width {width}{family}, its config.json says {wanted}{other}; "
+        "take both from one model"
+    )
+
+
+def _warn_of_heads(folder: Path, config: dict) -> None:
+    key = (tuple(config.get("block_out_channels", ())), config.get("cross_attention_dim"))
+    heads = config.get("attention_head_dim", 8)
+    usual = _HEADS.get(key) if not isinstance(key[1], list) else None
+    if usual and (heads if isinstance(heads, list) else [heads]) not in (usual, usual * len(key[0])):
+        warnings.warn(
+            f"{folder}/config.json says attention_head_dim={heads}; {WIDTHS[key[1]]} has "
+            f"{usual if len(usual) > 1 else usual[0]}. A wrong one loads, and draws noise.",
+            stacklevel=4,
+        )
+
+
+def check_loaded(model_name: str, source, info: dict) -> None:
+    """Refuse a model with weights that its checkpoint did not have. Raises ValueError naming the first of them."""
+    missing = sorted(set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]})
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{source} lacks {len(missing)} of this {model_name}'s weights: {', '.join(missing[:3])}{more}; "
+            "they would be random. allow_missing=True takes them so"
+        )
