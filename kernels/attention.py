@@ -1,0 +1,237 @@
+"""Flash attention in Triton: softmax(scale * q k^T + mask) v without the score matrix in memory.
+
+Tensor-core tiles are powers of two. A head width between them is cut in two, D = D0 + D1: 40 = 32 + 8 (a contraction
+needs 16, so 32 + 16), 80 = 64 + 16, 160 = 128 + 32. For 40 that is 48 instead of 64 columns in both products.
+Source: Dao 2023 (FlashAttention-2), algorithm 1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load(ptr, rows, stride_row, length, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
+    # a [rows, cols] tile; FULL: every row exists. No mask at all where none is needed, so that copies stay asynchronous
+    offs = ptr + rows[:, None] * stride_row + cols[None, :]
+    if FULL and D == BLOCK_D:
+        return tl.load(offs)
+    elif FULL:
+        return tl.load(offs, (cols < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(offs, (rows < length)[:, None], other=0.0)
+    else:
+        return tl.load(offs, (rows < length)[:, None] & (cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _add_mask(qk, mask_ptr, offs_m, offs_n, stride_ml, stride_ms, L, S, MASK: tl.constexpr):
+    # MASK: "bool" or "add"; a mask with stride_ml == 0 is one row for all queries
+    offs = offs_m.to(tl.int64)[:, None] * stride_ml + offs_n.to(tl.int64)[None, :] * stride_ms
+    inside = (offs_m < L)[:, None] & (offs_n < S)[None, :]
+    mask = tl.load(mask_ptr + offs, inside, other=0)
+    if MASK == "bool":
+        return tl.where(mask != 0, qk, float("-inf"))
+    # to the base of exp2; float32's lowest number, which is no -inf, must not become one
+    mask = mask.to(tl.float32)
+    return qk + tl.where(mask == float("-inf"), mask, tl.maximum(mask * 1.4426950408889634, -3.4028234e38))
+
+
+@triton.jit
+def _attend(
+    acc0, acc1, row_sum, row_max, q0, q1,  # the state, [BLOCK_M, D0], [BLOCK_M, D1], [BLOCK_M] twice; and the queries
+    k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_ml, stride_ms,
+    offs_m, L, S, scale, start, stop,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys start to stop; FULL: no block reaches past S."""
+    lane_n, cols0, cols1 = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D0), tl.arange(0, BLOCK_D1)
+    k_ptr += tl.cast(start, tl.int64) * stride_ks
+    v_ptr += tl.cast(start, tl.int64) * stride_vs
+    for n in range(start, stop, BLOCK_N):
+        k0 = _load(k_ptr, lane_n, stride_ks, S - n, cols0, D0, BLOCK_D0, FULL)
+        qk = tl.dot(q0, k0.T, input_precision=PRECISION)
+        if D1 > 0:
+            k1 = _load(k_ptr + D0, lane_n, stride_ks, S - n, cols1, D1, BLOCK_D1, FULL)
+            qk = tl.dot(q1, k1.T, qk, input_precision=PRECISION)
+        if SCALE_FIRST:
+            qk *= scale
+        if MASK != "none":
+            qk = _add_mask(qk, mask_ptr, offs_m, n + lane_n, stride_ml, stride_ms, L, S, MASK)
+        if not FULL:
+            qk = tl.where((lane_n < S - n)[None, :], qk, float("-inf"))
+        if SCALE_FIRST:
+            new_max = tl.maximum(row_max, tl.max(qk, axis=1))
+            # all masked so far: 0 stands in, as -inf - -inf would be NaN
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(qk - safe_max[:, None])
+        else:
+            new_max = tl.maximum(row_max, tl.max(qk, axis=1) * scale)
+            safe_max = new_max
+            p = tl.exp2(qk * scale - safe_max[:, None])
+        alpha = tl.exp2(row_max - safe_max)
+        row_sum = row_sum * alpha + tl.sum(p, axis=1)
+        row_max = new_max
+        v0 = _load(v_ptr, lane_n, stride_vs, S - n, cols0, D0, BLOCK_D0, FULL)
+        p = p.to(v0.dtype)
+        acc0 = tl.dot(p, v0, acc0 * alpha[:, None], input_precision=PRECISION)
+        if D1 > 0:
+            v1 = _load(v_ptr + D0, lane_n, stride_vs, S - n, cols1, D1, BLOCK_D1, FULL)
+            acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision=PRECISION)
+        k_ptr += BLOCK_N * stride_ks
+        v_ptr += BLOCK_N * stride_vs
+    return acc0, acc1, row_sum, row_max
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr,  # [N, L, H, D]
+    k_ptr, v_ptr,  # [N, S, H, D]
+    out_ptr,  # [N, L, H, D], dense
+    mask_ptr,  # [N, H, L, S] by strides, or None
+    stride_qn, stride_ql, stride_qh,
+    stride_kn, stride_ks, stride_kh,
+    stride_vn, stride_vs, stride_vh,
+    stride_mn, stride_mh, stride_ml, stride_ms,
+    L, S, H, blocks_l,
+    scale,  # times log2(e)
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    D1: tl.constexpr = D - D0
+    # a head's blocks are neighbours, so its keys and values stay in the L2 cache
+    block = tl.program_id(0) % blocks_l
+    h = (tl.program_id(0) // blocks_l % H).to(tl.int64)
+    n = (tl.program_id(0) // blocks_l // H).to(tl.int64)
+    first = block.to(tl.int64) * BLOCK_M
+    q_ptr += n * stride_qn + h * stride_qh + first * stride_ql
+    k_ptr += n * stride_kn + h * stride_kh
+    v_ptr += n * stride_vn + h * stride_vh
+    if MASK != "none":
+        mask_ptr += n * stride_mn + h * stride_mh
+    lane_m, cols0, cols1 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D0), tl.arange(0, BLOCK_D1)
+    q0 = _load(q_ptr, lane_m, stride_ql, L - first, cols0, D0, BLOCK_D0, False)
+    acc0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
+    q1 = q0
+    acc1 = acc0
+    if D1 > 0:
+        q1 = _load(q_ptr + D0, lane_m, stride_ql, L - first, cols1, D1, BLOCK_D1, False)
+        acc1 = tl.zeros([BLOCK_M, BLOCK_D1], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    offs_m = block * BLOCK_M + lane_m
+    full = S // BLOCK_N * BLOCK_N
+    acc0, acc1, row_sum, row_max = _attend(
+        acc0, acc1, row_sum, row_max, q0, q1, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_ml, stride_ms,
+        offs_m, L, S, scale, 0, full, D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, SCALE_FIRST, True, PRECISION,
+    )  # fmt: skip
+    acc0, acc1, row_sum, row_max = _attend(
+        acc0, acc1, row_sum, row_max, q0, q1, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_ml, stride_ms,
+        offs_m, L, S, scale, full, S, D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, SCALE_FIRST, False, PRECISION,
+    )  # fmt: skip
+    # no key at all: zeros
+    inverse = tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)[:, None]
+    out_ptr += ((n * L + first) * H + h) * D
+    offs = out_ptr + lane_m[:, None] * (H * D) + cols0[None, :]
+    mask = (lane_m < L - first)[:, None]
+    tl.store(offs, (acc0 * inverse).to(out_ptr.dtype.element_ty), mask & (cols0 < D0)[None, :])
+    if D1 > 0:
+        offs = out_ptr + lane_m[:, None] * (H * D) + D0 + cols1[None, :]
+        tl.store(offs, (acc1 * inverse).to(out_ptr.dtype.element_ty), mask & (cols1 < D1)[None, :])
+
+
+@dataclass(frozen=True)
+class Configuration:
+    d0: int  # the head width's first part; the second is the rest
+    block_d0: int
+    block_d1: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def split_width(d: int) -> tuple[int, int, int]:
+    """(D0, its tile, the rest's tile or 16) with the fewest columns in one or two tiles of powers of two, each >= 16."""
+    whole = max(triton.next_power_of_2(d), 16)
+    d0 = whole // 2
+    rest = max(triton.next_power_of_2(d - d0), 16) if d > d0 else 0
+    return (d0, d0, rest) if 0 < rest < d0 else (d, whole, 16)
+
+
+def configuration(d: int, keys: int, itemsize: int) -> Configuration:
+    """Tiles for a head width and a number of keys."""
+    d0, block_d0, block_d1 = split_width(d)
+    if itemsize == 4:
+        # no tensor cores: products by plain multiplication, whose operands and sums all live in registers
+        block_m, block_n, num_warps, num_stages = (32, 32, 4, 1) if d <= 128 else (16, 32, 4, 1)
+    elif d <= 64:
+        block_m, block_n, num_warps, num_stages = 128, 64, 4, 3
+    elif d <= 128:
+        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+    else:
+        block_m, block_n, num_warps, num_stages = 128, 32, 8, 2
+    return Configuration(d0, block_d0, block_d1, block_m, min(block_n, max(triton.next_power_of_2(keys), 16)), num_warps, num_stages)
+
+
+def attention(q, k, v, out, mask, scale):
+    """out = softmax(scale * q k^T + mask) v. A row with every key masked, or S == 0, gives zeros.
+
+    q     [N, L, H, D]   k, v  [N, S, H, D]   float16 | bfloat16 | float32, unit stride in D
+    out   [N, L, H, D]   dense
+    mask  [N, H, L, S]   by strides (0 where broadcast): bool, True attends, or floating and added; or None
+    """
+    (n, length, heads, d), keys = q.shape, k.shape[1]
+    if d > 256:
+        raise NotImplementedError(f"attention: head width D={d} is over the 256 that the Triton kernel is made for")
+    if out.numel() == 0:
+        return
+    config = configuration(d, keys, q.element_size())
+    kind = "none" if mask is None else "bool" if mask.dtype is torch.bool else "add"
+    strides_m = (0, 0, 0, 0) if mask is None else mask.stride()
+    blocks_l = triton.cdiv(length, config.block_m)
+    with torch.cuda.device_of(q):
+        attention_kernel[(blocks_l * heads * n,)](
+            q, k, v, out, mask.view(torch.uint8) if kind == "bool" else mask,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides_m,
+            length, keys, heads, blocks_l, float(scale) * math.log2(math.e),
+            D=d, D0=config.d0, BLOCK_D0=config.block_d0, BLOCK_D1=config.block_d1,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            # the maximum can be scaled instead of every score, if scaling keeps the order
+            MASK=kind, SCALE_FIRST=mask is not None or scale <= 0,
+            PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def compile_specs():
+    """(label, arguments of the launcher, on no device) whose launches are the shipped configurations."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for d in (32, 40, 64, 80, 128, 160, 256):
+            for keys in (77, 4096) if d == 40 else (1024,):
+                q, k = (torch.empty(2, size, 8, d, dtype=dtype, device="meta") for size in (4096, keys))
+                masks = {"": None}
+                if d in (40, 256):
+                    masks[" key mask"] = torch.empty(2, 1, 1, keys, dtype=torch.bool, device="meta").expand(2, 8, 4096, keys)
+                    masks[" added mask"] = q.new_empty(2, 8, 4096, keys)
+                for name, mask in masks.items():
+                    label = f"[2, 4096, 8, {d}] x {keys} {dtype}".replace("torch.", "")
+                    yield label + name, (q, k, k, q, mask, d**-0.5)

@@ -1,0 +1,102 @@
+"""Guidance and one DDIM step in one pass, in Triton.
+
+The arithmetic is that of `DdimStepArgs` in csrc/ops.h; tensors are read once and written once, maths is float32.
+Traffic: (2 + guided) reads and 2 writes of the sample's bytes, and the noise.   Source: Song et al. 2020, equation 12.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def ddim_step_kernel(
+    sample_ptr,  # [N, M]
+    output_ptr,  # [N, M], or [2N, M] when GUIDED, unconditional half first
+    noise_ptr,  # [N, M] or None
+    prev_ptr,  # [N, M]
+    x0_ptr,  # [N, M]
+    table_ptr,  # [N, 7] float32 or None
+    total, M, blocks,  # N * M, elements of a row, blocks of a row
+    x0_sample, x0_model, eps_sample, eps_model, prev_x0, prev_eps, sigma,  # used without a table
+    guidance, clip,
+    GUIDED: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    offs_row = (pid % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = offs_row < M
+    offs = row * M + offs_row
+    if table_ptr is not None:
+        x0_sample = tl.load(table_ptr + row * 7)
+        x0_model = tl.load(table_ptr + row * 7 + 1)
+        eps_sample = tl.load(table_ptr + row * 7 + 2)
+        eps_model = tl.load(table_ptr + row * 7 + 3)
+        prev_x0 = tl.load(table_ptr + row * 7 + 4)
+        prev_eps = tl.load(table_ptr + row * 7 + 5)
+        sigma = tl.load(table_ptr + row * 7 + 6)
+    sample = tl.load(sample_ptr + offs, mask).to(tl.float32)
+    model = tl.load(output_ptr + offs, mask).to(tl.float32)
+    if GUIDED:
+        conditional = tl.load(output_ptr + total + offs, mask).to(tl.float32)
+        model += guidance * (conditional - model)
+    x0 = x0_sample * sample + x0_model * model
+    if CLIPPED:
+        x0 = tl.minimum(tl.maximum(x0, -clip, tl.PropagateNan.ALL), clip, tl.PropagateNan.ALL)
+    prev = prev_x0 * x0 + prev_eps * (eps_sample * sample + eps_model * model)
+    if noise_ptr is not None:
+        prev += sigma * tl.load(noise_ptr + offs, mask).to(tl.float32)
+    tl.store(x0_ptr + offs, x0.to(x0_ptr.dtype.element_ty), mask)
+    tl.store(prev_ptr + offs, prev.to(prev_ptr.dtype.element_ty), mask)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    block_m: int
+    num_warps: int
+    num_stages: int = 1  # no loop to pipeline
+
+
+def configuration(total: int) -> Configuration:
+    """A latent is small (16,384 numbers at 512x512): many small blocks, so that most of the chip takes part."""
+    # 8 numbers a thread are one 16-byte access in 16 bits
+    return Configuration(256, 1) if total <= 1 << 18 else Configuration(1024, 4)
+
+
+def ddim_step(sample, model_output, noise, prev, x0, coefficients, table, guidance, clip):
+    """Writes prev and x0 [N, ...], dense as sample is; see DdimStepArgs in csrc/ops.h.
+
+    model_output  [N, ...], or [2N, ...] with `guidance`; noise as sample, or None
+    coefficients  7 floats for every sample; ignored where table, [N, 7] float32, is given
+    guidance, clip  float or None
+    """
+    total = sample.numel()
+    if total == 0:
+        return
+    row = total if table is None else total // sample.shape[0]
+    config = configuration(total)
+    blocks = triton.cdiv(row, config.block_m)
+    # floats, never ints: Triton specialises a kernel on an int that is 1 or a multiple of 16
+    scalars = [0.0] * 7 if table is not None else [float(c) for c in coefficients]
+    with torch.cuda.device_of(sample):
+        ddim_step_kernel[(total // row * blocks,)](
+            sample, model_output, noise, prev, x0, table, total, row, blocks, *scalars,
+            0.0 if guidance is None else float(guidance), 0.0 if clip is None else float(clip),
+            GUIDED=guidance is not None, CLIPPED=clip is not None, BLOCK_M=config.block_m,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def compile_specs():
+    """(label, arguments of the launcher, on no device) whose launches are the shipped configurations."""
+    for side in (64, 1024):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = torch.empty(2, 4, side, side, dtype=dtype, device="meta")
+            output, table = torch.empty(4, 4, side, side, dtype=dtype, device="meta"), x.new_empty(2, 7, dtype=torch.float32)
+            label = f"[2, 4, {side}, {side}] {dtype}".replace("torch.", "")
+            yield label + " guided", (x, output, None, x, x, [0.5] * 7, None, 7.5, None)
+            yield label + " guided noise table clip", (x, output, x, x, x, None, table, 7.5, 1.0)
