@@ -114,10 +114,10 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
 
 namespace ldmfast {
 
-template <typename T> constexpr DType dtype_of();
-template <> constexpr DType dtype_of<float>() { return DType::kFloat32; }
-template <> constexpr DType dtype_of<f16>() { return DType::kFloat16; }
-template <> constexpr DType dtype_of<bf16>() { return DType::kBFloat16; }
+template <typename T> __host__ __device__ constexpr DType dtype_of();
+template <> __host__ __device__ constexpr DType dtype_of<float>() { return DType::kFloat32; }
+template <> __host__ __device__ constexpr DType dtype_of<f16>() { return DType::kFloat16; }
+template <> __host__ __device__ constexpr DType dtype_of<bf16>() { return DType::kBFloat16; }
 inline size_t size_of(DType d) { return d == DType::kFloat32 ? 4 : d == DType::kBool ? 1 : 2; }
 
 template <int64_t B> constexpr int64_t round_up(int64_t a) { return (a + B - 1) / B * B; }

@@ -64,7 +64,7 @@ __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, co
   __syncthreads();
   for (int g = warp; g < w.groups; g += kWarps) {
     const float total = group_sum<V>(s.parts, g, sum_width, slab.columns, slab.step, sum_gc);
-    if (lane == 0) s.pivot[g] = members > 0 ? total / members : 0.0f;
+    if (lane == 0) s.pivot[g] = members > 0 ? total * fast_reciprocal(members) : 0.0f;
   }
   __syncthreads();
 
@@ -97,7 +97,7 @@ __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, co
     const float d = group_sum<V>(s.parts, g, sum_width, slab.columns, slab.step, sum_gc);
     const float q = group_sum<V>(s.parts + 2 * kThreads, g, sum_width, slab.columns, slab.step, sum_gc);
     if (lane == 0 && members > 0) {
-      const float correction = d / members, m2 = q - d * correction;
+      const float correction = d * fast_reciprocal(members), m2 = q - d * correction;
       const Moments now = {members, s.pivot[g] + correction, m2 > 0.0f ? m2 : 0.0f};
       const Moments all = merge({s.count[g], s.mean[g], s.m2[g]}, now);
       s.count[g] = all.count, s.mean[g] = all.mean, s.m2[g] = all.m2;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void finish(const Params& p, const Place& w, Storage<
     m = warp_merge(m);
     if (threadIdx.x % 32 == 0) {
       s.pivot[g] = m.mean;
-      s.rstd[g] = rsqrtf(m.m2 / m.count + p.a.eps);
+      s.rstd[g] = rsqrtf(m.m2 * fast_reciprocal(m.count) + p.a.eps);
     }
   }
 }
@@ -156,7 +156,7 @@ template <typename T> __device__ __forceinline__ void reset(const Place& w, Stor
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(kThreads) fused_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 1) fused_kernel(const __grid_constant__ Params p) {
   Storage<T> s(p);
   const Place w = locate(p);
   const Slab<V, CL> slab(p, w, w.begin);
@@ -187,7 +187,7 @@ __device__ __forceinline__ float* moments_of(const Params& p, const Place& w, in
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 1) statistics_kernel(const __grid_constant__ Params p) {
   Storage<T> s(p);
   const Place w = locate(p);
   reset(w, s);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_const
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constant__ Params p) {
   Storage<T> s(p);
   const Place w = locate(p);
   finish(p, w, s, p.tiles * p.slices, [&](int g, int i) {
@@ -243,7 +243,7 @@ template <typename T, int V, bool CL> void start(const Plan& plan, const Launch&
 template <typename T, bool CL> void start(const Plan& plan, const Launch& where) {
   constexpr int kWide = 16 / sizeof(T);
   if (plan.vector == kWide) start<T, kWide, CL>(plan, where);
-  else if (CL && plan.vector == 4) start<T, 4, CL>(plan, where);
+  else if constexpr (CL && kWide != 4) plan.vector == 4 ? start<T, 4, CL>(plan, where) : start<T, 1, CL>(plan, where);
   else start<T, 1, CL>(plan, where);
 }
 }  // namespace

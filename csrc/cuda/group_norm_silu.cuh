@@ -35,7 +35,7 @@ struct Moments { float count, mean, m2; };   // m2: sum of squared distances fro
 __device__ __forceinline__ Moments merge(Moments a, Moments b) {
   const float count = a.count + b.count;
   if (count == 0.0f) return a;
-  const float delta = b.mean - a.mean, share = b.count / count;
+  const float delta = b.mean - a.mean, share = b.count * fast_reciprocal(count);
   return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 __device__ __forceinline__ Moments warp_merge(Moments m) {
