@@ -28,12 +28,14 @@ def _load(ptr, rows, stride_row, length, cols, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def _add_mask(qk, mask_ptr, offs_m, offs_n, stride_ml, stride_ms, L, S, MASK: tl.constexpr):
-    # MASK: "bool" or "add"; a mask with stride_ml == 0 is one row for all queries
-    offs = offs_m.to(tl.int64)[:, None] * stride_ml + offs_n.to(tl.int64)[None, :] * stride_ms
-    inside = (offs_m < L)[:, None] & (offs_n < S)[None, :]
+def _add_mask(qk, mask_ptr, offs_m, offs_n, stride_ml, stride_ms, L, S, BOOL: tl.constexpr, ONE_ROW: tl.constexpr):
+    # ONE_ROW: a key mask, the same for all queries
+    offs, inside = offs_n.to(tl.int64)[None, :] * stride_ms, (offs_n < S)[None, :]
+    if not ONE_ROW:
+        offs += offs_m.to(tl.int64)[:, None] * stride_ml
+        inside &= (offs_m < L)[:, None]
     mask = tl.load(mask_ptr + offs, inside, other=0)
-    if MASK == "bool":
+    if BOOL:
         return tl.where(mask != 0, qk, float("-inf"))
     # to the base of exp2; float32's lowest number, which is no -inf, must not become one
     mask = mask.to(tl.float32)
@@ -51,6 +53,7 @@ def _attend(
     BLOCK_D1: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_ONE_ROW: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -59,16 +62,18 @@ def _attend(
     lane_n, cols0, cols1 = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D0), tl.arange(0, BLOCK_D1)
     k_ptr += tl.cast(start, tl.int64) * stride_ks
     v_ptr += tl.cast(start, tl.int64) * stride_vs
-    for n in range(start, stop, BLOCK_N):
+    # the last, partial block is one iteration: nothing to pipeline
+    for n in tl.range(start, stop, BLOCK_N, num_stages=None if FULL else 1):
         k0 = _load(k_ptr, lane_n, stride_ks, S - n, cols0, D0, BLOCK_D0, FULL)
-        qk = tl.dot(q0, k0.T, input_precision=PRECISION)
         if D1 > 0:
             k1 = _load(k_ptr + D0, lane_n, stride_ks, S - n, cols1, D1, BLOCK_D1, FULL)
-            qk = tl.dot(q1, k1.T, qk, input_precision=PRECISION)
+            qk = tl.dot(q1, k1.T, tl.dot(q0, k0.T, input_precision=PRECISION), input_precision=PRECISION)
+        else:
+            qk = tl.dot(q0, k0.T, input_precision=PRECISION)
         if SCALE_FIRST:
             qk *= scale
         if MASK != "none":
-            qk = _add_mask(qk, mask_ptr, offs_m, n + lane_n, stride_ml, stride_ms, L, S, MASK)
+            qk = _add_mask(qk, mask_ptr, offs_m, n + lane_n, stride_ml, stride_ms, L, S, MASK == "bool", MASK_ONE_ROW)
         if not FULL:
             qk = tl.where((lane_n < S - n)[None, :], qk, float("-inf"))
         if SCALE_FIRST:
@@ -100,7 +105,7 @@ def attention_kernel(
     k_ptr, v_ptr,  # [N, S, H, D]
     out_ptr,  # [N, L, H, D], dense
     mask_ptr,  # [N, H, L, S] by strides, or None
-    stride_qn, stride_ql, stride_qh,
+    stride_qn, stride_ql, stride_qh,  # of q, k and v: in units of ALIGN, so that the compiler knows what divides them
     stride_kn, stride_ks, stride_kh,
     stride_vn, stride_vs, stride_vh,
     stride_mn, stride_mh, stride_ml, stride_ms,
@@ -112,7 +117,10 @@ def attention_kernel(
     BLOCK_D1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EVEN_S: tl.constexpr,
+    ALIGN: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_ONE_ROW: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -122,9 +130,10 @@ def attention_kernel(
     h = (tl.program_id(0) // blocks_l % H).to(tl.int64)
     n = (tl.program_id(0) // blocks_l // H).to(tl.int64)
     first = block.to(tl.int64) * BLOCK_M
-    q_ptr += n * stride_qn + h * stride_qh + first * stride_ql
-    k_ptr += n * stride_kn + h * stride_kh
-    v_ptr += n * stride_vn + h * stride_vh
+    q_ptr += (n * stride_qn + h * stride_qh + first * stride_ql) * ALIGN
+    k_ptr += (n * stride_kn + h * stride_kh) * ALIGN
+    v_ptr += (n * stride_vn + h * stride_vh) * ALIGN
+    stride_ql, stride_ks, stride_vs = stride_ql * ALIGN, stride_ks * ALIGN, stride_vs * ALIGN
     if MASK != "none":
         mask_ptr += n * stride_mn + h * stride_mh
     lane_m, cols0, cols1 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D0), tl.arange(0, BLOCK_D1)
@@ -141,12 +150,14 @@ def attention_kernel(
     full = S // BLOCK_N * BLOCK_N
     acc0, acc1, row_sum, row_max = _attend(
         acc0, acc1, row_sum, row_max, q0, q1, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_ml, stride_ms,
-        offs_m, L, S, scale, 0, full, D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, SCALE_FIRST, True, PRECISION,
+        offs_m, L, S, scale, 0, full, D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, MASK_ONE_ROW, SCALE_FIRST, True, PRECISION,
     )  # fmt: skip
-    acc0, acc1, row_sum, row_max = _attend(
-        acc0, acc1, row_sum, row_max, q0, q1, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_ml, stride_ms,
-        offs_m, L, S, scale, full, S, D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, SCALE_FIRST, False, PRECISION,
-    )  # fmt: skip
+    if not EVEN_S:
+        acc0, acc1, row_sum, row_max = _attend(
+            acc0, acc1, row_sum, row_max, q0, q1, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_ml, stride_ms,
+            offs_m, L, S, scale, full, S, D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, MASK_ONE_ROW, SCALE_FIRST, False,
+            PRECISION,
+        )  # fmt: skip
     # no key at all: zeros
     inverse = tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)[:, None]
     out_ptr += ((n * L + first) * H + h) * D
@@ -208,15 +219,18 @@ def attention(q, k, v, out, mask, scale):
     kind = "none" if mask is None else "bool" if mask.dtype is torch.bool else "add"
     strides_m = (0, 0, 0, 0) if mask is None else mask.stride()
     blocks_l = triton.cdiv(length, config.block_m)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    # a head of 40 is 80 bytes from the next: 16-byte copies are right, though Triton itself looks only for multiples of 16
+    align = math.gcd(*strides, 16 // q.element_size())
     with torch.cuda.device_of(q):
         attention_kernel[(blocks_l * heads * n,)](
             q, k, v, out, mask.view(torch.uint8) if kind == "bool" else mask,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides_m,
+            *(stride // align for stride in strides), *strides_m,
             length, keys, heads, blocks_l, float(scale) * math.log2(math.e),
             D=d, D0=config.d0, BLOCK_D0=config.block_d0, BLOCK_D1=config.block_d1,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, EVEN_S=keys % config.block_n == 0, ALIGN=align,
             # the maximum can be scaled instead of every score, if scaling keeps the order
-            MASK=kind, SCALE_FIRST=mask is not None or scale <= 0,
+            MASK=kind, MASK_ONE_ROW=strides_m[2] == 0, SCALE_FIRST=mask is not None or scale <= 0,
             PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
