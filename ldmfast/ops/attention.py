@@ -143,3 +143,8 @@ def _triton(q, k, v, scale, mask):
 
 
 _triton.refuses(triton.refuse)
+
+
+@_triton.refuses
+def _wide(q, *others):
+    return f"head width D={q.shape[3]} is over 256" if q.shape[3] > 256 else None
