@@ -137,26 +137,45 @@ template <> inline __attribute__((always_inline)) void load_pair(const BFloat16*
   even = (VecF)(u << 16);
   odd = (VecF)(u & 0xffff0000u);
 }
+// a + b += the sum of 2 * kLanes elements
+template <class T> LDMFAST_INLINE void add_pair(const T* p, VecF& a, VecF& b) {
+  VecF x, y;
+  load_pair(p, x, y);
+  a += x;
+  b += y;
+}
+#if defined(__AVX512BF16__)
+template <> inline __attribute__((always_inline)) void add_pair(const BFloat16* p, VecF& a, VecF&) {
+  __m512bh x;
+  memcpy(&x, p, sizeof x);
+  a = (VecF)_mm512_dpbf16_ps((__m512)a, x, (__m512bh)_mm512_set1_epi16(0x3f80));  // times one, and exact
+}
+#endif
 template <class T> LDMFAST_INLINE void store_pair(T* p, VecF a, VecF b) {
   store(p, a);
   store(p + kLanes, b);
 }
 template <> inline __attribute__((always_inline)) void store_pair(BFloat16* p, VecF even, VecF odd) {
 #if defined(__AVX512BF16__)
-  __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)even), high = (__m256i)_mm512_cvtneps_pbh((__m512)odd);
-  VecU u = (VecU)_mm512_cvtepu16_epi32(low) | ((VecU)_mm512_cvtepu16_epi32(high) << 16);
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  const Halves order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  VecU u = (VecU)_mm512_permutexvar_epi16((__m512i)order, halves);
 #else
   VecU u = (rounded_bits(even) >> 16) | (rounded_bits(odd) & 0xffff0000u);
 #endif
   memcpy(p, &u, sizeof u);
 }
 
+LDMFAST_INLINE float to_float(float x) { return x; }
+LDMFAST_INLINE float to_float(BFloat16 x) { return ((VecF)splat_u((uint32_t)x.bits << 16))[0]; }
+LDMFAST_INLINE float to_float(Half x) { return from_bits(x.bits - VecH{}, x)[0]; }
+
 // One number of a dtype known only at run time; for coefficients, not for inner loops.
 LDMFAST_INLINE float load_scalar(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::kFloat32) return ((const float*)p)[i];
-  if (dtype == DType::kBool) return ((const uint8_t*)p)[i] != 0;
-  if (dtype == DType::kBFloat16) return load_first((const BFloat16*)p + i, 1)[0];
-  return load_first((const Half*)p + i, 1)[0];
+  return dtype == DType::kBFloat16 ? to_float(((const BFloat16*)p)[i]) : to_float(((const Half*)p)[i]);
 }
 
 // ---- across lanes ----
@@ -187,9 +206,9 @@ enum class Accuracy { kFast, kFull };
 template <class T> struct AccuracyOf { static constexpr Accuracy value = Accuracy::kFull; };
 template <> struct AccuracyOf<BFloat16> { static constexpr Accuracy value = Accuracy::kFast; };
 
-// 2^t; infinity above 128, 0 below about -126, NaN for NaN. Minimax polynomials of 2^f, f in [-0.5, 0.5], by
+// factor * 2^t; infinite above 128, 0 below about -126, NaN for NaN. Minimax polynomials of 2^f, f in [-0.5, 0.5], by
 // Lawson's iteration on the relative error: 7.5e-5 (degree 3) and 7.9e-8 with its float32 rounding (degree 6).
-template <Accuracy A> LDMFAST_INLINE VecF exp2v(VecF t) {
+template <Accuracy A> LDMFAST_INLINE VecF exp2v(VecF t, float factor = 1.0f) {
 #if defined(__AVX512F__)
   VecF n = (VecF)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   VecF f = t - n;
@@ -201,16 +220,16 @@ template <Accuracy A> LDMFAST_INLINE VecF exp2v(VecF t) {
 #endif
   VecF p;
   if (A == Accuracy::kFast) {
-    p = f * 0.0551716685f + 0.242611125f;
-    p = p * f + 0.693260968f;
-    p = p * f + 0.999928057f;
+    p = f * (factor * 0.0551716685f) + factor * 0.242611125f;
+    p = p * f + factor * 0.693260968f;
+    p = p * f + factor * 0.999928057f;
   } else {
-    p = f * 0.000153458124f + 0.00133999309f;
-    p = p * f + 0.00961848907f;
-    p = p * f + 0.0555032864f;
-    p = p * f + 0.240226462f;
-    p = p * f + 0.693147182f;
-    p = p * f + 1.0f;
+    p = f * (factor * 0.000153458124f) + factor * 0.00133999309f;
+    p = p * f + factor * 0.00961848907f;
+    p = p * f + factor * 0.0555032864f;
+    p = p * f + factor * 0.240226462f;
+    p = p * f + factor * 0.693147182f;
+    p = p * f + factor * 1.0f;
   }
 #if defined(__AVX512F__)
   // infinities are right although f is NaN there: scalef(NaN, inf) is inf, scalef(NaN, -inf) is 0
@@ -221,14 +240,15 @@ template <Accuracy A> LDMFAST_INLINE VecF exp2v(VecF t) {
 #endif
 }
 
-// y * sigmoid(y); NaN at minus infinity, as torch has it
-template <Accuracy A> LDMFAST_INLINE VecF silu(VecF y) {
-  VecF denominator = exp2v<A>(y * -kLog2e) + 1.0f;
+// y * sigmoid(y) for t = -log2(e) * y: t / (-log2(e) * (1 + 2^t)). NaN for y = -inf, as torch has it.
+template <Accuracy A> LDMFAST_INLINE VecF silu_of_exponent(VecF t) {
+  const VecF denominator = exp2v<A>(t, -kLog2e) - kLog2e;
 #if defined(__AVX512F__)
-  if (A == Accuracy::kFast) return y * (VecF)_mm512_rcp14_ps((__m512)denominator);  // 6e-5 relative
+  if (A == Accuracy::kFast) return t * (VecF)_mm512_rcp14_ps((__m512)denominator);  // 6e-5 relative
 #endif
-  return y / denominator;
+  return t / denominator;
 }
+template <Accuracy A> LDMFAST_INLINE VecF silu(VecF y) { return y / (exp2v<A>(y * -kLog2e) + 1.0f); }
 
 }  // namespace LDMFAST_ISA
 }  // namespace ldmfast
