@@ -3,68 +3,23 @@
 // Source: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, algorithm 1 (the blocking).
 #include <omp.h>
 
-#include "simd.h"
+#include "attention_tiles.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int kRows = kLanes == 16 ? 8 : 4;  // queries whose sums are in registers at one time: 32 registers, or 16
-constexpr int kTile = 2 * kLanes;            // keys whose sums are in registers at one time
-constexpr int64_t kKeys = 256;               // keys between two updates of the maximum; a multiple of kTile
-constexpr int64_t kPart = 128;                // products in one running sum of a score
-constexpr int64_t kTaskRows = 64;            // queries of one task, which share K and V in the caches
-
-// All packed operands are 32-bit words, held in float: one float32, or two neighbours in bfloat16.
-struct Single {
-  static constexpr int kPack = 1;
-  static constexpr uint32_t kSign = 0x80000000u;
-  LDMFAST_INLINE VecF dot(VecF sum, VecF a, VecF b) { return sum + a * b; }
-  template <class T> LDMFAST_INLINE VecF words(const T* row, int64_t n) {
-    return n >= kLanes ? load(row) : load_first(row, n);
-  }
-  template <class T> LDMFAST_INLINE VecF value_words(const T* row, const T*, int64_t n) { return words(row, n); }
-  LDMFAST_INLINE void store_weights(float* p, VecF a, VecF b) {
-    store(p, a);
-    store(p + kLanes, b);
-  }
-};
-
-#if defined(__AVX512BF16__)
-struct Paired {
-  static constexpr int kPack = 2;
-  static constexpr uint32_t kSign = 0x80008000u;
-  LDMFAST_INLINE VecF dot(VecF sum, VecF a, VecF b) {
-    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
-  LDMFAST_INLINE VecF words(const BFloat16* row, int64_t n) {  // n elements remain in the row
-    VecF x{};
-    memcpy(&x, row, (size_t)min64(n * 2, sizeof x));
-    return x;
-  }
-  LDMFAST_INLINE VecF value_words(const BFloat16* even, const BFloat16* odd, int64_t n) {
-    VecU a = (VecU)Single::words(even, n), b = odd ? (VecU)Single::words(odd, n) : VecU{};
-    return (VecF)(a >> 16 | b);
-  }
-  LDMFAST_INLINE void store_weights(float* p, VecF a, VecF b) {
-    __m512bh h = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-    memcpy(p, &h, sizeof h);
-  }
-};
-#endif
-
-template <class T> struct MathOf { using type = Single; };
-#if defined(__AVX512BF16__)
-template <> struct MathOf<BFloat16> { using type = Paired; };
-#endif
+constexpr int64_t kTaskRows = 64;           // queries of one task, which share a block of K and V in the caches
+constexpr int64_t kBlockBytes = 36 * 1024;  // of K and V in one block of keys
+constexpr int64_t kTaskFloats = 32 * 1024;  // queries and sums of one task
 
 struct Plan {
-  int64_t depth;        // words of a query or key
-  int64_t width;        // padded head width: words of a packed row of V, floats of a row of sums
-  int64_t keys;         // S, padded
-  int64_t key_words;    // packed rows of V
-  int64_t task_rows, tasks;  // of one head
-  int64_t threads, scratch;  // floats of scratch per thread
+  int64_t depth, parts;           // words of a query or key; kPart words each
+  int64_t width;                  // padded head width: words of a packed row of V, floats of a row of sums
+  int64_t keys, key_words;        // S, padded; packed rows of V
+  int64_t block;                  // keys between two updates of the maximum
+  int64_t task_rows, head_tasks;  // queries of a task; tasks of a head
+  int64_t threads, scratch;       // floats of scratch per thread
   size_t bytes;
   float *k, *v, *thread;
 };
@@ -72,15 +27,19 @@ struct Plan {
 Plan plan_of(const AttentionArgs& a, int pack) {
   Plan p;
   p.depth = ceil_div(a.D, pack);
+  p.parts = ceil_div(p.depth, kPart);
   p.width = ceil_div(a.D, kLanes) * kLanes;
+  if (kHalf && a.D > kLanes && p.width - a.D >= kHalf) p.width -= kHalf;
   p.keys = ceil_div(a.S, kTile) * kTile;
   p.key_words = ceil_div(a.S, pack);
+  const int64_t fit = kBlockBytes / (4 * (p.depth + p.width / pack)) / kTile * kTile;
+  p.block = max64(kTile, min64(kKeys, fit));
   p.threads = max64(1, omp_get_max_threads());
   const int64_t wanted = ceil_div(a.N * a.H * a.L, 4 * p.threads * kRows) * kRows;  // four tasks a thread
-  const int64_t fitting = max64(1, 32768 / (p.width + p.depth)) / kRows * kRows;    // 128 KiB of queries and sums
+  const int64_t fitting = kTaskFloats / (p.width + p.parts * kPart) / kRows * kRows;
   p.task_rows = max64(kRows, min64(min64(wanted, fitting), kTaskRows));
-  p.tasks = ceil_div(a.L, p.task_rows);
-  p.scratch = p.task_rows * (p.depth + p.width + 2) + 2 * kRows * kKeys;
+  p.head_tasks = ceil_div(a.L, p.task_rows);
+  p.scratch = p.task_rows * (p.parts * kPart + p.width + kLanes + 1) + 2 * kRows * kKeys + kLanes;
   const int64_t k_words = a.N * a.H * p.keys * p.depth, v_words = a.N * a.H * p.key_words * p.width;
   p.bytes = (size_t)(k_words + v_words + p.threads * p.scratch) * 4;
   p.k = (float*)a.workspace;
@@ -89,17 +48,14 @@ Plan plan_of(const AttentionArgs& a, int pack) {
   return p;
 }
 
-// to[word * kCount + row] = word of from[row]; rows from valid on are zero
-template <class M, class T, int kCount>
-void interleave(const T* from, int64_t stride, int64_t valid, int64_t D, uint32_t flip, float* to) {
-  uint32_t words[kLanes];
-  for (int row = 0; row < kCount; ++row) {
-    for (int64_t w = 0; w * M::kPack < D; w += kLanes) {
-      VecF x = row < valid ? M::words(from + row * stride + w * M::kPack, D - w * M::kPack) : VecF{};
-      VecU bits = (VecU)x ^ flip;
-      memcpy(words, &bits, sizeof bits);
-      const int64_t count = min64(kLanes, ceil_div(D, M::kPack) - w);
-      for (int64_t i = 0; i < count; ++i) memcpy(to + (w + i) * kCount + row, words + i, 4);
+// to[depth, kLanes] = the words of kLanes rows; rows from valid on are zero
+template <class M, class T> void interleave(const T* from, int64_t stride, int64_t valid, int64_t D, float* to) {
+  float words[kLanes];
+  for (int64_t w = 0; w * M::kPack < D; w += kLanes) {
+    const int64_t count = min64(kLanes, ceil_div(D, M::kPack) - w);
+    for (int row = 0; row < kLanes; ++row) {
+      store(words, row < valid ? M::words(from + row * stride + w * M::kPack, D - w * M::kPack) : VecF{});
+      for (int64_t i = 0; i < count; ++i) to[(w + i) * kLanes + row] = words[i];
     }
   }
 }
@@ -110,81 +66,16 @@ template <class M, class T> void pack_keys(const AttentionArgs& a, const Plan& p
   const T* v = (const T*)a.v + n * a.stride_vn + h * a.stride_vh + s * a.stride_vs;
   float* to_k = p.k + (head * p.keys + s) * p.depth;
   for (int i = 0; i < kTile; i += kLanes) {
-    interleave<M, T, kLanes>(k + i * a.stride_ks, a.stride_ks, a.S - s - i, a.D, 0, to_k + i * p.depth);
+    interleave<M, T>(k + i * a.stride_ks, a.stride_ks, a.S - s - i, a.D, to_k + i * p.depth);
   }
   float* to_v = p.v + (head * p.key_words + s / M::kPack) * p.width;
   for (int64_t i = 0; i < min64(kTile, a.S - s); i += M::kPack, to_v += p.width) {
     const T *even = v + i * a.stride_vs, *odd = s + i + 1 < a.S ? even + a.stride_vs : nullptr;
     for (int64_t d = 0; d < a.D; d += kLanes) {
-      store(to_v + d, M::value_words(even + d, odd ? odd + d : nullptr, a.D - d));
+      const VecF x = M::value_words(even + d, odd ? odd + d : nullptr, a.D - d);
+      if (p.width - d >= kLanes) store(to_v + d, x);
+      else store_first(to_v + d, x, p.width - d);
     }
-  }
-}
-
-LDMFAST_INLINE VecF broadcast(const float* p) {
-  uint32_t bits;
-  memcpy(&bits, p, 4);
-  return (VecF)(bits - VecU{});
-}
-
-// s[kRows, kTile] = q k^T, of q [depth, kRows] and k [2, depth, kLanes]; long sums in parts, for float32's sake
-template <class M> void multiply_keys(const float* q, const float* k, int64_t depth, float* s) {
-  for (int64_t begin = 0; begin < depth; begin += kPart) {
-    const int64_t end = min64(depth, begin + kPart);
-    VecF sum[kRows][2] = {};
-    for (int64_t d = begin; d < end; ++d) {
-      const VecF k0 = load(k + d * kLanes), k1 = load(k + (depth + d) * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const VecF x = broadcast(q + d * kRows + r);
-        sum[r][0] = M::dot(sum[r][0], x, k0);
-        sum[r][1] = M::dot(sum[r][1], x, k1);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      float* to = s + r * kKeys;
-      store(to, begin ? load(to) + sum[r][0] : sum[r][0]);
-      store(to + kLanes, begin ? load(to + kLanes) + sum[r][1] : sum[r][1]);
-    }
-  }
-}
-
-// o[kRows, kVectors] = o * decay + p v, of p [kRows, words] and v [words, width]
-template <class M, int kVectors>
-void multiply_values(const float* p, const float* v, int64_t words, int64_t width, const float* decay, float* o) {
-  VecF sum[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-    for (int j = 0; j < kVectors; ++j) sum[r][j] = load(o + r * width + j * kLanes) * decay[r];
-  }
-  for (int64_t w = 0; w < words; ++w) {
-    VecF x[kVectors];
-#pragma GCC unroll 3
-    for (int j = 0; j < kVectors; ++j) x[j] = load(v + w * width + j * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const VecF weight = broadcast(p + r * kKeys / M::kPack + w);
-#pragma GCC unroll 3
-      for (int j = 0; j < kVectors; ++j) sum[r][j] = M::dot(sum[r][j], weight, x[j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-    for (int j = 0; j < kVectors; ++j) store(o + r * width + j * kLanes, sum[r][j]);
-  }
-}
-
-template <class M>
-void all_values(const float* p, const float* v, int64_t words, int64_t width, const float* decay, float* o) {
-  for (int64_t d = 0; d < width;) {
-    const int64_t left = (width - d) / kLanes, step = left == 3 || left > 4 ? 3 : left == 1 ? 1 : 2;
-    if (step == 3) multiply_values<M, 3>(p, v + d, words, width, decay, o + d);
-    if (step == 2) multiply_values<M, 2>(p, v + d, words, width, decay, o + d);
-    if (step == 1) multiply_values<M, 1>(p, v + d, words, width, decay, o + d);
-    d += step * kLanes;
   }
 }
 
@@ -214,65 +105,52 @@ void apply_mask(const AttentionArgs& a, int64_t head, int64_t l, int64_t s0, int
   }
 }
 
-// p = 2^(s * factor - maximum), the weights of count keys (padded to kTile) for one query
-template <class M, Accuracy A>
-LDMFAST_INLINE float weights(const float* s, int64_t count, float factor, float maximum, float* p) {
-  VecF total0{}, total1{};
-  for (int64_t i = 0; i < count; i += kTile) {
-    const VecF a = exp2v<A>(load(s + i) * factor - maximum), b = exp2v<A>(load(s + i + kLanes) * factor - maximum);
-    total0 += a;
-    total1 += b;
-    M::store_weights(p + i / M::kPack, a, b);
-  }
-  return reduce_add(total0 + total1);
-}
-
-LDMFAST_INLINE float row_maximum(const float* s, int64_t count) {
-  VecF m0 = splat(-kInf), m1 = m0;
-  for (int64_t i = 0; i < count; i += kTile) {
-    m0 = vmax(load(s + i), m0);  // the second operand survives where the score is NaN
-    m1 = vmax(load(s + i + kLanes), m1);
-  }
-  return reduce_max(vmax(m0, m1));
-}
-
 // A task's state and its one thread's scratch.
 template <class M, class T> struct Task {
   const AttentionArgs& a;
   const Plan& p;
   const int64_t head, first, rows;  // queries [first, first + rows) of the head
-  float *q, *o, *maximum, *sum;     // [rows / kRows, depth, kRows], [rows, width], [rows], [rows]
+  float *q, *sum, *maximum, *o;     // [rows / kRows, parts, kRows, kPart], [rows, kLanes], [rows], [rows, width]
   float *scores, *weight;           // [kRows, kKeys] each
 
   Task(const AttentionArgs& a, const Plan& p, int64_t i, float* scratch)
-      : a(a), p(p), head(i / p.tasks), first(i % p.tasks * p.task_rows), rows(min64(p.task_rows, a.L - first)) {
+      : a(a), p(p), head(i / p.head_tasks), first(i % p.head_tasks * p.task_rows),
+        rows(min64(p.task_rows, a.L - first)) {
     scores = scratch;
     weight = scores + kRows * kKeys;
     q = weight + kRows * kKeys;
-    o = q + p.task_rows * p.depth;
-    maximum = o + p.task_rows * p.width;
-    sum = maximum + p.task_rows;
+    sum = q + p.task_rows * p.parts * kPart;
+    maximum = sum + p.task_rows * kLanes;
+    o = maximum + p.task_rows;  // followed by kLanes floats that finish may read
   }
 
   void begin() {
     const T* from = (const T*)a.q + head / a.H * a.stride_qn + head % a.H * a.stride_qh + first * a.stride_ql;
-    for (int64_t r = 0; r < rows; r += kRows) {  // a negative scale becomes q's sign, so that factors are positive
-      interleave<M, T, kRows>(from + r * a.stride_ql, a.stride_ql, rows - r, a.D, a.scale < 0 ? M::kSign : 0,
-                              q + r * p.depth);
+    const VecU flip = splat_u(a.scale < 0 ? M::kSign : 0);  // so that factors are positive, and maxima maxima
+    for (int64_t r = 0; r < ceil_div(rows, kRows) * kRows; ++r) {
+      for (int64_t w = 0; w < p.depth; w += kLanes) {
+        const VecF x = r < rows ? M::words(from + r * a.stride_ql + w * M::kPack, a.D - w * M::kPack) : VecF{};
+        store(q + (r / kRows * p.parts + w / kPart) * kRows * kPart + r % kRows * kPart + w % kPart,
+              (VecF)((VecU)x ^ flip));
+      }
+      for (int64_t d = 0; d < p.width; ++d) o[r * p.width + d] = 0.0f;
+      store(sum + r * kLanes, VecF{});
+      maximum[r] = -kInf;
     }
-    for (int64_t i = 0; i < p.task_rows * p.width; ++i) o[i] = 0.0f;
-    for (int64_t i = 0; i < p.task_rows; ++i) {
-      maximum[i] = -kInf;
-      sum[i] = 0.0f;
-    }
+  }
+
+  void multiply(int64_t r, int64_t s0, int64_t count) {
+    const float* from = q + r * p.parts * kPart;
+    const float* k = p.k + (head * p.keys + s0) * p.depth;
+    int64_t s = 0;
+    for (; s + kLanes < count; s += kTile) multiply_keys<M, 2>(from, k + s * p.depth, p.depth, scores + s);
+    if (s < count) multiply_keys<M, 1>(from, k + s * p.depth, p.depth, scores + s);
   }
 
   // kRows queries from row r on and the keys [s0, s0 + count)
   void block(int64_t r, int64_t s0, int64_t count) {
+    multiply(r, s0, count);
     const int64_t padded = ceil_div(count, kTile) * kTile;
-    const float *k = p.k + (head * p.keys + s0) * p.depth, *v = p.v + (head * p.key_words + s0 / M::kPack) * p.width;
-    for (int64_t s = 0; s < padded; s += kTile) multiply_keys<M>(q + r * p.depth, k + s * p.depth, p.depth, scores + s);
-
     float factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e, shift[kRows], decay[kLanes] = {};
     for (int i = 0; i < kRows; ++i) {
       float* row = scores + i * kKeys;
@@ -288,17 +166,18 @@ template <class M, class T> struct Task {
     }
     store(decay, exp2v<Accuracy::kFull>(load(decay)));
     for (int i = 0; i < kRows; ++i) {
-      float* to = weight + i * kKeys / M::kPack;
-      float here = weights<M, AccuracyOf<T>::value>(scores + i * kKeys, padded, factor, shift[i], to);
-      sum[r + i] = sum[r + i] * decay[i] + here;
+      float *to = weight + i * kKeys / M::kPack, *total = sum + (r + i) * kLanes;
+      const VecF here = weights<M, AccuracyOf<T>::value>(scores + i * kKeys, padded, factor, shift[i], to);
+      store(total, load(total) * decay[i] + here);
     }
+    const float* v = p.v + (head * p.key_words + s0 / M::kPack) * p.width;
     all_values<M>(weight, v, ceil_div(count, M::kPack), p.width, decay, o + r * p.width);
   }
 
   void finish() {
     for (int64_t r = 0; r < rows; ++r) {
       T* out = (T*)a.out + (((head / a.H) * a.L + first + r) * a.H + head % a.H) * a.D;
-      const float inverse = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+      const float total = reduce_add(load(sum + r * kLanes)), inverse = total == 0.0f ? 0.0f : 1.0f / total;
       for (int64_t d = 0; d < a.D; d += kLanes) {
         const VecF x = load(o + r * p.width + d) * inverse;
         if (a.D - d >= kLanes) store(out + d, x);
@@ -309,8 +188,8 @@ template <class M, class T> struct Task {
 
   void run() {
     begin();
-    for (int64_t s = 0; s < a.S; s += kKeys) {
-      for (int64_t r = 0; r < rows; r += kRows) block(r, s, min64(kKeys, a.S - s));
+    for (int64_t s = 0; s < a.S; s += p.block) {
+      for (int64_t r = 0; r < rows; r += kRows) block(r, s, min64(p.block, a.S - s));
     }
     finish();
   }
@@ -326,7 +205,7 @@ template <class T> void run(const AttentionArgs& a) {
     for (int64_t i = 0; i < heads * key_tiles; ++i) pack_keys<M, T>(a, p, i / key_tiles, i % key_tiles * kTile);
     float* scratch = p.thread + omp_get_thread_num() * p.scratch;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < heads * p.tasks; ++i) Task<M, T>(a, p, i, scratch).run();
+    for (int64_t i = 0; i < heads * p.head_tasks; ++i) Task<M, T>(a, p, i, scratch).run();
   }
 }
 

@@ -115,6 +115,21 @@ template <class T> LDMFAST_INLINE void store(T* p, VecF x) {
 }
 template <> inline __attribute__((always_inline)) void store(float* p, VecF x) { memcpy(p, &x, sizeof x); }
 
+#if defined(__AVX512F__)
+LDMFAST_INLINE __mmask16 first_lanes(int64_t n) { return (__mmask16)((1u << n) - 1); }
+template <class T> LDMFAST_INLINE VecF load_first(const T* p, int64_t n) {
+  return from_bits((VecH)_mm256_maskz_loadu_epi16(first_lanes(n), p), T{});
+}
+template <> inline __attribute__((always_inline)) VecF load_first(const float* p, int64_t n) {
+  return (VecF)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+template <class T> LDMFAST_INLINE void store_first(T* p, VecF x, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)to_bits(x, T{}));
+}
+template <> inline __attribute__((always_inline)) void store_first(float* p, VecF x, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x);
+}
+#else
 template <class T> LDMFAST_INLINE VecF load_first(const T* p, int64_t n) {
   T buffer[kLanes] = {};
   memcpy(buffer, p, (size_t)n * sizeof(T));
@@ -125,6 +140,7 @@ template <class T> LDMFAST_INLINE void store_first(T* p, VecF x, int64_t n) {
   store(buffer, x);
   memcpy(p, buffer, (size_t)n * sizeof(T));
 }
+#endif
 
 // 2 * kLanes elements in an order of the type's own: bfloat16 splits into even and odd with one operation each.
 template <class T> LDMFAST_INLINE void load_pair(const T* p, VecF& a, VecF& b) {

@@ -1,0 +1,180 @@
+// The inner loops of attention.cpp, on operands packed as 32-bit words.
+#pragma once
+#include "simd.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+constexpr int kRows = kLanes == 16 ? 8 : 4;  // queries whose sums are in registers at one time: 32 registers, or 16
+constexpr int kTile = 2 * kLanes;            // keys whose sums are in registers at one time
+constexpr int64_t kKeys = 256;               // most keys between two updates of the maximum; a multiple of kTile
+constexpr int64_t kPart = 128;               // words of a query that lie together, and products in one running sum
+constexpr int kHalf = kLanes == 16 ? 8 : 0;  // where half a vector costs half, head widths such as 40 end in one
+
+typedef float VecHalf __attribute__((vector_size(32)));
+
+template <class V> LDMFAST_INLINE V load_as(const float* p) {
+  V x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class V> LDMFAST_INLINE V broadcast(const float* p) {
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(V))));
+  uint32_t bits;
+  memcpy(&bits, p, 4);
+  return (V)(bits - Bits{});
+}
+
+// Packed operands are 32-bit words, held in float: one float32, or two neighbours in bfloat16.
+struct Single {
+  static constexpr int kPack = 1;
+  static constexpr uint32_t kSign = 0x80000000u;
+  template <class V> LDMFAST_INLINE V dot(V sum, V a, V b) { return sum + a * b; }
+  template <class T> LDMFAST_INLINE VecF words(const T* row, int64_t n) {  // n elements remain in the row
+    return n >= kLanes ? load(row) : load_first(row, n);
+  }
+  template <class T> LDMFAST_INLINE VecF value_words(const T* row, const T*, int64_t n) { return words(row, n); }
+  LDMFAST_INLINE void store_weights(float* p, VecF a, VecF b) {
+    store(p, a);
+    store(p + kLanes, b);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct Paired {
+  static constexpr int kPack = 2;
+  static constexpr uint32_t kSign = 0x80008000u;
+  LDMFAST_INLINE VecF dot(VecF sum, VecF a, VecF b) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  LDMFAST_INLINE VecHalf dot(VecHalf sum, VecHalf a, VecHalf b) {
+    return (VecHalf)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
+  }
+  LDMFAST_INLINE VecF words(const BFloat16* row, int64_t n) {
+    const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1;
+    return (VecF)_mm512_maskz_loadu_epi16(mask, row);
+  }
+  LDMFAST_INLINE VecF value_words(const BFloat16* even, const BFloat16* odd, int64_t n) {
+    VecU a = (VecU)Single::words(even, n), b = odd ? (VecU)Single::words(odd, n) : VecU{};
+    return (VecF)(a >> 16 | b);
+  }
+  LDMFAST_INLINE void store_weights(float* p, VecF a, VecF b) {
+    __m512bh h = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    memcpy(p, &h, sizeof h);
+  }
+};
+#endif
+
+template <class T> struct MathOf { using type = Single; };
+#if defined(__AVX512BF16__)
+template <> struct MathOf<BFloat16> { using type = Paired; };
+#endif
+
+// s[kRows, kVectors * kLanes] = q k^T, of q [parts, kRows, kPart] and k [kVectors, depth, kLanes]
+template <class M, int kVectors> void multiply_keys(const float* q, const float* k, int64_t depth, float* s) {
+  for (int64_t begin = 0; begin < depth; begin += kPart, q += kRows * kPart) {
+    const int64_t count = min64(kPart, depth - begin);
+    const float* from = k + begin * kLanes;
+    VecF sum[kRows][kVectors] = {};
+    for (int64_t d = 0; d < count; ++d) {
+      VecF x[kVectors];
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) x[j] = load(from + (j * depth + d) * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const VecF w = broadcast<VecF>(q + r * kPart + d);
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) sum[r][j] = M::dot(sum[r][j], w, x[j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        float* to = s + r * kKeys + j * kLanes;
+        store(to, begin ? load(to) + sum[r][j] : sum[r][j]);  // parts, so that float32 keeps its last bits
+      }
+    }
+  }
+}
+
+// o[kRows, ...] = o * decay + p v for kVectors vectors of the head width and, if asked, half a one; of p [kRows, words]
+// and v [words, width]
+template <class M, int kVectors, bool kTail>
+void multiply_values(const float* p, const float* v, int64_t words, int64_t width, const float* decay, float* o) {
+  VecF sum[kRows][kVectors];
+  VecHalf tail[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = load(o + r * width + j * kLanes) * decay[r];
+    if (kTail) tail[r] = load_as<VecHalf>(o + r * width + kVectors * kLanes) * decay[r];
+  }
+  for (int64_t w = 0; w < words; ++w, v += width, ++p) {
+    VecF x[kVectors];
+    VecHalf last = VecHalf{};
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) x[j] = load(v + j * kLanes);
+    if (kTail) last = load_as<VecHalf>(v + kVectors * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const float* weight = p + r * kKeys / M::kPack;
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = M::dot(sum[r][j], broadcast<VecF>(weight), x[j]);
+      if (kTail) tail[r] = M::dot(tail[r], broadcast<VecHalf>(weight), last);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) store(o + r * width + j * kLanes, sum[r][j]);
+    if (kTail) memcpy(o + r * width + kVectors * kLanes, &tail[r], sizeof tail[r]);
+  }
+}
+
+// all of the head width, three vectors at most at a time
+template <class M>
+void all_values(const float* p, const float* v, int64_t words, int64_t width, const float* decay, float* o) {
+  const bool tail = width % kLanes;
+  for (int64_t d = 0; d < width;) {
+    const int64_t left = (width - d) / kLanes;  // whole vectors
+    int64_t step = left == 3 || left > 4 ? 3 : left == 1 ? 1 : 2;
+    if (tail && left == 3) step = 2;
+    if (tail && left <= 2) {
+      if (left == 2) multiply_values<M, 2, kHalf != 0>(p, v + d, words, width, decay, o + d);
+      if (left == 1) multiply_values<M, 1, kHalf != 0>(p, v + d, words, width, decay, o + d);
+      return;
+    }
+    if (step == 3) multiply_values<M, 3, false>(p, v + d, words, width, decay, o + d);
+    if (step == 2) multiply_values<M, 2, false>(p, v + d, words, width, decay, o + d);
+    if (step == 1) multiply_values<M, 1, false>(p, v + d, words, width, decay, o + d);
+    d += step * kLanes;
+  }
+}
+
+// p = 2^(s * factor - maximum), the weights of count keys (padded to kTile) for one query; returns their lane sums
+template <class M, Accuracy A>
+LDMFAST_INLINE VecF weights(const float* s, int64_t count, float factor, float maximum, float* p) {
+  VecF total0{}, total1{};
+  for (int64_t i = 0; i < count; i += kTile) {
+    const VecF a = exp2v<A>(load(s + i) * factor - maximum), b = exp2v<A>(load(s + i + kLanes) * factor - maximum);
+    total0 += a;
+    total1 += b;
+    M::store_weights(p + i / M::kPack, a, b);
+  }
+  return total0 + total1;
+}
+
+LDMFAST_INLINE float row_maximum(const float* s, int64_t count) {
+  VecF m0 = splat(-kInf), m1 = m0;
+  for (int64_t i = 0; i < count; i += kTile) {
+    m0 = vmax(load(s + i), m0);  // the second operand survives where the score is NaN
+    m1 = vmax(load(s + i + kLanes), m1);
+  }
+  return reduce_max(vmax(m0, m1));
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast
