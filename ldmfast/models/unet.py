@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ldmfast.models.blocks import Conditioning, down_block, has_cross_attention, mid_block, up_block
 from ldmfast.models.checks import add_residual, add_residuals, check_inputs, timestep_tensor
 from ldmfast.models.dropin import DropIn
-from ldmfast.models.layers import channels_last, conv2d, group_norm, timestep_embedding
+from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of, timestep_embedding
 
 
 class UNet(DropIn, UNet2DConditionModel):
@@ -98,8 +98,7 @@ class UNet(DropIn, UNet2DConditionModel):
         if self.conv_norm_out is not None:
             x = group_norm(self.conv_norm_out, x, silu=type(self.conv_act) is nn.SiLU)
             x = x if type(self.conv_act) is nn.SiLU else self.conv_act(x)
-        x = conv2d(self.conv_out, x)
-        x = x.contiguous() if sample.is_contiguous() else x
+        x = in_layout_of(sample, conv2d(self.conv_out, x))
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
     def _time(self, sample, timestep, timestep_cond, class_labels) -> torch.Tensor:
