@@ -82,10 +82,9 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) attention_kernel(const _
   constexpr int kTile = C::KEYS * C::kStride;
   T* const q = reinterpret_cast<T*>(shared_memory());
   T* const kv = q + C::kQueries * C::kStride;
-  const unsigned block_l = blockIdx.x % unsigned(p.blocks_l), nh = blockIdx.x / unsigned(p.blocks_l);
-  const int64_t n = nh / unsigned(a.H), h = nh % unsigned(a.H);
+  const int64_t n = blockIdx.z, h = blockIdx.y;
   const int L = static_cast<int>(a.L), S = static_cast<int>(a.S), D = static_cast<int>(a.D);
-  const int first = block_l * C::kQueries, warp_row = threadIdx.x / 32 * 16 * C::MT;
+  const int first = blockIdx.x * C::kQueries, warp_row = threadIdx.x / 32 * 16 * C::MT;
   const T* const q_head = static_cast<const T*>(a.q) + n * a.stride_qn + h * a.stride_qh;
   const T* const k_head = static_cast<const T*>(a.k) + n * a.stride_kn + h * a.stride_kh;
   const T* const v_head = static_cast<const T*>(a.v) + n * a.stride_vn + h * a.stride_vh;
@@ -100,41 +99,43 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) attention_kernel(const _
 
   Warp<C> w = {};
 #pragma unroll
-  for (int m = 0; m < C::MT; ++m) w.top[m][0] = w.top[m][1] = kLowest;
+  for (int m = 0; m < C::MT; ++m) w.ceiling[m][0] = w.ceiling[m][1] = kLowest;
+  const SharedAddress q_at = plain_address(q + (warp_row + threadIdx.x % 16) * C::kStride + threadIdx.x % 32 / 16 * 8);
   if constexpr (C::kKeepQ) {
 #pragma unroll
     for (int m = 0; m < C::MT; ++m)
 #pragma unroll
-      for (int s = 0; s < C::kSteps16 + C::kTail; ++s) load_q<C>(w.q[m][s], q, m, s);
+      for (int s = 0; s < C::kSteps16 + C::kTail; ++s) load_q<C>(w.q[m][s], q_at, m, s);
   }
-  const float factor = MASKED ? 1.0f : a.scale * kLog2e;
-  int stage = 0;                           // of the two, the one that is read
-  for (int tile = 0; tile < S; tile += C::KEYS, stage ^= 1) {
-    cp_async_wait<0>();
-    __syncthreads();                       // this tile is there, and the other stage is no longer read
-    if (tile + C::KEYS < S) {
-      T* const next = kv + (stage ^ 1) * 2 * kTile;
-      load_tile<C, C::KEYS>(next, k_head, a.stride_ks, tile + C::KEYS, S, D, p.wide_k);
-      load_tile<C, C::KEYS>(next + kTile, v_head, a.stride_vs, tile + C::KEYS, S, D, p.wide_v);
+  const SharedAddress kv_at = plain_address(kv);
+  for (int key = 0; key < S; key += kStep) {
+    const int stage = key / C::KEYS % 2;
+    if (key % C::KEYS == 0) {
+      cp_async_wait<0>();
+      __syncthreads();                     // this tile is there, and the other stage is no longer read
+      if (key + C::KEYS < S) {
+        T* const next = kv + (stage ^ 1) * 2 * kTile;
+        load_tile<C, C::KEYS>(next, k_head, a.stride_ks, key + C::KEYS, S, D, p.wide_k);
+        load_tile<C, C::KEYS>(next + kTile, v_head, a.stride_vs, key + C::KEYS, S, D, p.wide_v);
+      }
+      cp_async_commit();
     }
-    cp_async_commit();
-    const T* const k = kv + stage * 2 * kTile;
-#pragma unroll 1
-    for (int step = 0; step < C::KEYS && tile + step < S; step += kStep) {
-      float s[C::MT][kStep / 8][4];
-      scores<C>(w, s, q, k + step * C::kStride);
-      if constexpr (MASKED) mask_scores<C>(a, s, n * a.stride_mn + h * a.stride_mh, first + warp_row, tile + step);
-      if (tile + step + kStep > S) cut_scores<C>(s, S - tile - step);
-      softmax<C>(w, s, factor);
-      values<C>(w, s, k + kTile + step * C::kStride);
-    }
+    const SharedAddress at = kv_at + (stage * 2 * kTile + key % C::KEYS * C::kStride) * 2;
+    float s[C::MT][kStep / 8][4];
+    scores<C>(w, s, q_at, at);
+    if constexpr (MASKED) mask_scores<C>(a, s, n * a.stride_mn + h * a.stride_mh, first + warp_row, key);
+    if (key + kStep > S) cut_scores<C>(s, S - key);
+    softmax<C>(w, s, p);
+    values<C>(w, s, at + kTile * 2);
   }
   write_output<C>(w, p, q + warp_row * C::kStride, (n * a.L * a.H + h) * a.D, first + warp_row);
 }
 
 template <typename C, bool MASKED> void start(Params p, const Launch& where) {
-  p.blocks_l = ceil_div(p.a.L, C::kQueries);
-  launch<attention_kernel<C, MASKED>>("attention", p, p.blocks_l * p.a.N * p.a.H, kThreads, C::kShared, where);
+  p.factor = MASKED ? 1.0f : p.a.scale * kLog2e;
+  p.slack = kSlack / p.factor;
+  const Blocks blocks(ceil_div(p.a.L, C::kQueries), p.a.H, p.a.N);
+  launch<attention_kernel<C, MASKED>>("attention", p, blocks, kThreads, C::kShared, where);
 }
 // MT: 16-query tiles a warp without a mask; the mask's addresses leave room for one
 template <typename T, int D, int MT, int KEYS> void start(const Params& p, const Launch& where) {
@@ -150,7 +151,7 @@ bool wide(const void* p, int64_t D, int64_t a, int64_t b, int64_t c) {
 
 // the next width that is compiled; what lies between is zero
 template <typename T> void start_mma(const AttentionArgs& a, const Launch& where) {
-  Params p = {a, 0, 0, false, false, false, false};
+  Params p = {a, 0, 1.0f, kSlack, false, false, false, false};
   p.wide_q = wide(a.q, a.D, a.stride_qn, a.stride_ql, a.stride_qh);
   p.wide_k = wide(a.k, a.D, a.stride_kn, a.stride_ks, a.stride_kh);
   p.wide_v = wide(a.v, a.D, a.stride_vn, a.stride_vs, a.stride_vh);
@@ -168,11 +169,24 @@ template <typename T> void start_mma(const AttentionArgs& a, const Launch& where
 
 size_t attention_workspace(const AttentionArgs&) { return 0; }
 
-void attention(const AttentionArgs& a, const Launch& where) {
-  if (a.N * a.L * a.H * a.D == 0) return;
-  if (a.L > INT32_MAX - 256 || a.S > INT32_MAX - 256) throw std::runtime_error("attention: more than 2^31 rows a head");
-  if (a.dtype == DType::kFloat32 || a.D > 256) attention_detail::start_simt(a, where);
-  else if (a.dtype == DType::kFloat16) attention_detail::start_mma<f16>(a, where);
-  else attention_detail::start_mma<bf16>(a, where);
+void attention(const AttentionArgs& all, const Launch& where) {
+  if (all.N * all.L * all.H * all.D == 0) return;
+  if (all.L > INT32_MAX - 256 || all.S > INT32_MAX - 256 || all.H > kMaxBlocksYZ)
+    throw std::runtime_error("attention: more than 2^31 rows or 65535 heads");
+  for (int64_t n = 0; n < all.N; n += kMaxBlocksYZ) {
+    AttentionArgs a = all;
+    const auto skip = [&](const void* p, int64_t stride, DType d) {
+      return p ? static_cast<const char*>(p) + n * stride * int64_t(size_of(d)) : nullptr;
+    };
+    a.N = all.N - n < kMaxBlocksYZ ? all.N - n : kMaxBlocksYZ;
+    a.q = skip(all.q, all.stride_qn, all.dtype);
+    a.k = skip(all.k, all.stride_kn, all.dtype);
+    a.v = skip(all.v, all.stride_vn, all.dtype);
+    a.mask = skip(all.mask, all.stride_mn, all.mask_dtype);
+    a.out = const_cast<char*>(skip(all.out, all.L * all.H * all.D, all.dtype));
+    if (a.dtype == DType::kFloat32 || a.D > 256) attention_detail::start_simt(a, where);
+    else if (a.dtype == DType::kFloat16) attention_detail::start_mma<f16>(a, where);
+    else attention_detail::start_mma<bf16>(a, where);
+  }
 }
 }  // namespace ldmfast

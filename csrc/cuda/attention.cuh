@@ -9,8 +9,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 struct Params {
   AttentionArgs a;
-  int64_t blocks_l;         // query tiles
   int64_t blocks_d;         // output column tiles (attention_simt.cu)
+  float factor, slack;      // attention.cu: scores to log2 units, unless masked_score did; kSlack in units of the scores
   bool wide_q, wide_k, wide_v, wide_out;   // 16-byte accesses are aligned
 };
 

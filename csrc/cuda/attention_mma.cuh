@@ -8,7 +8,7 @@ namespace attention_detail {
 
 constexpr int kThreads = 128;
 constexpr int kStep = 32;                 // keys between two updates of the running maximum
-constexpr float kSlack = 8.0f;            // log2: the maximum may lag by 2^8 before the output is rescaled
+constexpr float kSlack = 8.0f;            // log2: how far scores may pass the maximum before it moves
 constexpr float kLowest = -3.4028235e38f; // where the maximum starts: finite, so that no difference is inf - inf
 
 template <typename T_, int D_, int MT_, int KEYS_> struct Config {
@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_tile(typename C::T* to, const typename C::T
   using T = typename C::T;
   if (wide) {
     constexpr int kPass = kThreads / C::kColumns;
-    const int first = threadIdx.x / C::kColumns, c = threadIdx.x % C::kColumns * 8;
+    const int thread = fresh_thread_index(), first = thread / C::kColumns, c = thread % C::kColumns * 8;
     const T* source = head + (from + first) * stride + c;
     if (first >= kPass) return;
 #pragma unroll 1
@@ -52,99 +52,119 @@ __device__ __forceinline__ void load_tile(typename C::T* to, const typename C::T
 
 template <typename C> struct Warp {        // what one warp keeps
   float o[C::MT][C::kColumns][4];
-  float top[C::MT][2], sum[C::MT][2];   // rows g and g + 8: reference maximum, sum of exponentials
+  float ceiling[C::MT][2];                // rows g and g + 8: the reference maximum + kSlack, in units of the scores
+  float sum[C::MT][2];
   uint32_t q[C::MT][C::kKeepQ ? C::kSteps16 + C::kTail : 1][4];
 };
 
-// A fragment of q's tile m: k-step s; the 8 columns left over fill two registers
-template <typename C> __device__ __forceinline__ void load_q(uint32_t (&r)[4], const typename C::T* q, int m, int s) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row = warp * 16 * C::MT + m * 16 + lane % 16;
-  const int column = s * 16 + (s < C::kSteps16 ? lane / 16 * 8 : 0);
-  ldmatrix_x4(r, q + row * C::kStride + column);
+// Where this lane's rows lie for ldmatrix. The two registers of a B fragment must come side by side, so k's 8 x 8
+// matrices are taken along its columns first and v's along its keys first. Computed at each use: five instructions, where
+// a register more would be spilled.
+template <typename C> __device__ __forceinline__ int k_offset() {   // bytes; 16 keys x 16 columns
+  const int lane = fresh_thread_index() % 32;
+  return ((lane / 16 * 8 + lane % 8) * C::kStride + lane / 8 % 2 * 8) * 2;
+}
+template <typename C> __device__ __forceinline__ int v_offset() {   // the lower 16 lanes: 16 keys x 8 columns, too
+  const int lane = fresh_thread_index() % 32;
+  return (lane % 16 * C::kStride + lane / 16 * 8) * 2;
+}
+
+// A fragment: 16 queries, k-step s; the 8 columns left over fill two registers
+template <typename C> __device__ __forceinline__ void load_q(uint32_t (&r)[4], SharedAddress q, int m, int s) {
+  ldmatrix_x4(r, q + (m * 16 * C::kStride + s * 16) * 2);
 }
 
 // s [MT, 4 tiles of 8 keys] = q k^T
 template <typename C>
-__device__ __forceinline__ void scores(Warp<C>& w, float (&s)[C::MT][kStep / 8][4], const typename C::T* q,
-                                       const typename C::T* k) {
+__device__ __forceinline__ void scores(Warp<C>& w, float (&s)[C::MT][kStep / 8][4], SharedAddress q,
+                                       SharedAddress k) {
   using T = typename C::T;
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < C::MT; ++m)
 #pragma unroll
     for (int t = 0; t < kStep / 8; ++t)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[m][t][i] = 0.0f;
+  const SharedAddress square = k + k_offset<C>(), narrow = k + v_offset<C>();
 #pragma unroll
   for (int step = 0; step < C::kSteps16 + C::kTail; ++step) {
+    const int kept = C::kKeepQ ? step : 0;
     if constexpr (!C::kKeepQ) {
 #pragma unroll
       for (int m = 0; m < C::MT; ++m) load_q<C>(w.q[m][0], q, m, step);
     }
-    const int at = C::kKeepQ ? step : 0;
-    uint32_t b[4];
-    if (step < C::kSteps16) {
 #pragma unroll
-      for (int pair = 0; pair < kStep / 16; ++pair) {
-        ldmatrix_x4(b, k + (pair * 16 + lane / 16 * 8 + lane % 8) * C::kStride + step * 16 + lane / 8 % 2 * 8);
+    for (int pair = 0; pair < kStep / 16; ++pair) {
+      const int at = (pair * 16 * C::kStride + step * 16) * 2;
+      if (step < C::kSteps16) {
+        uint32_t b[4];
+        ldmatrix_x4(b, square + at);
 #pragma unroll
         for (int m = 0; m < C::MT; ++m) {
-          mma_k16<T>(s[m][2 * pair], w.q[m][at], b[0], b[1]);
-          mma_k16<T>(s[m][2 * pair + 1], w.q[m][at], b[2], b[3]);
+          mma_k16<T>(s[m][2 * pair], w.q[m][kept], b[0], b[1]);
+          mma_k16<T>(s[m][2 * pair + 1], w.q[m][kept], b[2], b[3]);
+        }
+      } else {
+        uint32_t b[2];
+        ldmatrix_x2(b, narrow + at);
+#pragma unroll
+        for (int m = 0; m < C::MT; ++m) {
+          mma_k8<T>(s[m][2 * pair], w.q[m][kept], b[0]);
+          mma_k8<T>(s[m][2 * pair + 1], w.q[m][kept], b[1]);
         }
       }
-    } else {
-      ldmatrix_x4(b, k + lane * C::kStride + step * 16);   // 32 keys, 8 columns
-#pragma unroll
-      for (int m = 0; m < C::MT; ++m)
-#pragma unroll
-        for (int t = 0; t < kStep / 8; ++t) mma_k8<T>(s[m][t], w.q[m][at], b[t]);
     }
   }
 }
 
-// s becomes exp2(factor * (s - top)), with the reference maximum moved where it lags by more than kSlack
+// Moves the reference maximum of every row to its largest score yet, and the sums and outputs with it
 template <typename C>
-__device__ __forceinline__ void softmax(Warp<C>& w, float (&s)[C::MT][kStep / 8][4], float factor) {
-  float top[C::MT][2];
-  bool lags = false;
+__device__ __forceinline__ void raise(Warp<C>& w, const float (&local)[C::MT][2], const Params& p) {
 #pragma unroll
   for (int m = 0; m < C::MT; ++m)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float t = w.top[m][r];
+      float top = fmaxf(local[m][r], shuffle_xor(local[m][r], 1));
+      top = fmaxf(top, shuffle_xor(top, 2));
+      const float ceiling = fmaxf(top + p.slack, w.ceiling[m][r]);
+      const float shrink = fast_exp2((w.ceiling[m][r] - ceiling) * p.factor);
+      w.ceiling[m][r] = ceiling;
+      w.sum[m][r] *= shrink;
 #pragma unroll
-      for (int i = 0; i < kStep / 8; ++i) t = fmaxf(t, fmaxf(s[m][i][2 * r], s[m][i][2 * r + 1]));
-      t = fmaxf(t, shuffle_xor(t, 1));
-      top[m][r] = fmaxf(t, shuffle_xor(t, 2));
-      lags = lags || (top[m][r] - w.top[m][r]) * factor > kSlack;
-    }
-  if (warp_any(lags)) {
-#pragma unroll
-    for (int m = 0; m < C::MT; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float shrink = fast_exp2((w.top[m][r] - top[m][r]) * factor);
-        w.top[m][r] = top[m][r];
-        w.sum[m][r] *= shrink;
-#pragma unroll
-        for (int c = 0; c < C::kColumns; ++c) {
-          w.o[m][c][2 * r] *= shrink;
-          w.o[m][c][2 * r + 1] *= shrink;
-        }
+      for (int c = 0; c < C::kColumns; ++c) {
+        w.o[m][c][2 * r] *= shrink;
+        w.o[m][c][2 * r + 1] *= shrink;
       }
-  }
+    }
+}
+
+// s becomes exp2(factor * (s - maximum)). The maximum moves only when a score passes it by kSlack, so that the usual
+// step costs one vote: no shuffles, no rescaled output.
+template <typename C>
+__device__ __forceinline__ void softmax(Warp<C>& w, float (&s)[C::MT][kStep / 8][4], const Params& p) {
+  float local[C::MT][2];
+  bool passed = false;
 #pragma unroll
   for (int m = 0; m < C::MT; ++m)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float base = w.top[m][r] * factor;
+      float t = fmaxf(s[m][0][2 * r], s[m][0][2 * r + 1]);
+#pragma unroll
+      for (int i = 1; i < kStep / 8; ++i) t = fmaxf(t, fmaxf(s[m][i][2 * r], s[m][i][2 * r + 1]));
+      local[m][r] = t;
+      passed = passed || t > w.ceiling[m][r];
+    }
+  if (warp_any(passed)) raise<C>(w, local, p);
+#pragma unroll
+  for (int m = 0; m < C::MT; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float base = w.ceiling[m][r] * p.factor - kSlack;
 #pragma unroll
       for (int t = 0; t < kStep / 8; ++t)
 #pragma unroll
         for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          s[m][t][i] = fast_exp2(s[m][t][i] * factor - base);
+          s[m][t][i] = fast_exp2(s[m][t][i] * p.factor - base);
           w.sum[m][r] += s[m][t][i];
         }
     }
@@ -152,9 +172,9 @@ __device__ __forceinline__ void softmax(Warp<C>& w, float (&s)[C::MT][kStep / 8]
 
 // o += p v
 template <typename C>
-__device__ __forceinline__ void values(Warp<C>& w, const float (&s)[C::MT][kStep / 8][4], const typename C::T* v) {
+__device__ __forceinline__ void values(Warp<C>& w, const float (&s)[C::MT][kStep / 8][4],
+                                       SharedAddress v) {
   using T = typename C::T;
-  const int lane = threadIdx.x % 32;
   uint32_t p[C::MT][kStep / 16][4];
 #pragma unroll
   for (int m = 0; m < C::MT; ++m)
@@ -162,12 +182,13 @@ __device__ __forceinline__ void values(Warp<C>& w, const float (&s)[C::MT][kStep
     for (int k = 0; k < kStep / 16; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[m][k][i] = pack2<T>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+  const SharedAddress square = v + v_offset<C>();
   uint32_t b[4];
 #pragma unroll
   for (int pair = 0; pair < C::kColumns / 2; ++pair)
 #pragma unroll
     for (int k = 0; k < kStep / 16; ++k) {
-      ldmatrix_x4_trans(b, v + (k * 16 + lane % 16) * C::kStride + pair * 16 + lane / 16 * 8);
+      ldmatrix_x4_trans(b, square + (k * 16 * C::kStride + pair * 16) * 2);
 #pragma unroll
       for (int m = 0; m < C::MT; ++m) {
         mma_k16<T>(w.o[m][2 * pair], p[m][k], b[0], b[1]);
@@ -175,11 +196,13 @@ __device__ __forceinline__ void values(Warp<C>& w, const float (&s)[C::MT][kStep
       }
     }
   if constexpr (C::kColumns % 2 != 0) {
-    ldmatrix_x4_trans(b, v + lane * C::kStride + (C::kColumns - 1) * 8);   // 32 keys, 8 columns
 #pragma unroll
-    for (int m = 0; m < C::MT; ++m)
+    for (int k = 0; k < kStep / 16; ++k) {
+      uint32_t tail[2];
+      ldmatrix_x2_trans(tail, square + (k * 16 * C::kStride + (C::kColumns - 1) * 8) * 2);
 #pragma unroll
-      for (int k = 0; k < kStep / 16; ++k) mma_k16<T>(w.o[m][C::kColumns - 1], p[m][k], b[2 * k], b[2 * k + 1]);
+      for (int m = 0; m < C::MT; ++m) mma_k16<T>(w.o[m][C::kColumns - 1], p[m][k], tail[0], tail[1]);
+    }
   }
 }
 }  // namespace attention_detail

@@ -72,12 +72,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_simt_kernel(const __gri
   float* k = q + kRows * (kDepth + kPad);                 // [64, kDepth + kPad]
   float* v = k + kKeys * (kDepth + kPad);                 // [64, kColumns]
   float* prob = v + kKeys * kColumns;                     // [64, kKeys + kPad]
-  unsigned id = blockIdx.x;
-  const int64_t column = int64_t(id % unsigned(p.blocks_d)) * kColumns;
-  id /= unsigned(p.blocks_d);
-  const int64_t row = int64_t(id % unsigned(p.blocks_l)) * kRows;
-  id /= unsigned(p.blocks_l);
-  const int64_t n = id / unsigned(a.H), h = id % unsigned(a.H);
+  const int64_t column = int64_t(blockIdx.x % unsigned(p.blocks_d)) * kColumns;
+  const int64_t row = int64_t(blockIdx.x / unsigned(p.blocks_d)) * kRows, n = blockIdx.z, h = blockIdx.y;
   const T* q_head = static_cast<const T*>(a.q) + n * a.stride_qn + h * a.stride_qh;
   const T* k_head = static_cast<const T*>(a.k) + n * a.stride_kn + h * a.stride_kh;
   const T* v_head = static_cast<const T*>(a.v) + n * a.stride_vn + h * a.stride_vh;
@@ -141,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_simt_kernel(const __gri
 }  // namespace
 
 void start_simt(const AttentionArgs& a, const Launch& where) {
-  const Params p = {a, ceil_div(a.L, kRows), ceil_div(a.D, kColumns), false, false, false, false};
-  const int64_t blocks = p.blocks_l * p.blocks_d * a.N * a.H;
+  const Params p = {a, ceil_div(a.D, kColumns), 1.0f, 0.0f, false, false, false, false};
+  const Blocks blocks(ceil_div(a.L, kRows) * p.blocks_d, a.H, a.N);
   constexpr size_t kShared =
       sizeof(float) * ((kRows + kKeys) * (kDepth + kPad) + kKeys * kColumns + kRows * (kKeys + kPad));
   with_type(a.dtype, [&](auto zero) {

@@ -58,6 +58,12 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
+// threadIdx.x, read again: what is derived from it is not kept in registers across a loop
+__device__ __forceinline__ int fresh_thread_index() {
+  int i;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+  return i;
+}
 __device__ __forceinline__ float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
 __device__ __forceinline__ bool warp_any(bool v) { return __any_sync(0xFFFFFFFFu, v); }
 

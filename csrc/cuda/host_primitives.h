@@ -46,6 +46,7 @@ template <typename T> float2 unpack2(uint32_t u) {
 #define blockDim (::ldmfast::host::self().block->dim)
 #define gridDim (::ldmfast::host::self().block->grid)
 
+inline int fresh_thread_index() { return threadIdx.x; }
 inline unsigned char* shared_memory() { return host::self().block->shared; }
 
 inline void __syncthreads(int line = __builtin_LINE()) {
@@ -170,13 +171,18 @@ __attribute__((optimize("O3"))) void mma(float* c, const uint32_t* a, const uint
 }
 }  // namespace host
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+using SharedAddress = const unsigned char*;
+inline SharedAddress plain_address(const void* p) { return static_cast<SharedAddress>(p); }
+inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row, int line = __builtin_LINE()) {
   host::ldmatrix<4, false>(r, row, line);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row, int line = __builtin_LINE()) {
   host::ldmatrix<4, true>(r, row, line);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, int line = __builtin_LINE()) {
+inline void ldmatrix_x2(uint32_t (&r)[2], SharedAddress row, int line = __builtin_LINE()) {
+  host::ldmatrix<2, false>(r, row, line);
+}
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], SharedAddress row, int line = __builtin_LINE()) {
   host::ldmatrix<2, true>(r, row, line);
 }
 template <typename T>

@@ -8,6 +8,12 @@ struct Device {
   int multiprocessors, shared_limit, major;   // shared_limit: bytes a block may ask for
 };
 
+struct Blocks {                               // the grid
+  int64_t x, y = 1, z = 1;
+  Blocks(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
+};
+constexpr int64_t kMaxBlocksYZ = 65535;
+
 #ifdef LDMFAST_CUDA_HOST
 // LDMFAST_CUDA_HOST_ARCH=80 walks the paths of a chip without clusters
 inline Device device_of(const char*, const Launch&) {
@@ -16,12 +22,12 @@ inline Device device_of(const char*, const Launch&) {
 }
 
 template <auto KERNEL, typename Params>
-void launch(const char* op, const Params& params, int64_t blocks, int threads, size_t shared, const Launch& where,
+void launch(const char* op, const Params& params, Blocks blocks, int threads, size_t shared, const Launch& where,
             int cluster = 1) {
   if (shared > size_t(device_of(op, where).shared_limit)) throw std::runtime_error(std::string(op) + ": shared memory");
   try {
-    host::run([](const void* p) { KERNEL(*static_cast<const Params*>(p)); }, &params, dim3{unsigned(blocks), 1, 1},
-              threads, shared, cluster);
+    host::run([](const void* p) { KERNEL(*static_cast<const Params*>(p)); }, &params,
+              dim3{unsigned(blocks.x), unsigned(blocks.y), unsigned(blocks.z)}, threads, shared, cluster);
   } catch (const std::runtime_error& e) {
     throw std::runtime_error(std::string(op) + ": " + e.what());
   }
@@ -66,9 +72,10 @@ class DeviceGuard {
 
 // cluster: that many consecutive blocks share their shared memory (sm_90 and above)
 template <auto KERNEL, typename Params>
-void launch(const char* op, const Params& params, int64_t blocks, int threads, size_t shared, const Launch& where,
+void launch(const char* op, const Params& params, Blocks blocks, int threads, size_t shared, const Launch& where,
             int cluster = 1) {
-  if (blocks > INT32_MAX) throw std::runtime_error(std::string(op) + ": more than 2^31 blocks");
+  if (blocks.x > INT32_MAX || blocks.y > kMaxBlocksYZ || blocks.z > kMaxBlocksYZ)
+    throw std::runtime_error(std::string(op) + ": more blocks than a grid holds");
   DeviceGuard guard(op, where.device);
   if (shared > 48 << 10) {
     static std::atomic<uint64_t> raised{0};   // one bit a device
@@ -84,7 +91,7 @@ void launch(const char* op, const Params& params, int64_t blocks, int threads, s
   attribute.val.clusterDim.x = cluster;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.gridDim = dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y), static_cast<unsigned>(blocks.z));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(where.stream);
