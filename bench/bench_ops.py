@@ -1,0 +1,182 @@
+"""The ops on the U-Net's shapes, each backend beside eager torch, a copy of the same bytes and a matrix product.
+
+pytest bench/bench_ops.py --benchmark-only                     all of it, about a minute and a half on two cores
+pytest bench/bench_ops.py --benchmark-only -k "attention and bf16"
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timing import Row, add_row, device, measure, name_of
+
+from ldmfast import ops
+from ldmfast.ops.registry import OPS
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Case:
+    """make(dtype) -> the op's (args, kwargs); eager: the same in plain torch; amount(dtype): bytes or operations."""
+
+    op: str
+    shape: str
+    make: Callable
+    eager: Callable
+    amount: Callable
+    unit: str = "GB/s"
+    dtypes: tuple = (BF16, FP32)
+
+    @property
+    def label(self) -> str:
+        return f"{self.op}-{self.shape}".replace(" ", "_")
+
+
+def randn(*shape, dtype):
+    return torch.randn(*shape, device=device()).to(dtype)
+
+
+def group_norm(N, C, size, layout, dtypes=(BF16, FP32)) -> Case:
+    def make(dtype):
+        x = randn(N, C, size, size, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if layout == "last" else x
+        return (x, randn(C, dtype=dtype), randn(C, dtype=dtype), 32), {}
+
+    def eager(x, weight, bias, groups):
+        return F.silu(F.group_norm(x, groups, weight, bias))
+
+    return Case("group_norm_silu", f"{N}x{C}x{size}x{size} {layout}", make, eager,
+                lambda dtype: 2 * N * C * size * size * dtype.itemsize, dtypes=dtypes)  # fmt: skip
+
+
+def attention(N, L, S, H, D, dtypes=(BF16,)) -> Case:
+    def make(dtype):
+        return (randn(N, L, H, D, dtype=dtype), randn(N, S, H, D, dtype=dtype), randn(N, S, H, D, dtype=dtype)), {}
+
+    def eager(q, k, v):
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+    return Case("attention", f"{N}x{L}x{S} {H}x{D}", make, eager, lambda dtype: 4 * N * L * S * H * D, "TFLOP/s",
+                dtypes)  # fmt: skip
+
+
+def timestep(N, dim, width) -> Case:
+    def make(dtype):
+        w1, w2 = randn(width, dim, dtype=dtype) / dim**0.5, randn(width, width, dtype=dtype) / width**0.5
+        t = torch.arange(N, device=device()) * 500 + 1
+        return (t, w1, randn(width, dtype=dtype), w2, randn(width, dtype=dtype)), {"dim": dim}
+
+    def eager(t, w1, b1, w2, b2, *, dim):  # what diffusers' Timesteps and TimestepEmbedding do
+        exponent = torch.arange(dim // 2, dtype=FP32, device=t.device) * (-math.log(10000.0) / (dim // 2))
+        angle = t[:, None].float() * torch.exp(exponent)[None]
+        row = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1).to(w1.dtype)
+        return F.linear(F.silu(F.linear(row, w1, b1)), w2, b2)
+
+    return Case("timestep_mlp", f"{N} {dim}-{width}-{width}", make, eager,
+                lambda dtype: (dim * width + width * width) * dtype.itemsize)  # fmt: skip
+
+
+def ddim(N, size) -> Case:
+    def make(dtype):
+        sample = randn(N, 4, size, size, dtype=dtype)
+        return (sample, randn(2 * N, 4, size, size, dtype=dtype), 0.3, 0.5), {"guidance": 7.5}
+
+    def eager(sample, output, alpha_t, alpha_prev, *, guidance):  # what diffusers' pipeline and DDIMScheduler do
+        uncond, cond = output.chunk(2)
+        eps = uncond + guidance * (cond - uncond)
+        x0 = (sample - (1 - alpha_t) ** 0.5 * eps) / alpha_t**0.5
+        return alpha_prev**0.5 * x0 + (1 - alpha_prev) ** 0.5 * eps, x0
+
+    return Case("ddim_step", f"{N}x4x{size}x{size} guided", make, eager,
+                lambda dtype: 5 * N * 4 * size * size * dtype.itemsize)  # fmt: skip
+
+
+CASES = (
+    group_norm(2, 320, 64, "contiguous"),
+    group_norm(2, 320, 64, "last"),
+    group_norm(2, 640, 32, "last", (BF16,)),
+    group_norm(2, 960, 32, "contiguous", (BF16,)),
+    group_norm(2, 1280, 16, "last", (BF16,)),
+    group_norm(2, 1280, 8, "contiguous", (BF16,)),
+    group_norm(2, 2560, 8, "last", (BF16,)),
+    attention(1, 4096, 4096, 8, 40, (BF16, FP32)),
+    attention(1, 4096, 77, 8, 40, (BF16, FP32)),
+    attention(1, 1024, 1024, 8, 80),
+    attention(1, 1024, 77, 8, 80),
+    attention(1, 256, 256, 8, 160),
+    attention(1, 64, 64, 8, 160),
+    attention(1, 1024, 1024, 20, 64),
+    attention(1, 4096, 4096, 1, 512),
+    timestep(2, 320, 1280),
+    ddim(1, 64),
+    ddim(1, 128),
+)
+PARAMS = [pytest.param(case, dtype, backend, id=f"{case.label}-{name_of(dtype)}-{backend}")
+          for case in CASES for dtype in case.dtypes for backend in BACKENDS]  # fmt: skip
+EAGER: dict[tuple[str, torch.dtype], float] = {}  # seconds
+
+
+def copy(size: int) -> Callable:
+    """A copy that reads and writes size bytes in all."""
+    source = torch.ones(max(1, size // 2), dtype=torch.uint8, device=device())
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+@functools.cache
+def matrix_size() -> int:
+    return 8192 if device() == "cuda" else 2048
+
+
+def product(dtype: torch.dtype) -> Callable:
+    a, b = (randn(matrix_size(), matrix_size(), dtype=dtype) for _ in "ab")
+    return lambda: torch.mm(a, b)
+
+
+ROOFS: dict[tuple, float] = {}  # bytes or operations per second
+
+
+@pytest.mark.parametrize("size", sorted({case.amount(dtype) for case in CASES for dtype in case.dtypes
+                                         if case.unit == "GB/s"}))  # fmt: skip
+@torch.inference_mode()
+def test_copy(benchmark, size):
+    seconds = measure(benchmark, copy(size), seconds=0.1)
+    ROOFS["GB/s", size] = size / seconds
+    add_row(benchmark, Row("copy", "torch", f"{size} bytes", "", seconds, size, "GB/s"))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
+@torch.inference_mode()
+def test_matmul(benchmark, dtype):
+    seconds, amount = measure(benchmark, product(dtype)), 2 * matrix_size() ** 3
+    ROOFS["TFLOP/s", dtype] = amount / seconds
+    add_row(benchmark, Row("matmul", "torch", f"{matrix_size()} cubed", name_of(dtype), seconds, amount, "TFLOP/s"))
+
+
+@pytest.mark.parametrize("case, dtype, backend", PARAMS)
+@torch.inference_mode()
+def test_op(benchmark, case, dtype, backend):
+    torch.manual_seed(0)
+    args, kwargs = case.make(dtype)
+    if backend == "eager":
+        function = functools.partial(case.eager, *args, **kwargs)
+    else:
+        op = OPS[case.op]
+        if reason := op.backends[backend].refusal(op.normalise(*args, **kwargs)):
+            pytest.skip(f"{case.op}: {backend}: {reason}")
+        function = functools.partial(getattr(ops, case.op), *args, **kwargs, backend=backend)
+    seconds, amount = measure(benchmark, function), case.amount(dtype)
+    key = case.label, dtype
+    if backend == "eager":
+        EAGER[key] = seconds
+    roof = ROOFS.get((case.unit, dtype if case.unit == "TFLOP/s" else amount))
+    ratio = EAGER.get(key) if backend != "eager" else None
+    add_row(benchmark, Row(case.op, backend, case.shape, name_of(dtype), seconds, amount, case.unit, roof, ratio))
