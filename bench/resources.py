@@ -3,8 +3,8 @@
     python bench/resources.py [--arch 80 90] [--json FILE]
 
 Triton: the launchers are called with tensors on no device and their launches are recorded, specialised as Triton
-specialises them and compiled ahead of time; `ptxas -v` says what a kernel takes. CUDA: cuobjdump reads the built
-extension. Exits with 1 if anything spills.
+specialises them and compiled ahead of time. CUDA: nvcc compiles csrc/cuda. In both, `ptxas -v` says what a kernel
+takes. Exits with 1 if anything spills.
 """
 
 import argparse
@@ -12,12 +12,14 @@ import contextlib
 import inspect
 import io
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,3 +130,71 @@ def triton_usage(launch: Launch, arch: int) -> Usage:
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     return Usage(arch, launch.kernel.fn.__name__, launch.label, registers, compiled.metadata.shared, int(stores) + int(loads))
+
+
+def _triton_usage(op: str, index: int, arch: int) -> Usage:
+    return triton_usage(triton_launches([op])[index], arch)  # in a worker: kernels do not pickle
+
+
+def all_triton_usage(archs, ops=OPS, workers=None) -> list[Usage]:
+    """Usage of every shipped configuration, compiled in parallel."""
+    jobs = [(op, index, arch) for op in ops for index in range(len(triton_launches([op]))) for arch in archs]
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_triton_usage, *zip(*jobs, strict=True)))
+
+
+def cuda_usage(archs) -> list[Usage]:
+    """Usage of every CUDA kernel, from nvcc, one source at a time."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("CUDA: nvcc is not on PATH, so the CUDA kernels are left out", file=sys.stderr)
+        return []
+    jobs = [(nvcc, source, arch) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) for arch in archs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [usage for usages in pool.map(lambda job: _nvcc_usage(*job), jobs) for usage in usages]
+
+
+def _nvcc_usage(nvcc: str, source: Path, arch: int) -> list[Usage]:
+    name = f"{arch}a" if arch == 90 else str(arch)
+    command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{name},code=sm_{name}", "-Xptxas", "-v"]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([*command, "-cubin", "-o", f"{folder}/out.cubin", str(source)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc refused {source.name}:\n{done.stderr}")
+    pattern = r"Compiling entry function '(\w+)' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    usages = []
+    for kernel, stores, loads, registers, rest in re.findall(pattern, done.stderr, re.DOTALL):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        usage = Usage(arch, demangled(kernel), source.name, int(registers), int(shared[1]) if shared else 0, int(stores) + int(loads))
+        usages.append(usage)
+    return usages
+
+
+def demangled(symbol: str) -> str:
+    if shutil.which("c++filt") is None:
+        return symbol
+    name = subprocess.run(["c++filt", symbol], check=True, capture_output=True, text=True).stdout.strip()
+    return re.sub(r"\(.*\)$", "", name).removeprefix("void ")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90], help="compute capabilities, 80 for sm_80")
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    parser.add_argument("--only", choices=("triton", "cuda"), help="half of the table")
+    arguments = parser.parse_args()
+    usages = [] if arguments.only == "cuda" else all_triton_usage(arguments.arch)
+    usages += [] if arguments.only == "triton" else cuda_usage(arguments.arch)
+    print(f"{'arch':5} {'registers':>9} {'shared':>7} {'spill':>6}  kernel: configuration")
+    for usage in usages:
+        print(f"sm_{usage.arch:<2} {usage.registers:9} {usage.shared:7} {usage.spill:6}  {usage.kernel}: {usage.label}")
+    spilling = sum(usage.spill > 0 for usage in usages)
+    print(f"{len(usages)} kernels compiled, {spilling} spill; at most {max(u.registers for u in usages)} registers, "
+          f"{max(u.shared for u in usages)} bytes of shared memory (CUDA: what is static)")  # fmt: skip
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(usage) for usage in usages], indent=1) + "\n")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -188,19 +188,26 @@ def split_width(d: int) -> tuple[int, int, int]:
     return (d0, d0, rest) if 0 < rest < d0 else (d, whole, 16)
 
 
-def configuration(d: int, keys: int, itemsize: int) -> Configuration:
-    """Tiles for a head width and a number of keys."""
-    d0, block_d0, block_d1 = split_width(d)
+def configuration(d: int, rows: int, keys: int, itemsize: int) -> Configuration:
+    """Tiles for a head width, a number of query rows over all heads, and a number of keys.
+
+    No tile takes more than 99 KB of shared memory where `mma.sync` is used: consumer GPUs of sm_86 and sm_89 have no more.
+    """
+    block_n, num_stages = 64 if d <= 128 else 32, 3 if d <= 64 else 2
     if itemsize == 4:
-        # no tensor cores: products by plain multiplication, whose operands and sums all live in registers
-        block_m, block_n, num_warps, num_stages = (32, 32, 4, 1) if d <= 128 else (16, 32, 4, 1)
-    elif d <= 64:
-        block_m, block_n, num_warps, num_stages = 128, 64, 4, 3
-    elif d <= 128:
-        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+        # no tensor cores: products by plain multiplication, whose operands live in registers
+        block_m, block_n, num_warps, num_stages = (64, 32, 8, 1) if d <= 64 else (32, 16, 8, 1)
+    elif d > 160:
+        block_m, num_warps = 64, 8
+    elif rows <= 256 * 128:
+        # blocks of 64 rows, so that a short sequence still reaches every multiprocessor
+        block_m, num_warps = 64, 4
     else:
-        block_m, block_n, num_warps, num_stages = 128, 32, 8, 2
-    return Configuration(d0, block_d0, block_d1, block_m, min(block_n, max(triton.next_power_of_2(keys), 16)), num_warps, num_stages)
+        # two warp groups share the keys and values in shared memory: half of the traffic to the L2 cache. At d = 40 a
+        # thread takes 118 registers on sm_90, so two such programs, 16 warps, fit; 4 warps would take 204 and fit 8
+        block_m, num_warps = 128, 8
+    block_n = min(block_n, max(triton.next_power_of_2(keys), 16))
+    return Configuration(*split_width(d), block_m, block_n, num_warps, num_stages)
 
 
 def attention(q, k, v, out, mask, scale):
@@ -215,7 +222,7 @@ def attention(q, k, v, out, mask, scale):
         raise NotImplementedError(f"attention: head width D={d} is over the 256 that the Triton kernel is made for")
     if out.numel() == 0:
         return
-    config = configuration(d, keys, q.element_size())
+    config = configuration(d, n * heads * length, keys, q.element_size())
     kind = "none" if mask is None else "bool" if mask.dtype is torch.bool else "add"
     strides_m = (0, 0, 0, 0) if mask is None else mask.stride()
     blocks_l = triton.cdiv(length, config.block_m)
@@ -238,14 +245,15 @@ def attention(q, k, v, out, mask, scale):
 
 def compile_specs():
     """(label, arguments of the launcher, on no device) whose launches are the shipped configurations."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for d in (32, 40, 64, 80, 128, 160, 256):
-            for keys in (77, 4096) if d == 40 else (1024,):
-                q, k = (torch.empty(2, size, 8, d, dtype=dtype, device="meta") for size in (4096, keys))
-                masks = {"": None}
-                if d in (40, 256):
-                    masks[" key mask"] = torch.empty(2, 1, 1, keys, dtype=torch.bool, device="meta").expand(2, 8, 4096, keys)
-                    masks[" added mask"] = q.new_empty(2, 8, 4096, keys)
-                for name, mask in masks.items():
-                    label = f"[2, 4096, 8, {d}] x {keys} {dtype}".replace("torch.", "")
-                    yield label + name, (q, k, k, q, mask, d**-0.5)
+    cases = [(4096, 4096, 40), (4096, 77, 40), (1024, 1024, 40), (4096, 4096, 64), (1024, 77, 64), (1024, 1024, 80)]
+    cases += [(4096, 4096, 80), (4096, 4096, 128), (256, 256, 128), (4096, 77, 160), (256, 256, 160), (256, 77, 256)]
+    for length, keys, d in cases:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            q, k = (torch.empty(2, size, 8, d, dtype=dtype, device="meta") for size in (length, keys))
+            masks = {"": None}
+            if dtype is not torch.float16:
+                masks[" key mask"] = torch.empty(2, 1, 1, keys, dtype=torch.bool, device="meta").expand(2, 8, length, keys)
+                masks[" added mask"] = q.new_empty(2, 8, length, keys)
+            for name, mask in masks.items():
+                label = f"[2, {length}, 8, {d}] x {keys} {dtype}".replace("torch.", "")
+                yield label + name, (q, k, k, q, mask, d**-0.5)
