@@ -35,7 +35,7 @@ FAMILIES = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL, "inpainting": INPAINTING}
 def unet(family: str = "sd1", **changes) -> UNet2DConditionModel:
     """A stock network in inference mode, its norms and biases random too."""
     model = UNet2DConditionModel(**{**FAMILIES[family], **changes}).eval()
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model

@@ -25,6 +25,7 @@ _KINDS = (  # a name in the table, and what a file with it is
     ("decoder.up_blocks.", "an autoencoder; use AutoencoderKL"),
     ("down_blocks.0.resnets.0.time_emb_proj", "a U-Net; use UNet"),
 )
+_FIRST = {"UNet2DConditionModel": "conv_in.weight", "AutoencoderKL": "encoder.conv_in.weight"}
 
 
 def shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -97,7 +98,7 @@ def check_folder(folder: Path, stock_name: str) -> None:
 
 
 def _check_family(folder: Path, stock_name: str, config: dict, table: dict[str, tuple]) -> None:
-    if "conv_in.weight" not in table and "encoder.conv_in.weight" not in table:
+    if _FIRST.get(stock_name, "") not in {"", *table}:
         raise ValueError(f"{folder}: its weights are {kind(table)}; expected a {stock_name}")
     width, wanted = prompt_width(table), config.get("cross_attention_dim")
     if width is None or not isinstance(wanted, int) or width == wanted:
