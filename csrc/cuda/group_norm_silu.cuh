@@ -10,7 +10,7 @@
 namespace ldmfast {
 namespace group_norm {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;   // one block a multiprocessor in the usual shapes: 16 warps hide latency better than 8
 constexpr int kWarps = kThreads / 32;
 
 // 32 bits for what is counted in vectors, pixels or blocks (make_plan throws beyond), 64 for offsets into tensors
@@ -29,21 +29,28 @@ struct Params {
   bool clustered;
 };
 
-struct Moments { float count, mean, m2; };   // m2: sum of squared distances from the mean
+// The mean is mean + rest: at mean / std 300 one float32 is rounded by 1.5e-5 of a standard deviation, and each merge
+// would add as much. m2: sum of squared distances from the mean.
+struct Moments { float count, mean, rest, m2; };
 
+// a + b as a float and what its rounding left (Knuth)
+__device__ __forceinline__ float2 exact_sum(float a, float b) {
+  const float s = a + b, t = s - a;
+  return {s, (a - (s - t)) + (b - t)};
+}
 // Chan, Golub & LeVeque 1979: exact for any split, no E[x^2] - E[x]^2
 __device__ __forceinline__ Moments merge(Moments a, Moments b) {
+  if (a.count == 0.0f) return b;   // with the share below, rounding would scale the mean itself
+  if (b.count == 0.0f) return a;
   const float count = a.count + b.count;
-  if (count == 0.0f) return a;
-  const float delta = b.mean - a.mean, share = b.count * fast_reciprocal(count);
-  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+  const float delta = (b.mean - a.mean) + (b.rest - a.rest), share = b.count * fast_reciprocal(count);
+  const float2 mean = exact_sum(a.mean, a.rest + delta * share);
+  return {count, mean.x, mean.y, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 __device__ __forceinline__ Moments warp_merge(Moments m) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) {
-    const Moments other = {shuffle_xor(m.count, mask), shuffle_xor(m.mean, mask), shuffle_xor(m.m2, mask)};
-    m = merge(m, other);
-  }
+  for (int mask = 16; mask > 0; mask >>= 1)
+    m = merge(m, {shuffle_xor(m.count, mask), shuffle_xor(m.mean, mask), shuffle_xor(m.rest, mask), shuffle_xor(m.m2, mask)});
   return m;
 }
 
@@ -122,11 +129,10 @@ template <typename T> struct Storage {
   float* add;               // [coefficients] each
   float* gain;
   float* offset;
-  float* count;             // [bundle] each: this block's moments, which the cluster's other blocks read
-  float* mean;
-  float* m2;
-  float* pivot;             // [bundle]: first estimate of the mean, in the end the mean
-  float* rstd;              // [bundle]
+  float* moments;           // [bundle, 4]: this block's moments, which the cluster's other blocks read
+  float* pivot;             // [bundle] each: first estimate of the mean, in the end the mean, what is left of it,
+  float* rest;
+  float* rstd;              // and 1 / sqrt(var + eps)
   __device__ __forceinline__ explicit Storage(const Params& p) {
     unsigned char* at = shared_memory();
     slab = reinterpret_cast<T*>(at);
@@ -134,15 +140,19 @@ template <typename T> struct Storage {
     add = parts + 4 * kThreads;
     gain = add + p.coefficients;
     offset = gain + p.coefficients;
-    count = offset + p.coefficients;
-    mean = count + p.bundle;
-    m2 = mean + p.bundle;
-    pivot = m2 + p.bundle;
-    rstd = pivot + p.bundle;
+    moments = offset + p.coefficients;
+    pivot = moments + 4 * p.bundle;
+    rest = pivot + p.bundle;
+    rstd = rest + p.bundle;
+  }
+  __device__ __forceinline__ Moments load(int g) const {
+    const float* m = moments + 4 * g;
+    return {m[0], m[1], m[2], m[3]};
   }
 };
+__device__ __forceinline__ void store(float* to, Moments m) { to[0] = m.count, to[1] = m.mean, to[2] = m.rest, to[3] = m.m2; }
 inline size_t storage_bytes(const Params& p) {
-  return p.slab_bytes + sizeof(float) * (4 * kThreads + 3 * p.coefficients + 5 * p.bundle);
+  return p.slab_bytes + sizeof(float) * (4 * kThreads + 3 * p.coefficients + 7 * p.bundle);
 }
 
 // out[g] = sum of every thread's share of group g. A vector touches at most two groups: its lower one's sum is in

@@ -35,7 +35,7 @@ namespace ldmfast {
 namespace host {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 64 << 10;   // bytes a fiber: kernels keep at most a few hundred floats
+constexpr size_t kStack = 32 << 10;   // bytes a fiber: kernels keep at most a few hundred floats
 constexpr size_t kCanary = 128;
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("emulated CUDA: " + what); }
@@ -47,6 +47,7 @@ struct Gate {                          // where a set of threads meets; also the
   const char* what = "";
   uint64_t generation = 0;
   alignas(16) unsigned char in[kWarp][64], out[kWarp][64];
+  void reset(int threads) { expected = threads, arrived = 0, generation = 0; }
 };
 
 struct Block;
@@ -77,7 +78,8 @@ struct Machine {                       // one cluster of blocks in flight
   std::vector<Block> blocks;
   std::vector<Thread> threads;
   std::vector<Gate> warps;
-  std::vector<unsigned char> stacks;
+  std::unique_ptr<unsigned char[]> stacks;
+  bool descending = false;
   Gate cluster;
   Thread* current = nullptr;
   Thread scheduler;
@@ -127,11 +129,23 @@ static void prepare(Thread& t, unsigned char* stack) {
   makecontext(&t.context, fiber_main, 0);
 #endif
 }
+inline bool runnable(const Thread& t) { return !t.done && !(t.waiting && t.waiting->generation == t.generation); }
 inline void wait_for(const Gate& gate, uint64_t generation) {
-  Thread& t = self();
+  Machine& m = *machine();
+  Thread& t = *m.current;
   t.waiting = &gate;
   t.generation = generation;
-  if (gate.generation == generation) jump(t, machine()->scheduler);
+  if (gate.generation == generation) {
+    // straight to the warp's next lane, which spares half of the switches; the scheduler takes over behind the last
+    const unsigned lane = t.index.x % kWarp;
+    Thread* next = m.descending ? (lane > 0 ? &t - 1 : nullptr) : (lane + 1 < kWarp ? &t + 1 : nullptr);
+    if (next && runnable(*next)) {
+      m.current = next;
+      jump(t, *next);
+    } else {
+      jump(t, m.scheduler);
+    }
+  }
   t.waiting = nullptr;
 }
 // true for the last to come, which must then open() the gate
@@ -154,7 +168,7 @@ Out collective(const char* what, int line, const In& in, F&& compute) {
   std::memcpy(gate.in[lane], &in, sizeof(In));
   const uint64_t generation = gate.generation;
   if (arrive(gate, what, line)) {
-    compute([&](int l) { return *reinterpret_cast<const In*>(gate.in[l]); },
+    compute([&](int l) -> const In& { return *reinterpret_cast<const In*>(gate.in[l]); },
             [&](int l) -> Out& { return *reinterpret_cast<Out*>(gate.out[l]); });
     open(gate);
   } else {
@@ -185,26 +199,33 @@ inline std::string stuck(const Machine& m) {
   return text + ", " + std::to_string(done) + " threads ended";
 }
 
-inline void run_cluster(Machine& m, bool descending) {
-  const int warps = static_cast<int>(m.warps.size());
-  for (bool running = true; running;) {
-    running = false;
-    bool progress = false;
-    for (int i = 0; i < warps; ++i) {
-      const int w = descending ? warps - 1 - i : i;
-      for (bool again = true; again;) {            // one warp as far as it goes
-        again = false;
-        for (int l = 0; l < kWarp; ++l) {
-          Thread& t = m.threads[w * kWarp + (descending ? kWarp - 1 - l : l)];
-          if (t.done || (t.waiting && t.waiting->generation == t.generation)) continue;
-          m.current = &t;
-          jump(m.scheduler, t);
-          if (!m.error.empty()) throw std::runtime_error(m.error);
-          again = progress = true;
-        }
-      }
+// one warp as far as it goes; true if it went anywhere
+inline bool run_warp(Machine& m, int w) {
+  bool progress = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (int l = 0; l < kWarp; ++l) {
+      Thread& t = m.threads[w * kWarp + (m.descending ? kWarp - 1 - l : l)];
+      if (!runnable(t)) continue;
+      m.current = &t;
+      jump(m.scheduler, t);
+      if (!m.error.empty()) throw std::runtime_error(m.error);
+      again = progress = true;
     }
-    for (const Thread& t : m.threads) running = running || !t.done;
+  }
+  return progress;
+}
+inline void run_cluster(Machine& m) {
+  const int warps = static_cast<int>(m.warps.size() / m.blocks.size()), blocks = static_cast<int>(m.blocks.size());
+  const auto ordered = [&](int i, int n) { return m.descending ? n - 1 - i : i; };
+  for (bool running = true; running;) {
+    bool progress = false;
+    for (int b = 0; b < blocks; ++b)
+      for (bool again = true; again; progress = progress || again) {   // one block as far as it goes
+        again = false;
+        for (int i = 0; i < warps; ++i) again = run_warp(m, ordered(b, blocks) * warps + ordered(i, warps)) || again;
+      }
+    running = std::any_of(m.threads.begin(), m.threads.end(), [](const Thread& t) { return !t.done; });
     if (running && !progress) fail(stuck(m));
   }
 }
@@ -218,7 +239,7 @@ inline void run(void (*entry)(const void*), const void* params, dim3 grid, int b
   m.blocks = std::vector<Block>(cluster);
   m.threads = std::vector<Thread>(size_t(cluster) * block);
   m.warps = std::vector<Gate>(m.threads.size() / kWarp);
-  m.stacks.resize(m.threads.size() * kStack);
+  m.stacks.reset(new unsigned char[m.threads.size() * kStack]);
   Machine* outer = machine();
   machine() = &m;
   struct Restore { Machine* to; ~Restore() { machine() = to; } } restore{outer};
@@ -228,8 +249,8 @@ inline void run(void (*entry)(const void*), const void* params, dim3 grid, int b
   }
   const uint64_t total = uint64_t(grid.x) * grid.y * grid.z;
   for (uint64_t first = 0; first < total; first += cluster) {
-    m.cluster = Gate();
-    m.cluster.expected = static_cast<int>(m.threads.size());
+    m.cluster.reset(static_cast<int>(m.threads.size()));
+    m.descending = (first / cluster) % 2 == 1;
     for (int r = 0; r < cluster; ++r) {
       Block& b = m.blocks[r];
       const uint64_t id = first + r;
@@ -237,8 +258,7 @@ inline void run(void (*entry)(const void*), const void* params, dim3 grid, int b
       b.dim = {unsigned(block), 1, 1};
       b.grid = grid;
       b.rank = r;
-      b.barrier = Gate();
-      b.barrier.expected = block;
+      b.barrier.reset(block);
       b.shared_bytes = shared;
       std::memset(b.shared, 0xFF, shared + kCanary);
       for (int i = 0; i < block; ++i) {
@@ -247,13 +267,12 @@ inline void run(void (*entry)(const void*), const void* params, dim3 grid, int b
         fresh.block = &b;
         fresh.warp = &m.warps[at / kWarp];
         fresh.index = {unsigned(i), 0, 0};
-        *fresh.warp = Gate();
-        fresh.warp->expected = kWarp;
+        fresh.warp->reset(kWarp);
         m.threads[at] = std::move(fresh);
-        prepare(m.threads[at], m.stacks.data() + at * kStack);
+        prepare(m.threads[at], m.stacks.get() + at * kStack);
       }
     }
-    run_cluster(m, (first / cluster) % 2 == 1);
+    run_cluster(m);
     for (const Block& b : m.blocks)
       for (size_t i = 0; i < kCanary; ++i)
         if (b.shared[shared + i] != 0xFF) fail("a write behind the block's shared memory");

@@ -88,6 +88,7 @@ inline float cluster_load(const float* own, unsigned rank) {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
+inline float max_or_nan(float a, float b) { return a < b ? b : a; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline void sincosf(float x, float* s, float* c) { *s = std::sin(x); *c = std::cos(x); }
 
@@ -137,20 +138,26 @@ void ldmatrix(uint32_t* r, const void* row, int line) {
   });
   for (int m = 0; m < MATRICES; ++m) r[m] = f.r[m];
 }
-template <typename T, int K> struct MmaIn { uint32_t a[K / 4], b[K / 8]; float c[4]; };
+template <int K> struct MmaIn { uint32_t a[K / 4], b[K / 8]; float c[4]; };
 struct MmaOut { float c[4]; };
-template <typename T, int K>
-__attribute__((optimize("O3"))) void mma(float* c, const uint32_t* a, const uint32_t* b, int line) {
-  MmaIn<T, K> mine;
-  for (int i = 0; i < K / 4; ++i) mine.a[i] = a[i];
-  for (int i = 0; i < K / 8; ++i) mine.b[i] = b[i];
-  for (int i = 0; i < 4; ++i) mine.c[i] = c[i];
+template <int K>
+__attribute__((optimize("O3"), noinline)) void multiply(const float (&a)[16][K], const float (&b)[K][8], float (&c)[16][8]) {
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < K; ++k)
+      for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+}
+// row g, columns t, t + 1 of lane 4 g + t / 2; register i of a is 8 rows on with bit 0, 8 columns on with bit 1
+template <typename T, int K> void mma(float* c, const uint32_t* a, const uint32_t* b, int line) {
+  MmaIn<K> mine;
+  std::copy(a, a + K / 4, mine.a);
+  std::copy(b, b + K / 8, mine.b);
+  std::copy(c, c + 4, mine.c);
   const MmaOut got = collective<MmaOut>("mma", line, mine, [](auto in, auto out) {
-    float A[16][K], B[K][8], C[16][8] = {};
+    float A[16][K], B[K][8], C[16][8];
     for (int l = 0; l < 32; ++l) {
-      const MmaIn<T, K> v = in(l);
+      const MmaIn<K>& v = in(l);
       const int g = l / 4, t = l % 4 * 2;
-      for (int i = 0; i < K / 4; ++i) {          // register i: rows + 8 * (i & 1), columns + 8 * (i >> 1)
+      for (int i = 0; i < K / 4; ++i) {
         const float2 e = unpack2<T>(v.a[i]);
         A[g + 8 * (i & 1)][t + 8 * (i >> 1)] = e.x;
         A[g + 8 * (i & 1)][t + 8 * (i >> 1) + 1] = e.y;
@@ -160,14 +167,13 @@ __attribute__((optimize("O3"))) void mma(float* c, const uint32_t* a, const uint
         B[t + 8 * i][g] = e.x;
         B[t + 8 * i + 1][g] = e.y;
       }
+      for (int i = 0; i < 4; ++i) C[g + 8 * (i >> 1)][t + (i & 1)] = v.c[i];
     }
-    for (int m = 0; m < 16; ++m)
-      for (int k = 0; k < K; ++k)
-        for (int n = 0; n < 8; ++n) C[m][n] += A[m][k] * B[k][n];
+    multiply<K>(A, B, C);
     for (int l = 0; l < 32; ++l)
-      for (int i = 0; i < 4; ++i) out(l).c[i] = in(l).c[i] + C[l / 4 + 8 * (i >> 1)][l % 4 * 2 + (i & 1)];
+      for (int i = 0; i < 4; ++i) out(l).c[i] = C[l / 4 + 8 * (i >> 1)][l % 4 * 2 + (i & 1)];
   });
-  for (int i = 0; i < 4; ++i) c[i] = got.c[i];
+  std::copy(got.c, got.c + 4, c);
 }
 }  // namespace host
 

@@ -1,0 +1,156 @@
+// group_norm_silu: what one block does with its slab: stage, statistics, normalise.
+#pragma once
+#include "group_norm_silu.cuh"
+
+namespace ldmfast {
+namespace group_norm {
+
+template <typename T, int V, bool CL>
+__device__ __forceinline__ void stage(const Params& p, const Place& w, const Slab<V, CL>& slab, Storage<T>& s) {
+  const T* x = static_cast<const T*>(p.a.x);
+  slab.each(w.n, [&](int i, int, int64_t from, int64_t) {
+    if constexpr (V * sizeof(T) >= 4) cp_async<V * sizeof(T)>(s.slab + i, x + from);
+    else s.slab[i] = x[from];
+  });
+  cp_async_commit();
+}
+
+// add, gain = weight * (1 + scale) and offset = bias * (1 + scale) + shift of the slab's channels
+template <typename T, int V, bool CL>
+__device__ __forceinline__ void load_coefficients(const Params& p, const Place& w, const Slab<V, CL>& slab,
+                                                  Storage<T>& s) {
+  const GroupNormSiluArgs& a = p.a;
+  const int channels = slab.channels(w);
+  for (int i = threadIdx.x; i < channels; i += kThreads) {
+    const int64_t c = slab.channel + i;
+    const float scale = a.scale ? 1.0f + load_as_float(a.scale, w.n * a.stride_scale + c, a.mod_dtype) : 1.0f;
+    const float shift = a.shift ? load_as_float(a.shift, w.n * a.stride_shift + c, a.mod_dtype) : 0.0f;
+    s.add[i] = a.add ? load_as_float(a.add, w.n * a.stride_add + c, a.mod_dtype) : 0.0f;
+    s.gain[i] = (a.weight ? load_as_float(a.weight, c, a.param_dtype) : 1.0f) * scale;
+    s.offset[i] = (a.bias ? load_as_float(a.bias, c, a.param_dtype) : 0.0f) * scale + shift;
+  }
+}
+
+// Merges the staged slab's moments into s.moments: the mean first, then the squares about it. The caller synchronises.
+template <typename T, int V, bool CL>
+__device__ __forceinline__ void slab_moments(const Params& p, const Place& w, const Slab<V, CL>& slab, Storage<T>& s) {
+  const int gc = p.group_channels, column = CL ? threadIdx.x % unsigned(slab.columns) * V : 0;
+  const int low = CL ? unsigned(column) / unsigned(gc) : 0;   // the lower of the two groups this thread can meet
+  const int split = CL && (low + 1) * gc - column < V ? (low + 1) * gc - column : V;
+  const int high = low + 1 < w.groups ? low + 1 : low;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const auto total = [&](const float* parts, int g) {
+    return group_sum<V>(parts, g, CL ? w.width : V, slab.columns, slab.step, CL ? gc : V);
+  };
+  const float members = static_cast<float>(slab.count) * (CL ? (gc < w.width ? gc : w.width) : V);
+  const auto put = [&](int slot, const float (&v)[V]) {       // this thread's sums for its two groups
+    float lower = 0.0f, upper = 0.0f;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      lower += j < split ? v[j] : 0.0f;
+      upper += j < split ? 0.0f : v[j];
+    }
+    s.parts[slot * kThreads + threadIdx.x] = lower;
+    s.parts[(slot + 1) * kThreads + threadIdx.x] = upper;
+  };
+
+  float sum[V] = {}, added = 0.0f;
+  slab.each(w.n, [&](int i, int c, int64_t, int64_t) {
+    float v[V];
+    load_vector(s.slab + i, v);
+#pragma unroll
+    for (int j = 0; j < V; ++j) sum[j] += CL ? v[j] : v[j] + s.add[c];
+    added += 1.0f;
+  });
+#pragma unroll
+  for (int j = 0; j < V; ++j) sum[j] += CL && slab.count > 0 ? added * s.add[column + j] : 0.0f;
+  put(0, sum);
+  __syncthreads();
+  for (int g = warp; g < w.groups; g += kWarps) {
+    const float all = total(s.parts, g);
+    if (lane == 0) s.pivot[g] = members > 0.0f ? all * fast_reciprocal(members) : 0.0f;
+  }
+  __syncthreads();
+
+  float shift[V] = {}, rest[V] = {}, square[V] = {};          // rest: what rounding left in the first mean
+  if (CL && slab.count > 0) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) shift[j] = s.add[column + j] - s.pivot[j < split ? low : high];
+  }
+  slab.each(w.n, [&](int i, int c, int64_t, int64_t) {
+    float v[V];
+    load_vector(s.slab + i, v);
+    const float one = CL ? 0.0f : s.add[c] - s.pivot[0];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const float d = v[j] + (CL ? shift[j] : one);
+      rest[j] += d;
+      square[j] += d * d;
+    }
+  });
+  put(0, rest);
+  put(2, square);
+  __syncthreads();
+  for (int g = warp; g < w.groups; g += kWarps) {
+    const float d = total(s.parts, g), q = total(s.parts + 2 * kThreads, g);
+    if (lane == 0 && members > 0.0f) {
+      const float correction = d * fast_reciprocal(members), m2 = q - d * correction;
+      const float2 mean = exact_sum(s.pivot[g], correction);
+      store(s.moments + 4 * g, merge(s.load(g), {members, mean.x, mean.y, m2 > 0.0f ? m2 : 0.0f}));
+    }
+  }
+}
+
+// s.pivot, s.rest, s.rstd of each group of the bundle, from `parts` moments read by part(g, i)
+template <typename T, typename F>
+__device__ __forceinline__ void finish(const Params& p, const Place& w, Storage<T>& s, int parts, F&& part) {
+  for (int g = threadIdx.x / 32; g < w.groups; g += kWarps) {
+    Moments m = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int i = threadIdx.x % 32; i < parts; i += 32) m = merge(m, part(g, i));
+    m = warp_merge(m);
+    if (threadIdx.x % 32 == 0) {
+      s.pivot[g] = m.mean;
+      s.rest[g] = m.rest;
+      s.rstd[g] = rsqrtf(m.m2 * fast_reciprocal(m.count) + p.a.eps);
+    }
+  }
+}
+
+// y = act((x + add - mean) * rstd * gain + offset). The difference comes first, which a mean of 300 does not blunt; what
+// the mean and add - mean lost to rounding is in the offset.
+struct Affine { float center, gain, offset; };
+template <typename T> __device__ __forceinline__ Affine affine(const Storage<T>& s, int c, int g) {
+  const float2 center = exact_sum(s.add[c], -s.pivot[g]);
+  const float gain = s.gain[c] * s.rstd[g];
+  return {center.x, gain, s.offset[c] + (center.y - s.rest[g]) * gain};
+}
+template <typename T, int V, bool CL, bool STAGED>
+__device__ __forceinline__ void apply(const Params& p, const Place& w, const Slab<V, CL>& slab, Storage<T>& s) {
+  const T* x = static_cast<const T*>(p.a.x);
+  T* y = static_cast<T*>(p.a.y);
+  float center[V], gain[V], offset[V];
+  if constexpr (CL) {
+    const int column = threadIdx.x % unsigned(slab.columns) * V;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const Affine f = affine(s, column + j, unsigned(column + j) / unsigned(p.group_channels));
+      center[j] = f.center, gain[j] = f.gain, offset[j] = f.offset;
+    }
+  }
+  const bool act = p.a.silu;
+  slab.each(w.n, [&](int i, int c, int64_t from, int64_t to) {
+    float v[V];
+    load_vector(STAGED ? s.slab + i : x + from, v);
+    const Affine one = CL ? Affine{} : affine(s, c, 0);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if constexpr (CL) v[j] = (v[j] + center[j]) * gain[j] + offset[j];
+      else v[j] = (v[j] + one.center) * one.gain + one.offset;
+    }
+    if (act) silu_vector(v);
+    store_vector(y + to, v);
+  });
+}
+
+}  // namespace group_norm
+}  // namespace ldmfast
