@@ -9,6 +9,7 @@ takes. Exits with 1 if anything spills.
 
 import argparse
 import contextlib
+import importlib
 import inspect
 import io
 import json
@@ -26,9 +27,18 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a bare checkout works too
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # a bare checkout works too
 
-OPS = ("group_norm_silu", "attention", "timestep_mlp", "ddim_step")
+from triton_calls import CALLS  # noqa: E402
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+PTXAS = re.compile(
+    r"Compiling entry function '(\w+)' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers([^\n]*)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ def recorded(module, label, launches):
 
     def record(kernel):
         def run(*args, grid, warmup, **kwargs):
-            options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
+            options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
             arguments = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
             launches.append(Launch(label, kernel, arguments, options))
 
@@ -75,21 +85,20 @@ def recorded(module, label, launches):
             del kernel.run
 
 
-def triton_launches(ops=OPS) -> list[Launch]:
+def triton_launches(ops=tuple(CALLS)) -> list[Launch]:
     """The launches of the shipped configurations, each compiled form once."""
-    import importlib
-
     launches = []
     for op in ops:
         module = importlib.import_module(f"ldmfast.kernels.{op}")
-        for label, args in module.compile_specs():
+        for label, args in CALLS[op]():
             with recorded(module, label, launches):
                 getattr(module, op)(*args)
-    return list({repr((launch.kernel.fn.__name__, specialise(launch), launch.options)): launch for launch in launches}.values())
+    forms = {repr((launch.kernel.fn.__name__, specialise(launch), launch.options)): launch for launch in launches}
+    return list(forms.values())
 
 
 def specialise(launch: Launch):
-    """(signature, constants, attributes) as Triton's run time would make them; memory is taken to be 16-byte aligned."""
+    """(signature, constants, attributes) as Triton's run time makes them; memory is taken to be 16-byte aligned."""
     from triton.runtime.jit import type_canonicalisation_dict as names
 
     signature, constants, attributes = {}, {}, {}
@@ -128,15 +137,15 @@ def compile_launch(launch: Launch, arch: int):
 def triton_usage(launch: Launch, arch: int) -> Usage:
     compiled, log = compile_launch(launch, arch)
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
-    registers = int(re.search(r"Used (\d+) registers", log)[1])
-    return Usage(arch, launch.kernel.fn.__name__, launch.label, registers, compiled.metadata.shared, int(stores) + int(loads))
+    registers, spill = int(re.search(r"Used (\d+) registers", log)[1]), int(stores) + int(loads)
+    return Usage(arch, launch.kernel.fn.__name__, launch.label, registers, compiled.metadata.shared, spill)
 
 
 def _triton_usage(op: str, index: int, arch: int) -> Usage:
     return triton_usage(triton_launches([op])[index], arch)  # in a worker: kernels do not pickle
 
 
-def all_triton_usage(archs, ops=OPS, workers=None) -> list[Usage]:
+def all_triton_usage(archs, ops=tuple(CALLS), workers=None) -> list[Usage]:
     """Usage of every shipped configuration, compiled in parallel."""
     jobs = [(op, index, arch) for op in ops for index in range(len(triton_launches([op]))) for arch in archs]
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -156,17 +165,18 @@ def cuda_usage(archs) -> list[Usage]:
 
 def _nvcc_usage(nvcc: str, source: Path, arch: int) -> list[Usage]:
     name = f"{arch}a" if arch == 90 else str(arch)
-    command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{name},code=sm_{name}", "-Xptxas", "-v"]
+    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{name},code=sm_{name}", "-Xptxas", "-v"]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, "-cubin", "-o", f"{folder}/out.cubin", str(source)], capture_output=True, text=True)
+        command = [nvcc, *flags, "-cubin", "-o", f"{folder}/out.cubin", str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc refused {source.name}:\n{done.stderr}")
-    pattern = r"Compiling entry function '(\w+)' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
     usages = []
-    for kernel, stores, loads, registers, rest in re.findall(pattern, done.stderr, re.DOTALL):
-        shared = re.search(r"(\d+) bytes smem", rest)
-        usage = Usage(arch, demangled(kernel), source.name, int(registers), int(shared[1]) if shared else 0, int(stores) + int(loads))
-        usages.append(usage)
+    for kernel, stores, loads, registers, rest in PTXAS.findall(done.stderr):
+        shared, spill = re.search(r"(\d+) bytes smem", rest), int(stores) + int(loads)
+        usages.append(
+            Usage(arch, demangled(kernel), source.name, int(registers), int(shared[1]) if shared else 0, spill)
+        )
     return usages
 
 

@@ -28,12 +28,12 @@ def _load(ptr, rows, stride_row, length, cols, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def _add_mask(qk, mask_ptr, offs_m, offs_n, stride_ml, stride_ms, L, S, BOOL: tl.constexpr, ONE_ROW: tl.constexpr):
-    # ONE_ROW: a key mask, the same for all queries
-    offs, inside = offs_n.to(tl.int64)[None, :] * stride_ms, (offs_n < S)[None, :]
+def _add_mask(qk, mask_ptr, rows, cols, stride_ml, stride_ms, L, S, BOOL: tl.constexpr, ONE_ROW: tl.constexpr):
+    # rows below L and cols below S exist, counted from mask_ptr; ONE_ROW: a key mask, the same for all queries
+    offs, inside = cols[None, :] * stride_ms, (cols < S)[None, :]
     if not ONE_ROW:
-        offs += offs_m.to(tl.int64)[:, None] * stride_ml
-        inside &= (offs_m < L)[:, None]
+        offs += rows[:, None] * stride_ml
+        inside &= (rows < L)[:, None]
     mask = tl.load(mask_ptr + offs, inside, other=0)
     if BOOL:
         return tl.where(mask != 0, qk, float("-inf"))
@@ -46,22 +46,17 @@ def _add_mask(qk, mask_ptr, offs_m, offs_n, stride_ml, stride_ms, L, S, BOOL: tl
 def _attend(
     acc0, acc1, row_sum, row_max, q0, q1,  # the state, [BLOCK_M, D0], [BLOCK_M, D1], [BLOCK_M] twice; and the queries
     k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_ml, stride_ms,
-    offs_m, L, S, scale, start, stop,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_D0: tl.constexpr,
-    BLOCK_D1: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_ONE_ROW: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
-    FULL: tl.constexpr,
+    lane_m, L, S, scale, start, stop,  # L: query rows from the block's first one
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_D0: tl.constexpr, BLOCK_D1: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, MASK_ONE_ROW: tl.constexpr, SCALE_FIRST: tl.constexpr, FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys start to stop; FULL: no block reaches past S."""
     lane_n, cols0, cols1 = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D0), tl.arange(0, BLOCK_D1)
     k_ptr += tl.cast(start, tl.int64) * stride_ks
     v_ptr += tl.cast(start, tl.int64) * stride_vs
+    if MASK != "none":
+        mask_ptr += tl.cast(start, tl.int64) * stride_ms
     # the last, partial block is one iteration: nothing to pipeline
     for n in tl.range(start, stop, BLOCK_N, num_stages=None if FULL else 1):
         k0 = _load(k_ptr, lane_n, stride_ks, S - n, cols0, D0, BLOCK_D0, FULL)
@@ -73,7 +68,8 @@ def _attend(
         if SCALE_FIRST:
             qk *= scale
         if MASK != "none":
-            qk = _add_mask(qk, mask_ptr, offs_m, n + lane_n, stride_ml, stride_ms, L, S, MASK == "bool", MASK_ONE_ROW)
+            qk = _add_mask(qk, mask_ptr, lane_m, lane_n, stride_ml, stride_ms, L, S - n, MASK == "bool", MASK_ONE_ROW)
+            mask_ptr += BLOCK_N * stride_ms
         if not FULL:
             qk = tl.where((lane_n < S - n)[None, :], qk, float("-inf"))
         if SCALE_FIRST:
@@ -111,31 +107,21 @@ def attention_kernel(
     stride_mn, stride_mh, stride_ml, stride_ms,
     L, S, H, blocks_l,
     scale,  # times log2(e)
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    BLOCK_D0: tl.constexpr,
-    BLOCK_D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EVEN_S: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_ONE_ROW: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, BLOCK_D0: tl.constexpr, BLOCK_D1: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN_S: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr,
+    MASK_ONE_ROW: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     D1: tl.constexpr = D - D0
     # a head's blocks are neighbours, so its keys and values stay in the L2 cache
-    block = tl.program_id(0) % blocks_l
     h = (tl.program_id(0) // blocks_l % H).to(tl.int64)
     n = (tl.program_id(0) // blocks_l // H).to(tl.int64)
-    first = block.to(tl.int64) * BLOCK_M
+    first = (tl.program_id(0) % blocks_l).to(tl.int64) * BLOCK_M
     q_ptr += (n * stride_qn + h * stride_qh + first * stride_ql) * ALIGN
     k_ptr += (n * stride_kn + h * stride_kh) * ALIGN
     v_ptr += (n * stride_vn + h * stride_vh) * ALIGN
     stride_ql, stride_ks, stride_vs = stride_ql * ALIGN, stride_ks * ALIGN, stride_vs * ALIGN
     if MASK != "none":
-        mask_ptr += n * stride_mn + h * stride_mh
+        mask_ptr += n * stride_mn + h * stride_mh + first * stride_ml
     lane_m, cols0, cols1 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D0), tl.arange(0, BLOCK_D1)
     q0 = _load(q_ptr, lane_m, stride_ql, L - first, cols0, D0, BLOCK_D0, False)
     acc0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
@@ -146,17 +132,17 @@ def attention_kernel(
         acc1 = tl.zeros([BLOCK_M, BLOCK_D1], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    offs_m = block * BLOCK_M + lane_m
     full = S // BLOCK_N * BLOCK_N
     acc0, acc1, row_sum, row_max = _attend(
         acc0, acc1, row_sum, row_max, q0, q1, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_ml, stride_ms,
-        offs_m, L, S, scale, 0, full, D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, MASK_ONE_ROW, SCALE_FIRST, True, PRECISION,
+        lane_m, L - first, S, scale, 0, full,
+        D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, MASK_ONE_ROW, SCALE_FIRST, True, PRECISION,
     )  # fmt: skip
     if not EVEN_S:
         acc0, acc1, row_sum, row_max = _attend(
             acc0, acc1, row_sum, row_max, q0, q1, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_ml, stride_ms,
-            offs_m, L, S, scale, full, S, D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, MASK_ONE_ROW, SCALE_FIRST, False,
-            PRECISION,
+            lane_m, L - first, S, scale, full, S,
+            D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, MASK_ONE_ROW, SCALE_FIRST, False, PRECISION,
         )  # fmt: skip
     # no key at all: zeros
     inverse = tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)[:, None]
@@ -181,17 +167,17 @@ class Configuration:
 
 
 def split_width(d: int) -> tuple[int, int, int]:
-    """(D0, its tile, the rest's tile or 16) with the fewest columns in one or two tiles of powers of two, each >= 16."""
+    """(D0, its tile, the rest's tile or 16): one or two tiles of powers of two, 16 or more, with the fewest columns."""
     whole = max(triton.next_power_of_2(d), 16)
     d0 = whole // 2
     rest = max(triton.next_power_of_2(d - d0), 16) if d > d0 else 0
     return (d0, d0, rest) if 0 < rest < d0 else (d, whole, 16)
 
 
-def configuration(d: int, rows: int, keys: int, itemsize: int) -> Configuration:
-    """Tiles for a head width, a number of query rows over all heads, and a number of keys.
+def configuration(d: int, rows: int, keys: int, itemsize: int, mask_rows: bool) -> Configuration:
+    """Tiles for a head width, query rows over all heads, and keys; mask_rows: each query has its own row of a mask.
 
-    No tile takes more than 99 KB of shared memory where `mma.sync` is used: consumer GPUs of sm_86 and sm_89 have no more.
+    No tile takes more than 99 KB of shared memory where `mma.sync` is used: GPUs of sm_86 and sm_89 have no more.
     """
     block_n, num_stages = 64 if d <= 128 else 32, 3 if d <= 64 else 2
     if itemsize == 4:
@@ -206,6 +192,9 @@ def configuration(d: int, rows: int, keys: int, itemsize: int) -> Configuration:
         # two warp groups share the keys and values in shared memory: half of the traffic to the L2 cache. At d = 40 a
         # thread takes 118 registers on sm_90, so two such programs, 16 warps, fit; 4 warps would take 204 and fit 8
         block_m, num_warps = 128, 8
+    if mask_rows:
+        # its tile is as large as the scores', in registers and, pipelined, in shared memory
+        block_n, num_stages = max(block_n // 2, 16), min(num_stages, 2)
     block_n = min(block_n, max(triton.next_power_of_2(keys), 16))
     return Configuration(*split_width(d), block_m, block_n, num_warps, num_stages)
 
@@ -222,12 +211,12 @@ def attention(q, k, v, out, mask, scale):
         raise NotImplementedError(f"attention: head width D={d} is over the 256 that the Triton kernel is made for")
     if out.numel() == 0:
         return
-    config = configuration(d, n * heads * length, keys, q.element_size())
     kind = "none" if mask is None else "bool" if mask.dtype is torch.bool else "add"
     strides_m = (0, 0, 0, 0) if mask is None else mask.stride()
+    config = configuration(d, n * heads * length, keys, q.element_size(), strides_m[2] != 0)
     blocks_l = triton.cdiv(length, config.block_m)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    # a head of 40 is 80 bytes from the next: 16-byte copies are right, though Triton itself looks only for multiples of 16
+    # a head of 40 is 80 bytes from the next: 16-byte copies are right, but Triton itself looks for multiples of 16 only
     align = math.gcd(*strides, 16 // q.element_size())
     with torch.cuda.device_of(q):
         attention_kernel[(blocks_l * heads * n,)](
@@ -241,19 +230,3 @@ def attention(q, k, v, out, mask, scale):
             PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def compile_specs():
-    """(label, arguments of the launcher, on no device) whose launches are the shipped configurations."""
-    cases = [(4096, 4096, 40), (4096, 77, 40), (1024, 1024, 40), (4096, 4096, 64), (1024, 77, 64), (1024, 1024, 80)]
-    cases += [(4096, 4096, 80), (4096, 4096, 128), (256, 256, 128), (4096, 77, 160), (256, 256, 160), (256, 77, 256)]
-    for length, keys, d in cases:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            q, k = (torch.empty(2, size, 8, d, dtype=dtype, device="meta") for size in (length, keys))
-            masks = {"": None}
-            if dtype is not torch.float16:
-                masks[" key mask"] = torch.empty(2, 1, 1, keys, dtype=torch.bool, device="meta").expand(2, 8, length, keys)
-                masks[" added mask"] = q.new_empty(2, 8, length, keys)
-            for name, mask in masks.items():
-                label = f"[2, {length}, 8, {d}] x {keys} {dtype}".replace("torch.", "")
-                yield label + name, (q, k, k, q, mask, d**-0.5)

@@ -89,14 +89,3 @@ def ddim_step(sample, model_output, noise, prev, x0, coefficients, table, guidan
             GUIDED=guidance is not None, CLIPPED=clip is not None, BLOCK_M=config.block_m,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def compile_specs():
-    """(label, arguments of the launcher, on no device) whose launches are the shipped configurations."""
-    for side in (64, 1024):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            x = torch.empty(2, 4, side, side, dtype=dtype, device="meta")
-            output, table = torch.empty(4, 4, side, side, dtype=dtype, device="meta"), x.new_empty(2, 7, dtype=torch.float32)
-            label = f"[2, 4, {side}, {side}] {dtype}".replace("torch.", "")
-            yield label + " guided", (x, output, None, x, x, [0.5] * 7, None, 7.5, None)
-            yield label + " guided noise table clip", (x, output, x, x, x, None, table, 7.5, 1.0)

@@ -16,12 +16,12 @@ BLOCK_PARTS = tl.constexpr(64)  # most parts that the positions are split in
 
 
 @triton.jit
-def _load(x_ptr, add_ptr, offs_c, offs_p, stride_xc, stride_xp, mask_c, mask_p):
+def _load(x_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p):
     # [BLOCK_C, BLOCK_P] in float32; inside a tile offsets stay below 2**31 (checked by the launcher)
-    offs = offs_c[:, None] * stride_xc + offs_p[None, :] * stride_xp
+    offs = lane_c[:, None] * stride_xc + lane_p[None, :] * stride_xp
     x = tl.load(x_ptr + offs, mask_c[:, None] & mask_p[None, :], other=0.0).to(tl.float32)
     if add_ptr is not None:
-        x += tl.load(add_ptr + offs_c, mask_c, other=0.0).to(tl.float32)[:, None]
+        x += tl.load(add_ptr + c + lane_c, mask_c, other=0.0).to(tl.float32)[:, None]
     return x
 
 
@@ -35,28 +35,24 @@ def _members(offs_c, channels, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr):
 def _moments(
     x_ptr, add_ptr, stride_xc, stride_xp,  # at the tile's first channel and position
     channels, length,  # of the tile: how many exist
-    GROUP_SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    EVEN_P: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of each of the tile's groups, [BLOCK_G] float32.
 
     A lane sums x - first and its square, `first` being the lane's first number. As that is one of the n numbers,
-    (first - mean)^2 is at most their M2, so the cancellation in M2 = square - total^2 / n loses at most a factor n (here
-    at most some hundreds of 2^-24) whatever the data are; unlike E[x^2] - E[x]^2, whose loss has no bound.
+    (first - mean)^2 is at most their M2, so the cancellation in M2 = square - total^2 / n loses at most a factor n
+    (some hundreds of 2^-24) whatever the data are; unlike E[x^2] - E[x]^2, whose loss has no bound.
     """
     lane_c, lane_p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-    first = _load(x_ptr, add_ptr, lane_c, lane_p, stride_xc, stride_xp, lane_c < channels, lane_p < length)
+    first = _load(x_ptr, add_ptr, 0, lane_c, lane_p, stride_xc, stride_xp, lane_c < channels, lane_p < length)
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     square = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for c in range(0, CHANNELS, BLOCK_C):
         tile_ptr = x_ptr
         for p in range(0, length, BLOCK_P):
             mask_p = lane_p < length - p
-            x = _load(tile_ptr, add_ptr, lane_c, lane_p, stride_xc, stride_xp, c + lane_c < channels, mask_p)
+            x = _load(tile_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, c + lane_c < channels, mask_p)
             delta = x - first
             if not EVEN_P:
                 delta = tl.where(mask_p[None, :], delta, 0.0)
@@ -64,10 +60,9 @@ def _moments(
             square += delta * delta
             tile_ptr += BLOCK_P * stride_xp
         x_ptr += BLOCK_C * stride_xc
-        if add_ptr is not None:
-            add_ptr += BLOCK_C
     # a lane has numbers in the first iteration or never: BLOCK_C divides CHANNELS or covers them
-    count = ((length - lane_p + (BLOCK_P - 1)) // BLOCK_P * ((CHANNELS + BLOCK_C - 1) // BLOCK_C)).to(tl.float32)[None, :]
+    count = (length - lane_p + (BLOCK_P - 1)) // BLOCK_P * ((CHANNELS + BLOCK_C - 1) // BLOCK_C)
+    count = count.to(tl.float32)[None, :]
     inverse = 1.0 / tl.maximum(count, 1.0)
     row_count = tl.sum(count, axis=1)  # the same for every channel
     lane_mean = first + total * inverse
@@ -87,12 +82,8 @@ def _normalize(
     x_ptr, y_ptr, weight_ptr, bias_ptr, add_ptr, scale_ptr, shift_ptr,  # at the tile's first channel and position
     group_mean, group_rstd,  # [BLOCK_G]
     stride_xc, stride_xp, stride_yc, stride_yp, channels, length,
-    SILU: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    SILU: tl.constexpr, GROUP_SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     lane_c, lane_p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     member = _members(lane_c, channels, GROUP_SIZE, BLOCK_G)
@@ -115,7 +106,7 @@ def _normalize(
         x_tile_ptr, y_tile_ptr = x_ptr, y_ptr
         for p in range(0, length, BLOCK_P):
             mask_p = lane_p < length - p
-            x = _load(x_tile_ptr, add_ptr, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p)
+            x = _load(x_tile_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p)
             # the mean is taken off first: folded into the offset it would round at |mean| * 2^-24
             y = (x - mean[:, None]) * gain[:, None] + offset[:, None]
             if SILU:
@@ -126,8 +117,6 @@ def _normalize(
             y_tile_ptr += BLOCK_P * stride_yp
         x_ptr += BLOCK_C * stride_xc
         y_ptr += BLOCK_C * stride_yc
-        if add_ptr is not None:
-            add_ptr += BLOCK_C
 
 
 @triton.jit
@@ -140,14 +129,8 @@ def group_norm_silu_kernel(
     C, P, tiles, parts, part_length,  # tiles of channels of a sample, parts of the positions and their length
     eps,
     STEP: tl.constexpr,  # "all" in one launch, or "moments" then "normalize"
-    SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TILE_GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    EVEN_P: tl.constexpr,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % parts
     tile = tl.program_id(0) // parts % tiles
@@ -158,12 +141,12 @@ def group_norm_silu_kernel(
     channels = min(C - tile * CHANNELS, CHANNELS)
     length = min(P - part * part_length, part_length)
     x_ptr += n * stride_xn + c * stride_xc + p * stride_xp
-    if add_ptr is not None:
-        add_ptr += n * stride_add + c
+    add_ptr = add_ptr + n * stride_add + c if add_ptr is not None else None
     if STEP != "normalize":
         mean, m2 = _moments(
-            x_ptr, add_ptr, stride_xc, stride_xp, channels, length, GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P, EVEN_P
-        )
+            x_ptr, add_ptr, stride_xc, stride_xp, channels, length,
+            GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P, EVEN_P,
+        )  # fmt: skip
     if STEP != "all":
         offs_g = tl.arange(0, BLOCK_G)
         partial_ptr += (n * (C // GROUP_SIZE) + tile * TILE_GROUPS) * parts * 2
@@ -186,18 +169,14 @@ def group_norm_silu_kernel(
         stride_yc = 1 if CHANNELS_LAST else P
         stride_yp = C if CHANNELS_LAST else 1
         y_ptr += n * C * P + c * stride_yc + p * stride_yp
-        if weight_ptr is not None:
-            weight_ptr += c
-        if bias_ptr is not None:
-            bias_ptr += c
-        if scale_ptr is not None:
-            scale_ptr += n * stride_scale + c
-        if shift_ptr is not None:
-            shift_ptr += n * stride_shift + c
+        weight_ptr = weight_ptr + c if weight_ptr is not None else None
+        bias_ptr = bias_ptr + c if bias_ptr is not None else None
+        scale_ptr = scale_ptr + n * stride_scale + c if scale_ptr is not None else None
+        shift_ptr = shift_ptr + n * stride_shift + c if shift_ptr is not None else None
         _normalize(
             x_ptr, y_ptr, weight_ptr, bias_ptr, add_ptr, scale_ptr, shift_ptr, mean, rstd,
-            stride_xc, stride_xp, stride_yc, stride_yp, channels, length,
-            SILU, GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P,
+            stride_xc, stride_xp, stride_yc, stride_yp, channels, length, SILU,
+            GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P,
         )  # fmt: skip
 
 
@@ -209,16 +188,14 @@ class Configuration:
     block_p: int
     num_warps: int
     part_length: int  # positions of a program
-    num_stages: int = 1
 
 
 def configuration(n: int, channels: int, positions: int, groups: int, channels_last: bool) -> Configuration:
     """One launch while a group, with the padding of its tile, is at most 49,152 numbers; else two.
 
-    A program of one launch has a group to itself: 64 programs for batch 2. 49,152 lets [2, 320, 64, 64] in (40,960 a
-    group, 80 KB in 16 bits: the second walk fits an L1 cache of 256 KB). In channels_last the same group is 4,096 pieces
-    of 20 bytes padded from 10 lanes to 16; two launches over 12 groups, 120 of 128 lanes and 240 bytes apiece, are
-    the better trade there.
+    In one launch a program has a group to itself: 64 programs for batch 2. 49,152 lets [2, 320, 64, 64] in (40,960 a
+    group, 80 KB in 16 bits: the second walk fits an L1 cache of 256 KB). In channels_last the same group is 4,096
+    pieces of 20 bytes padded from 10 lanes to 16; so two launches, over 12 groups: 240 bytes, 120 of 128 lanes.
     """
     size = channels // groups
     pow_c, pow_p = triton.next_power_of_2(size), triton.next_power_of_2(positions)
@@ -226,36 +203,34 @@ def configuration(n: int, channels: int, positions: int, groups: int, channels_l
     split = not one_tile and (pow_c if channels_last else size) * positions > 49152
     tile_groups = max(1, min(groups, 128 // size)) if split and channels_last else 1
     block_c = triton.next_power_of_2(size * tile_groups)  # covers the tile's channels
-    block_p = min(8192 // block_c, pow_p) if block_c < 8192 else 1
-    if not channels_last and not one_tile:
-        divisor = min(size & -size, 16)
-        row = min(8192 // divisor, 1 << (positions.bit_length() - 1))
-        if divisor * row >= 4096:  # divides them: no lane is idle
-            block_c, block_p = divisor, row
-    # 16 numbers a thread: two 16-byte accesses in 16 bits, and 48 registers for the three sums
-    num_warps = min(max(triton.next_power_of_2(block_c * block_p) // 512, 1), 16)
+    block_p = max(min(8192 // block_c, pow_p), 1)
+    divisor = min(size & -size, 16)
+    row = min(8192 // divisor, 1 << (positions.bit_length() - 1))
+    if not channels_last and not one_tile and divisor * row >= 4096:
+        block_c, block_p = divisor, row  # divides them: no lane is idle
+    # 16 numbers a thread: two 16-byte accesses in 16 bits, 48 registers for the three sums; fewer of one by one
+    a_thread = 16 if channels_last or positions % 8 == 0 else 8
+    num_warps = min(max(triton.next_power_of_2(block_c * block_p) // (32 * a_thread), 1), 16)
     part_length = positions
-    if split:
-        tiles = n * triton.cdiv(groups, tile_groups)
-        parts = min(BLOCK_PARTS.value, max(1, 1024 // tiles))  # about 1024 programs: two waves of four on 132 processors
+    if split:  # about 1024 programs: two waves of four on each of 132 multiprocessors
+        parts = min(BLOCK_PARTS.value, max(1, 1024 // (n * triton.cdiv(groups, tile_groups))))
         part_length = triton.cdiv(triton.cdiv(positions, parts), block_p) * block_p
     return Configuration(split, tile_groups, block_c, block_p, num_warps, part_length)
 
 
-def _as_ncp(x, y):
+def _as_ncp(x):
     """(P, stride_c, stride_p, channels_last) of x seen as [N, C, P]."""
     positions, stride_p = 1, None
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size != 1:
-            stride_p = stride if stride_p is None else stride_p
-            if stride != stride_p * positions:
-                raise NotImplementedError(f"group_norm_silu: positions of {tuple(x.stride())} strides are not one dimension")
+        stride_p = stride if stride_p is None and size != 1 else stride_p
+        if size != 1 and stride != stride_p * positions:
+            raise NotImplementedError(f"group_norm_silu: the positions of strides {x.stride()} are not one dimension")
         positions *= size
     stride_c = x.stride(1) if x.shape[1] > 1 else 1
-    if stride_p is None:
+    if stride_p is None:  # one position: the channels are the long dimension
         stride_p = x.shape[1] if stride_c == 1 else 1
     if stride_c != 1 and stride_p != 1:
-        raise NotImplementedError(f"group_norm_silu: strides {tuple(x.stride())} are unit in neither channels nor positions")
+        raise NotImplementedError(f"group_norm_silu: strides {x.stride()} are unit in neither channels nor positions")
     return positions, stride_c, stride_p, stride_p != 1
 
 
@@ -264,17 +239,18 @@ def group_norm_silu(x, y, weight, bias, add, scale, shift, groups, eps, silu):
 
     x                  [N, C, ...] float16 | bfloat16 | float32; unit stride in the channels or in the positions
     y                  as x, dense, in the layout of x
-    weight, bias       [C], dense, or None              dtype of x, or float32
-    add, scale, shift  [N, C], unit stride in C, or None      dtype of x, or float32
+    weight, bias       [C], dense, or None                  dtype of x, or float32
+    add, scale, shift  [N, C], unit stride in C, or None    dtype of x, or float32
+
+    Raises NotImplementedError for strides that are neither, or pass 2^31 inside a tile.
     """
     if x.numel() == 0:
         return
     n, channels = x.shape[:2]
-    positions, stride_c, stride_p, channels_last = _as_ncp(x, y)
+    positions, stride_c, stride_p, channels_last = _as_ncp(x)
     config = configuration(n, channels, positions, groups, channels_last)
-    stride_row = max(stride_c, stride_p, positions if not channels_last else channels)
-    if stride_row * (config.block_p if channels_last else config.block_c) >= 1 << 31:
-        raise NotImplementedError(f"group_norm_silu: stride {stride_row} is too wide for 32-bit offsets inside a tile")
+    if max(config.block_c * max(stride_c, positions), config.block_p * max(stride_p, channels)) >= 1 << 31:
+        raise NotImplementedError(f"group_norm_silu: strides {x.stride()} are too wide for 32-bit offsets in a tile")
     tiles, parts = triton.cdiv(groups, config.tile_groups), triton.cdiv(positions, config.part_length)
     partial = x.new_empty((n, groups, parts, 2), dtype=torch.float32) if config.split else None
     rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
@@ -286,18 +262,5 @@ def group_norm_silu(x, y, weight, bias, add, scale, shift, groups, eps, silu):
                 STEP=step, SILU=bool(silu), CHANNELS_LAST=channels_last, GROUP_SIZE=channels // groups,
                 TILE_GROUPS=config.tile_groups, BLOCK_G=triton.next_power_of_2(config.tile_groups),
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, EVEN_P=positions % config.block_p == 0,
-                num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+                num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
-
-
-def compile_specs():
-    """(label, arguments of the launcher, on no device) whose launches are the shipped configurations."""
-    shapes = [(320, 64), (640, 32), (1280, 16), (1280, 8), (960, 64), (1920, 32), (2560, 8), (128, 512), (320, 63)]
-    for channels, side in shapes:
-        for layout in (torch.contiguous_format, torch.channels_last):
-            for dtype in (torch.float32, torch.bfloat16):
-                x = torch.empty(2, channels, side, side, dtype=dtype, device="meta", memory_format=layout)
-                row, rows = x[0, :, 0, 0], x[:, :, 0, 0]
-                modulation = (rows, rows, rows) if side == 63 else (None, None, None)
-                label = f"[2, {channels}, {side}, {side}] {dtype} {layout}".replace("torch.", "")
-                yield label, (x, x, row, row, *modulation, 32, 1e-5, True)

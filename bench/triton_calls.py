@@ -1,0 +1,63 @@
+"""Calls of the Triton launchers, on tensors of no device, whose launches are the shipped configurations.
+
+bench/resources.py records what they launch; tests/test_triton.py compiles it.
+"""
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _empty(*shape, dtype=torch.float32, layout=torch.contiguous_format):
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+
+def _name(*parts) -> str:
+    return " ".join(str(part).removeprefix("torch.") for part in parts)
+
+
+def group_norm_silu():
+    """SD1.5's levels, the autoencoder's largest, and an odd size with every modulation."""
+    for channels, side in ((320, 64), (640, 32), (1280, 8), (960, 64), (1920, 32), (128, 512), (320, 63)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = _empty(2, channels, side, side, dtype=dtype, layout=layout)
+                row, rows = _empty(channels, dtype=dtype), _empty(2, channels, dtype=dtype) if side == 63 else None
+                yield _name(list(x.shape), dtype, layout), (x, x, row, row, rows, rows, rows, 32, 1e-5, True)
+
+
+def attention():
+    """Self- and cross-attention of every tile that configuration() can choose, with each kind of mask."""
+    cases = [(4096, 4096, 40), (4096, 77, 40), (1024, 1024, 64), (1024, 1024, 80), (4096, 4096, 80)]
+    cases += [(4096, 4096, 128), (256, 256, 160), (4096, 77, 160), (256, 77, 256)]
+    for length, keys, d in cases:
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k = (_empty(2, size, 8, d, dtype=dtype) for size in (length, keys))
+            masks = {"": None}
+            if keys == 77:
+                masks["key mask"] = _empty(2, 1, 1, keys, dtype=torch.bool).expand(2, 8, length, keys)
+                masks["added mask"] = _empty(2, 8, length, keys, dtype=dtype)
+            for name, mask in masks.items():
+                yield _name(list(q.shape), "x", keys, dtype, name), (q, k, k, q, mask, d**-0.5)
+
+
+def timestep_mlp():
+    """SD1.5's, for one, two and more timesteps."""
+    for dtype in FLOATS:
+        for n in (1, 2, 4):
+            w1, w2, bias = _empty(1280, 320, dtype=dtype), _empty(1280, 1280, dtype=dtype), _empty(1280, dtype=dtype)
+            hidden, out = _empty(n, 1280), _empty(n, 1280, dtype=dtype)
+            yield _name([n], "320 -> 1280", dtype), (_empty(n), _empty(160), w1, bias, w2, bias, out, True, hidden)
+
+
+def ddim_step():
+    """A latent and a batch of pictures; guided; plain, and with everything."""
+    for side in (64, 1024):
+        for dtype in FLOATS:
+            x, output, table = _empty(2, 4, side, side, dtype=dtype), _empty(4, 4, side, side, dtype=dtype), _empty(2, 7)
+            name = _name(list(x.shape), dtype, "guided")
+            yield name, (x, output, None, x, x, [0.5] * 7, None, 7.5, None)
+            yield name + " noise table clip", (x, output, x, x, x, None, table, 7.5, 1.0)
+
+
+CALLS = {call.__name__: call for call in (group_norm_silu, attention, timestep_mlp, ddim_step)}
