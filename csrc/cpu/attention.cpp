@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kTaskRows = 64;           // queries of one task, which share a block of K and V in the caches
 constexpr int64_t kBlockBytes = 36 * 1024;  // of K and V in one block of keys
-constexpr int64_t kTaskFloats = 32 * 1024;  // queries and sums of one task
+constexpr int64_t kSerial = 256 * 1024;     // products below which waking threads costs more than it gives
+constexpr int64_t kTaskFloats = 64 * 1024;  // queries and sums of one task
 
 struct Plan {
   int64_t depth, parts;           // words of a query or key; kPart words each
@@ -19,6 +20,7 @@ struct Plan {
   int64_t keys, key_words;        // S, padded; packed rows of V
   int64_t block;                  // keys between two updates of the maximum
   int64_t task_rows, head_tasks;  // queries of a task; tasks of a head
+  int64_t panel;                  // queries that take a block of keys together: where a key is long, all of a task
   int64_t threads, scratch;       // floats of scratch per thread
   size_t bytes;
   float *k, *v, *thread;
@@ -33,13 +35,14 @@ Plan plan_of(const AttentionArgs& a, int pack) {
   p.keys = ceil_div(a.S, kTile) * kTile;
   p.key_words = ceil_div(a.S, pack);
   const int64_t fit = kBlockBytes / (4 * (p.depth + p.width / pack)) / kTile * kTile;
-  p.block = max64(kTile, min64(kKeys, fit));
-  p.threads = max64(1, omp_get_max_threads());
+  p.block = p.parts > 1 ? kKeys / 2 : max64(kTile, min64(kKeys, fit));
+  p.threads = a.N * a.H * a.L * a.S * a.D > kSerial ? max64(1, omp_get_max_threads()) : 1;
   const int64_t wanted = ceil_div(a.N * a.H * a.L, 4 * p.threads * kRows) * kRows;  // four tasks a thread
   const int64_t fitting = kTaskFloats / (p.width + p.parts * kPart) / kRows * kRows;
   p.task_rows = max64(kRows, min64(min64(wanted, fitting), kTaskRows));
   p.head_tasks = ceil_div(a.L, p.task_rows);
-  p.scratch = p.task_rows * (p.parts * kPart + p.width + kLanes + 1) + 2 * kRows * kKeys + kLanes;
+  p.panel = p.parts > 1 ? p.task_rows : kRows;
+  p.scratch = p.task_rows * (p.parts * kPart + p.width + kLanes + 1) + 2 * p.panel * kKeys + kLanes;
   const int64_t k_words = a.N * a.H * p.keys * p.depth, v_words = a.N * a.H * p.key_words * p.width;
   p.bytes = (size_t)(k_words + v_words + p.threads * p.scratch) * 4;
   p.k = (float*)a.workspace;
@@ -68,40 +71,18 @@ template <class M, class T> void pack_keys(const AttentionArgs& a, const Plan& p
   for (int i = 0; i < kTile; i += kLanes) {
     interleave<M, T>(k + i * a.stride_ks, a.stride_ks, a.S - s - i, a.D, to_k + i * p.depth);
   }
-  float* to_v = p.v + (head * p.key_words + s / M::kPack) * p.width;
-  for (int64_t i = 0; i < min64(kTile, a.S - s); i += M::kPack, to_v += p.width) {
-    const T *even = v + i * a.stride_vs, *odd = s + i + 1 < a.S ? even + a.stride_vs : nullptr;
-    for (int64_t d = 0; d < a.D; d += kLanes) {
-      const VecF x = M::value_words(even + d, odd ? odd + d : nullptr, a.D - d);
-      if (p.width - d >= kLanes) store(to_v + d, x);
-      else store_first(to_v + d, x, p.width - d);
+  float* to_v = p.v + head * p.key_words * p.width;  // strips of [key_words, strip]
+  for (int64_t at = 0, strip; at < p.width; at += strip) {
+    strip = strip_width(p.width - at);
+    float* to = to_v + at * p.key_words + s / M::kPack * strip;
+    for (int64_t i = 0; i < min64(kTile, a.S - s); i += M::kPack, to += strip) {
+      const T *even = v + i * a.stride_vs + at, *odd = s + i + 1 < a.S ? even + a.stride_vs : nullptr;
+      for (int64_t d = 0; d < strip; d += kLanes) {
+        const VecF x = M::value_words(even + d, odd ? odd + d : nullptr, a.D - at - d);
+        if (strip - d >= kLanes) store(to + d, x);
+        else store_first(to + d, x, strip - d);
+      }
     }
-  }
-}
-
-template <class U> LDMFAST_INLINE void mask_row(const U* mask, float factor, int64_t count, float* s) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    VecF m = count - i >= kLanes ? load(mask + i) : load_first(mask + i, count - i);
-    store(s + i, load(s + i) * factor + m * kLog2e);
-  }
-}
-
-// s = s * factor + mask * log2(e), for the block's keys from s0 on and one query
-void apply_mask(const AttentionArgs& a, int64_t head, int64_t l, int64_t s0, int64_t count, float factor, float* s) {
-  const int64_t at = head / a.H * a.stride_mn + head % a.H * a.stride_mh + l * a.stride_ml + s0 * a.stride_ms;
-  if (a.mask_dtype == DType::kBool) {
-    const uint8_t* mask = (const uint8_t*)a.mask + at;
-    for (int64_t i = 0; i < count; ++i) s[i] = mask[i * a.stride_ms] ? s[i] * factor : -kInf;
-  } else if (a.stride_ms != 1) {
-    for (int64_t i = 0; i < count; ++i) {
-      s[i] = s[i] * factor + load_scalar(a.mask, a.mask_dtype, at + i * a.stride_ms) * kLog2e;
-    }
-  } else if (a.mask_dtype == DType::kFloat32) {
-    mask_row((const float*)a.mask + at, factor, count, s);
-  } else if (a.mask_dtype == DType::kBFloat16) {
-    mask_row((const BFloat16*)a.mask + at, factor, count, s);
-  } else {
-    mask_row((const Half*)a.mask + at, factor, count, s);
   }
 }
 
@@ -111,14 +92,14 @@ template <class M, class T> struct Task {
   const Plan& p;
   const int64_t head, first, rows;  // queries [first, first + rows) of the head
   float *q, *sum, *maximum, *o;     // [rows / kRows, parts, kRows, kPart], [rows, kLanes], [rows], [rows, width]
-  float *scores, *weight;           // [kRows, kKeys] each
+  float *scores, *weight;           // [panel, kKeys] each
 
   Task(const AttentionArgs& a, const Plan& p, int64_t i, float* scratch)
       : a(a), p(p), head(i / p.head_tasks), first(i % p.head_tasks * p.task_rows),
         rows(min64(p.task_rows, a.L - first)) {
     scores = scratch;
-    weight = scores + kRows * kKeys;
-    q = weight + kRows * kKeys;
+    weight = scores + p.panel * kKeys;
+    q = weight + p.panel * kKeys;
     sum = q + p.task_rows * p.parts * kPart;
     maximum = sum + p.task_rows * kLanes;
     o = maximum + p.task_rows;  // followed by kLanes floats that finish may read
@@ -139,39 +120,63 @@ template <class M, class T> struct Task {
     }
   }
 
-  void multiply(int64_t r, int64_t s0, int64_t count) {
-    const float* from = q + r * p.parts * kPart;
-    const float* k = p.k + (head * p.keys + s0) * p.depth;
-    int64_t s = 0;
-    for (; s + kLanes < count; s += kTile) multiply_keys<M, 2>(from, k + s * p.depth, p.depth, scores + s);
-    if (s < count) multiply_keys<M, 1>(from, k + s * p.depth, p.depth, scores + s);
+  // the panel's scores; a part of a tile of keys stays in the first-level cache for all of its rows
+  void multiply(int64_t r0, int64_t end, int64_t s0, int64_t count) {
+    for (int64_t s = 0; s < count; s += kTile) {
+      for (int64_t part = 0; part < p.parts; ++part) {
+        const int64_t words = min64(kPart, p.depth - part * kPart);
+        const float* k = p.k + (head * p.keys + s0 + s) * p.depth + part * kPart * kLanes;
+        for (int64_t r = r0; r < end; r += kRows) {
+          const float* from = q + (r * p.parts + part * kRows) * kPart;
+          float* to = scores + (r - r0) * kKeys + s;
+          if (count - s > kLanes) multiply_keys<M, 2>(from, k, p.depth, words, part > 0, to);
+          else multiply_keys<M, 1>(from, k, p.depth, words, part > 0, to);
+        }
+      }
+    }
   }
 
-  // kRows queries from row r on and the keys [s0, s0 + count)
-  void block(int64_t r, int64_t s0, int64_t count) {
-    multiply(r, s0, count);
+  // scores to weights for kRows queries from r on; decay: what their sums so far are to be multiplied by
+  void soften(int64_t r, int64_t s0, int64_t count, float* score, float* to, float* decay) {
     const int64_t padded = ceil_div(count, kTile) * kTile;
-    float factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e, shift[kRows], decay[kLanes] = {};
+    float factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e, shift[kRows], change[kLanes] = {};
     for (int i = 0; i < kRows; ++i) {
-      float* row = scores + i * kKeys;
-      for (int64_t s = count; s < padded; ++s) row[s] = -kInf;
-      if (a.mask) apply_mask(a, head, min64(first + r + i, a.L - 1), s0, count, factor, row);
+      for (int64_t s = count; s < padded; ++s) score[i * kKeys + s] = -kInf;
+      if (a.mask) apply_mask(a, head, min64(first + r + i, a.L - 1), s0, count, factor, score + i * kKeys);
     }
     if (a.mask) factor = 1.0f;
     for (int i = 0; i < kRows; ++i) {
-      const float before = maximum[r + i], here = row_maximum(scores + i * kKeys, padded) * factor;
+      const float before = maximum[r + i], here = row_maximum(score + i * kKeys, padded) * factor;
       maximum[r + i] = here > before ? here : before;
       shift[i] = maximum[r + i] == -kInf ? 0.0f : maximum[r + i];  // no key attended to so far
-      decay[i] = before - shift[i];
+      change[i] = before - shift[i];
     }
-    store(decay, exp2v<Accuracy::kFull>(load(decay)));
+    store(change, exp2v<Accuracy::kFull>(load(change)));
     for (int i = 0; i < kRows; ++i) {
-      float *to = weight + i * kKeys / M::kPack, *total = sum + (r + i) * kLanes;
-      const VecF here = weights<M, AccuracyOf<T>::value>(scores + i * kKeys, padded, factor, shift[i], to);
-      store(total, load(total) * decay[i] + here);
+      float *row = to + i * kKeys / M::kPack, *total = sum + (r + i) * kLanes;
+      const VecF here = weights<M, AccuracyOf<T>::value>(score + i * kKeys, padded, factor, shift[i], row);
+      store(total, load(total) * change[i] + here);
+      decay[i] = change[i];
     }
-    const float* v = p.v + (head * p.key_words + s0 / M::kPack) * p.width;
-    all_values<M>(weight, v, ceil_div(count, M::kPack), p.width, decay, o + r * p.width);
+  }
+
+  // a panel of queries from r0 on and the keys [s0, s0 + count)
+  void block(int64_t r0, int64_t s0, int64_t count) {
+    const int64_t end = min64(r0 + p.panel, ceil_div(rows, kRows) * kRows);
+    float decay[kTaskRows];
+    multiply(r0, end, s0, count);
+    for (int64_t r = r0; r < end; r += kRows) {
+      const int64_t at = (r - r0) * kKeys;
+      soften(r, s0, count, scores + at, weight + at / M::kPack, decay + r - r0);
+    }
+    for (int64_t d = 0, strip; d < p.width; d += strip) {
+      strip = strip_width(p.width - d);
+      const float* v = p.v + head * p.key_words * p.width + d * p.key_words + s0 / M::kPack * strip;
+      for (int64_t r = r0; r < end; r += kRows) {
+        multiply_strip<M>(strip, weight + (r - r0) * kKeys / M::kPack, v, ceil_div(count, M::kPack), p.width,
+                          decay + r - r0, o + r * p.width + d);
+      }
+    }
   }
 
   void finish() {
@@ -189,7 +194,7 @@ template <class M, class T> struct Task {
   void run() {
     begin();
     for (int64_t s = 0; s < a.S; s += p.block) {
-      for (int64_t r = 0; r < rows; r += kRows) block(r, s, min64(p.block, a.S - s));
+      for (int64_t r = 0; r < rows; r += p.panel) block(r, s, min64(p.block, a.S - s));
     }
     finish();
   }
@@ -199,7 +204,7 @@ template <class T> void run(const AttentionArgs& a) {
   using M = typename MathOf<T>::type;
   const Plan p = plan_of(a, M::kPack);
   const int64_t heads = a.N * a.H, key_tiles = p.keys / kTile;
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < heads * key_tiles; ++i) pack_keys<M, T>(a, p, i / key_tiles, i % key_tiles * kTile);

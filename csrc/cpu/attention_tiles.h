@@ -1,4 +1,4 @@
-// The inner loops of attention.cpp, on operands packed as 32-bit words.
+// The inner loops of attention.cpp, on operands packed as 32-bit words, and the mask.
 #pragma once
 #include "simd.h"
 
@@ -71,36 +71,34 @@ template <class T> struct MathOf { using type = Single; };
 template <> struct MathOf<BFloat16> { using type = Paired; };
 #endif
 
-// s[kRows, kVectors * kLanes] = q k^T, of q [parts, kRows, kPart] and k [kVectors, depth, kLanes]
-template <class M, int kVectors> void multiply_keys(const float* q, const float* k, int64_t depth, float* s) {
-  for (int64_t begin = 0; begin < depth; begin += kPart, q += kRows * kPart) {
-    const int64_t count = min64(kPart, depth - begin);
-    const float* from = k + begin * kLanes;
-    VecF sum[kRows][kVectors] = {};
-    for (int64_t d = 0; d < count; ++d) {
-      VecF x[kVectors];
+// s[kRows, kVectors * kLanes] = q k^T, or += it, of q [kRows, kPart] and k [kVectors, depth, kLanes], of which count
+// words are taken. Long sums are made in parts, so that float32 keeps its last bits.
+template <class M, int kVectors>
+void multiply_keys(const float* q, const float* k, int64_t depth, int64_t count, bool add, float* s) {
+  VecF sum[kRows][kVectors] = {};
+  for (int64_t d = 0; d < count; ++d) {
+    VecF x[kVectors];
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) x[j] = load(from + (j * depth + d) * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const VecF w = broadcast<VecF>(q + r * kPart + d);
-#pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) sum[r][j] = M::dot(sum[r][j], w, x[j]);
-      }
-    }
+    for (int j = 0; j < kVectors; ++j) x[j] = load(k + (j * depth + d) * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+      const VecF w = broadcast<VecF>(q + r * kPart + d);
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) {
-        float* to = s + r * kKeys + j * kLanes;
-        store(to, begin ? load(to) + sum[r][j] : sum[r][j]);  // parts, so that float32 keeps its last bits
-      }
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = M::dot(sum[r][j], w, x[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = s + r * kKeys + j * kLanes;
+      store(to, add ? load(to) + sum[r][j] : sum[r][j]);
     }
   }
 }
 
 // o[kRows, ...] = o * decay + p v for kVectors vectors of the head width and, if asked, half a one; of p [kRows, words]
-// and v [words, width]
+// and v [words, kVectors * kLanes + tail]
 template <class M, int kVectors, bool kTail>
 void multiply_values(const float* p, const float* v, int64_t words, int64_t width, const float* decay, float* o) {
   VecF sum[kRows][kVectors];
@@ -111,7 +109,7 @@ void multiply_values(const float* p, const float* v, int64_t words, int64_t widt
     for (int j = 0; j < kVectors; ++j) sum[r][j] = load(o + r * width + j * kLanes) * decay[r];
     if (kTail) tail[r] = load_as<VecHalf>(o + r * width + kVectors * kLanes) * decay[r];
   }
-  for (int64_t w = 0; w < words; ++w, v += width, ++p) {
+  for (int64_t w = 0; w < words; ++w, v += kVectors * kLanes + (kTail ? kHalf : 0), ++p) {
     VecF x[kVectors];
     VecHalf last = VecHalf{};
 #pragma GCC unroll 3
@@ -133,24 +131,25 @@ void multiply_values(const float* p, const float* v, int64_t words, int64_t widt
   }
 }
 
-// all of the head width, three vectors at most at a time
+// V is packed in strips of the head width, as wide as multiply_values takes them: three vectors, or two and a half
+LDMFAST_INLINE int64_t strip_width(int64_t left) {
+  const int64_t vectors = left / kLanes, half = left % kLanes;
+  if (vectors <= 2 || (vectors == 3 && !half)) return left;
+  return (vectors == 4 || vectors == 3 ? 2 : 3) * kLanes;
+}
+
 template <class M>
-void all_values(const float* p, const float* v, int64_t words, int64_t width, const float* decay, float* o) {
-  const bool tail = width % kLanes;
-  for (int64_t d = 0; d < width;) {
-    const int64_t left = (width - d) / kLanes;  // whole vectors
-    int64_t step = left == 3 || left > 4 ? 3 : left == 1 ? 1 : 2;
-    if (tail && left == 3) step = 2;
-    if (tail && left <= 2) {
-      if (left == 2) multiply_values<M, 2, kHalf != 0>(p, v + d, words, width, decay, o + d);
-      if (left == 1) multiply_values<M, 1, kHalf != 0>(p, v + d, words, width, decay, o + d);
-      return;
-    }
-    if (step == 3) multiply_values<M, 3, false>(p, v + d, words, width, decay, o + d);
-    if (step == 2) multiply_values<M, 2, false>(p, v + d, words, width, decay, o + d);
-    if (step == 1) multiply_values<M, 1, false>(p, v + d, words, width, decay, o + d);
-    d += step * kLanes;
+void multiply_strip(int64_t strip, const float* p, const float* v, int64_t words, int64_t width, const float* decay,
+                    float* o) {
+  const int64_t vectors = strip / kLanes;
+  if (kHalf && strip % kLanes) {
+    if (vectors == 2) multiply_values<M, 2, kHalf != 0>(p, v, words, width, decay, o);
+    if (vectors == 1) multiply_values<M, 1, kHalf != 0>(p, v, words, width, decay, o);
+    return;
   }
+  if (vectors == 3) multiply_values<M, 3, false>(p, v, words, width, decay, o);
+  if (vectors == 2) multiply_values<M, 2, false>(p, v, words, width, decay, o);
+  if (vectors == 1) multiply_values<M, 1, false>(p, v, words, width, decay, o);
 }
 
 // p = 2^(s * factor - maximum), the weights of count keys (padded to kTile) for one query; returns their lane sums
@@ -173,6 +172,32 @@ LDMFAST_INLINE float row_maximum(const float* s, int64_t count) {
     m1 = vmax(load(s + i + kLanes), m1);
   }
   return reduce_max(vmax(m0, m1));
+}
+
+template <class U> LDMFAST_INLINE void mask_row(const U* mask, float factor, int64_t count, float* s) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    VecF m = count - i >= kLanes ? load(mask + i) : load_first(mask + i, count - i);
+    store(s + i, load(s + i) * factor + m * kLog2e);
+  }
+}
+
+// s = s * factor + mask * log2(e), for the block's keys from s0 on and one query
+void apply_mask(const AttentionArgs& a, int64_t head, int64_t l, int64_t s0, int64_t count, float factor, float* s) {
+  const int64_t at = head / a.H * a.stride_mn + head % a.H * a.stride_mh + l * a.stride_ml + s0 * a.stride_ms;
+  if (a.mask_dtype == DType::kBool) {
+    const uint8_t* mask = (const uint8_t*)a.mask + at;
+    for (int64_t i = 0; i < count; ++i) s[i] = mask[i * a.stride_ms] ? s[i] * factor : -kInf;
+  } else if (a.stride_ms != 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      s[i] = s[i] * factor + load_scalar(a.mask, a.mask_dtype, at + i * a.stride_ms) * kLog2e;
+    }
+  } else if (a.mask_dtype == DType::kFloat32) {
+    mask_row((const float*)a.mask + at, factor, count, s);
+  } else if (a.mask_dtype == DType::kBFloat16) {
+    mask_row((const BFloat16*)a.mask + at, factor, count, s);
+  } else {
+    mask_row((const Half*)a.mask + at, factor, count, s);
+  }
 }
 
 }  // namespace

