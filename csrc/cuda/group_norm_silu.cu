@@ -15,7 +15,7 @@ template <typename T> __device__ __forceinline__ void reset(const Place& w, Stor
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(kThreads, 1) fused_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constant__ Params p) {
   Storage<T> s(p);
   const Place w = locate(p);
   const Slab<V, CL> slab(p, w, w.begin);
@@ -47,7 +47,7 @@ __device__ __forceinline__ float* moments_of(const Params& p, const Place& w, in
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(kThreads, 1) statistics_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 2) statistics_kernel(const __grid_constant__ Params p) {
   Storage<T> s(p);
   const Place w = locate(p);
   reset(w, s);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 1) statistics_kernel(const __grid_co
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 2) apply_kernel(const __grid_constant__ Params p) {
   Storage<T> s(p);
   const Place w = locate(p);
   finish(p, w, s, p.tiles * p.slices, [&](int g, int i) {
