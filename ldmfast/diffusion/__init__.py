@@ -1,1 +1,18 @@
-"""Noise schedules, objectives and samplers."""
+"""Noise schedules, objectives and samplers. Loaded on first use."""
+
+import importlib
+
+_HOMES = {
+    "DDIMScheduler": "ldmfast.diffusion.ddim",
+    "add_noise": "ldmfast.diffusion.objective",
+    "alphas_cumprod": "ldmfast.diffusion.schedule",
+    "denoising_loss": "ldmfast.diffusion.objective",
+    "make_scheduler": "ldmfast.diffusion.schedule",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,15 +3,14 @@
 import importlib
 
 _HOMES = {
-    "AutoencoderKL": "diffusers",
+    "AutoencoderKL": "ldmfast.models.autoencoder",
     "TextEncoder": "ldmfast.models.conditioning",
-    "UNet": "diffusers",
+    "UNet": "ldmfast.models.unet",
 }
 __all__ = list(_HOMES)
 
 
 def __getattr__(name):
     if name in _HOMES:
-        module = importlib.import_module(_HOMES[name])
-        return getattr(module, "UNet2DConditionModel" if (name, _HOMES[name]) == ("UNet", "diffusers") else name)
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

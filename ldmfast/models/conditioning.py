@@ -75,7 +75,7 @@ class TextEncoder:
     def cut(self, captions):
         """The captions that are longer than `tokens` tokens, and so would lose their end."""
         lengths = [len(ids) for ids in self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
-        return [caption for caption, length in zip(captions, lengths) if length > self.tokens]
+        return [caption for caption, length in zip(captions, lengths, strict=True) if length > self.tokens]
 
     @torch.no_grad()
     def __call__(self, captions, batch=64):

@@ -1,0 +1,98 @@
+"""What a training run is made of. The defaults are the recipe of the shipped model.
+
+Every field is also an option of `ldmfast train ...`: `save_every` is `--save-every`.
+"""
+
+from dataclasses import dataclass, field, fields
+
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+
+def option(default, text, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How either stage is optimised."""
+
+    batch: int = option(16, "pictures a step")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    weight_decay: float = option(0.01, "AdamW's decoupled weight decay")
+    schedule: str = option("cosine", "learning-rate schedule", SCHEDULES)
+    warmup: int = option(100, "steps of linear warm-up")
+    clip: float = option(1.0, "largest gradient norm")
+    ema: float = option(0.999, "decay of the averaged weights, which are what is saved")
+    seed: int = option(0, "seeds weights, batches and noise")
+    precision: str = option("bf16", "arithmetic of the forward pass; weights stay float32", ("bf16", "fp32"))
+    export: str = option("fp16", "precision of the exported weights", ("fp16", "fp32"))
+    save_every: int = option(200, "steps between checkpoints")
+    log_every: int = option(20, "steps over which the reported loss is averaged")
+
+    def __post_init__(self):
+        positive = ("batch", "learning_rate", "clip", "save_every", "log_every", "steps", "size")
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{f.name}={value!r} is none of {', '.join(map(str, choices))}")
+            if f.name in positive and not value > 0:
+                raise ValueError(f"{f.name}={value} must be above 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup} must not be negative")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(RunConfig):
+    """Stage 1: pictures to latents and back, L1 + SSIM + KL."""
+
+    batch: int = option(8, "pictures a step")
+    steps: int = option(1300, "training steps")
+    size: int = option(64, "pictures are trained at this many pixels a side")
+    channels: tuple = option((32, 64, 96), "channels at each resolution; one halving fewer than there are entries")
+    layers: int = option(1, "residual blocks at each resolution")
+    groups: int = option(8, "groups of GroupNorm; with a channel a group the ground's colour is lost")
+    latent_channels: int = option(4, "channels of the latent")
+    kl_weight: float = option(3e-4, "weight of the KL term (mean over latent elements)")
+    ssim_weight: float = option(0.2, "weight of 1 - SSIM")
+
+
+@dataclass(frozen=True)
+class DecoderConfig(RunConfig):
+    """Stage 1b: the decoder alone goes on learning; the latents stay as they are."""
+
+    batch: int = option(8, "pictures a step")
+    steps: int = option(2000, "training steps")
+    latent_noise: float = option(0.05, "deviation of the noise added to latents, for a denoiser is never exact")
+    ssim_weight: float = option(0.2, "weight of 1 - SSIM")
+
+
+@dataclass(frozen=True)
+class DenoiserConfig(RunConfig):
+    """Stage 2: noise prediction on cached latents, conditioned on a caption by cross-attention."""
+
+    batch: int = option(32, "latents a step")
+    steps: int = option(3000, "training steps")
+    schedule: str = option("constant_with_warmup", "learning-rate schedule; averaging the weights anneals", SCHEDULES)
+    learning_rate: float = option(8e-4, "peak learning rate of AdamW")
+    channels: tuple = option((64, 96, 128), "channels at each resolution")
+    layers: int = option(1, "residual blocks at each resolution")
+    groups: int = option(32, "groups of GroupNorm")
+    attention: tuple = option((0, 1, 1), "1 where a resolution has attention")
+    head_width: int = option(32, "channels of an attention head")
+    prediction: str = option("epsilon", "what the network predicts", ("epsilon", "v_prediction", "sample"))
+    beta_start: float = option(0.0015, "first beta of the scaled-linear schedule")
+    beta_end: float = option(0.0195, "last beta of the scaled-linear schedule")
+    min_snr: float = option(5.0, "min-SNR-gamma loss weighting; 0 turns it off")
+    guidance_dropout: float = option(0.1, "share of captions replaced by the empty one")
+    plain_captions: float = option(0.5, "share of a picture's draws that use its first caption")
+    text_encoder: str = option("minilm", "'minilm', a hub name or a folder")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.attention) != len(self.channels):
+            raise ValueError(f"attention={self.attention} needs one entry for each of channels={self.channels}")
+        for share in ("guidance_dropout", "plain_captions"):
+            if not 0 <= getattr(self, share) <= 1:
+                raise ValueError(f"{share}={getattr(self, share)} must lie between 0 and 1")

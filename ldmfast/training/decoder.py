@@ -1,0 +1,52 @@
+"""Stage 1b: sharpen a finished autoencoder's decoder while its latents stay as they are.
+
+It can run beside the denoiser's training, which reads the same latents, and after it: a denoiser stays valid.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ldmfast.training import checkpoint, losses
+from ldmfast.training.autoencoder import encode_all, load, sample_of, score
+from ldmfast.training.data import load_pictures
+from ldmfast.training.loop import Run, fit
+
+
+class Decoder(torch.nn.Module):
+    """The half of an AutoencoderKL that is trained here."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+        self.decode = vae.decode
+
+
+def loss_of(model, pictures, mean, std, config):
+    """The step's loss as a function of the generator that draws the batch and the latent noise."""
+
+    def step(generator):
+        index = torch.randint(len(pictures), (config.batch,), generator=generator)
+        noise, extra = torch.randn(2, config.batch, *mean.shape[1:], generator=generator)
+        z = mean[index] + std[index] * noise + config.latent_noise * extra
+        return losses.reconstruction(pictures.batch(index), model.decode(z).sample, ssim_weight=config.ssim_weight)
+
+    return step
+
+
+def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
+    """Train on the folder `data` and write `folder`/vae. Returns the metrics."""
+    vae = load(autoencoder)
+    pictures = load_pictures(data, vae.config.sample_size, split="train")
+    mean, std = encode_all(vae, pictures)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    run = Run(Decoder(vae), config)
+    step = loss_of(run.model, pictures, mean, std, config)
+    history = fit(run, step, Path(folder, "decoder.pt"), restart=restart, quiet=quiet)
+    run.ema.copy_to(run.model.parameters())
+    metrics = {"trained": score(vae, sample_of(pictures, 512, config.seed)), "loss": history}
+    vae = vae.half() if config.export == "fp16" else vae
+    checkpoint.replace_folder(Path(folder, "vae"), vae.save_pretrained)
+    Path(folder, "decoder.json").write_text(json.dumps(metrics, indent=1))
+    return metrics

@@ -1,0 +1,231 @@
+"""The demo collection: Noto colour emoji on coloured grounds, with captions.
+
+64 objects on 8 grounds, each in a few placements. For every object one ground is held out: those pictures are
+marked `"split": "heldout"` and no training stage reads them, so that they measure composition, not memory.
+The pictures come from the installed font's CBDT table (emoji artwork: Apache-2.0; font: OFL 1.1), or from a folder
+of cut-outs written by `write_cutouts`.
+"""
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+FONT_PATHS = (
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu
+    "/usr/share/fonts/noto/NotoColorEmoji.ttf",  # Arch
+    "/usr/share/fonts/noto-emoji/NotoColorEmoji.ttf",  # Alpine
+    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",  # Fedora
+    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
+)
+
+# code point -> the name used in captions, then other names for the same thing
+OBJECTS = {
+    0x1F34E: ("red apple", "apple"),
+    0x1F34F: ("green apple",),
+    0x1F34C: ("banana",),
+    0x1F34B: ("lemon",),
+    0x1F34D: ("pineapple",),
+    0x1F353: ("strawberry",),
+    0x1F352: ("cherries",),
+    0x1F349: ("watermelon", "slice of watermelon"),
+    0x1F347: ("grapes", "bunch of grapes"),
+    0x1F955: ("carrot",),
+    0x1F346: ("eggplant", "aubergine"),
+    0x1F951: ("avocado",),
+    0x1F344: ("mushroom", "toadstool"),
+    0x1F354: ("hamburger", "burger"),
+    0x1F355: ("pizza", "slice of pizza"),
+    0x1F369: ("doughnut", "donut"),
+    0x1F366: ("ice cream cone", "ice cream"),
+    0x1F9C1: ("cupcake",),
+    0x1F382: ("birthday cake", "cake"),
+    0x2615: ("cup of coffee", "coffee"),
+    0x1F436: ("dog", "puppy"),
+    0x1F431: ("cat", "kitten"),
+    0x1F981: ("lion",),
+    0x1F42F: ("tiger",),
+    0x1F43C: ("panda",),
+    0x1F438: ("frog",),
+    0x1F98A: ("fox",),
+    0x1F427: ("penguin",),
+    0x1F437: ("pig",),
+    0x1F435: ("monkey",),
+    0x1F989: ("owl",),
+    0x1F419: ("octopus",),
+    0x1F980: ("crab",),
+    0x1F433: ("whale",),
+    0x1F422: ("turtle", "tortoise"),
+    0x1F98B: ("butterfly",),
+    0x1F41E: ("ladybug", "ladybird"),
+    0x1F41D: ("bee",),
+    0x1F984: ("unicorn",),
+    0x1F33B: ("sunflower",),
+    0x1F339: ("rose", "red rose"),
+    0x1F335: ("cactus",),
+    0x1F384: ("Christmas tree",),
+    0x1F697: ("car", "red car"),
+    0x1F680: ("rocket",),
+    0x2708: ("airplane", "plane"),
+    0x26F5: ("sailboat",),
+    0x1F6B2: ("bicycle", "bike"),
+    0x26BD: ("soccer ball", "football"),
+    0x1F3C0: ("basketball",),
+    0x1F3B8: ("guitar",),
+    0x2614: ("umbrella",),
+    0x1F381: ("gift", "present"),
+    0x1F451: ("crown",),
+    0x1F511: ("key",),
+    0x23F0: ("alarm clock", "clock"),
+    0x26C4: ("snowman",),
+    0x1F383: ("pumpkin", "jack-o-lantern"),
+    0x1F388: ("balloon", "red balloon"),
+    0x2B50: ("star", "yellow star"),
+    0x2764: ("heart", "red heart"),
+    0x1F3E0: ("house",),
+    0x1F916: ("robot",),
+    0x1F9F8: ("teddy bear",),
+}
+PLURAL = {"cherries", "grapes", "coffee"}  # take no article
+
+COLOURS = {
+    "red": (222, 76, 74),
+    "orange": (250, 160, 74),
+    "yellow": (255, 228, 112),
+    "green": (112, 190, 116),
+    "blue": (92, 152, 236),
+    "purple": (166, 112, 206),
+    "white": (247, 247, 247),
+    "black": (38, 38, 42),
+}
+
+TEMPLATES = (
+    "{a} on a {colour} background",
+    "{n}, {colour} background",
+    "a picture of {a} on a {colour} background",
+    "{n} on {colour}",
+)
+
+
+def with_article(name):
+    """"a red apple", "an owl", "grapes"."""
+    if name in PLURAL:
+        return name
+    vowel = name[0].lower() in "aeiou" and not name.startswith("unicorn")
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def captions(names, colour):
+    """Every way the collection says `names[0]` on `colour`, the plain one first."""
+    phrase = lambda t, n: t.format(a=with_article(n), n=n, colour=colour).replace("a orange", "an orange")  # noqa: E731
+    return [phrase(template, name) for name in names for template in TEMPLATES]
+
+
+def held_out_colour(index):
+    """The ground that object number `index` is never trained on."""
+    return list(COLOURS)[index * 3 % len(COLOURS)]
+
+
+def find_font(path=None):
+    """The Noto colour emoji font. Raises FileNotFoundError, saying how to install it."""
+    candidates = [path] if path else [os.environ.get("LDMFAST_EMOJI_FONT"), *FONT_PATHS]
+    for candidate in filter(None, candidates):
+        if Path(candidate).is_file():
+            return Path(candidate)
+    raise FileNotFoundError(
+        f"no Noto colour emoji font at {path or 'the usual places'}: install it (Debian and Ubuntu: "
+        "apt-get install fonts-noto-color-emoji), or give its path with --font or LDMFAST_EMOJI_FONT"
+    )
+
+
+def font_cutouts(path=None):
+    """{name: RGBA picture, 136x128} for every object, read from the font's CBDT table."""
+    try:
+        from fontTools.ttLib import TTFont
+    except ImportError as error:
+        raise ImportError("reading the emoji font needs fonttools: pip install fonttools") from error
+    path = find_font(path)
+    with TTFont(path, lazy=True) as font:
+        if "CBDT" not in font:
+            raise ValueError(f"{path} has no CBDT table (glyphs that are pictures); use Noto Color Emoji's CBDT build")
+        glyphs, strike = font.getBestCmap(), font["CBDT"].strikeData[0]
+        missing = [names[0] for code, names in OBJECTS.items() if code not in glyphs]
+        if missing:
+            raise ValueError(f"{path} lacks the emoji {', '.join(missing)}; a newer Noto Color Emoji has them")
+        read = lambda code: Image.open(io.BytesIO(strike[glyphs[code]].imageData)).convert("RGBA")  # noqa: E731
+        return {names[0]: read(code) for code, names in OBJECTS.items()}
+
+
+def folder_cutouts(folder):
+    """{name: RGBA picture} from a folder of `red-apple.png`, ...: what `write_cutouts` wrote."""
+    found = {n[0]: Path(folder, file_stem(n[0]) + ".png") for n in OBJECTS.values()}
+    found = {name: path for name, path in found.items() if path.is_file()}
+    if not found:
+        raise FileNotFoundError(f"{folder} holds none of the cut-outs (red-apple.png, ...)")
+    return {name: Image.open(path).convert("RGBA") for name, path in found.items()}
+
+
+def write_cutouts(cutouts, folder, size=64):
+    """Save RGBA cut-outs, at most `size` pixels wide and high: the small set that ships with the tests."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, picture in cutouts.items():
+        picture = picture.copy()
+        picture.thumbnail((size, size), Image.LANCZOS)
+        picture.save(Path(folder, file_stem(name) + ".png"), optimize=True)
+
+
+def file_stem(name):
+    return name.lower().replace(" ", "-")
+
+
+def compose(cutout, colour, size=64, *, scale=0.88, shift=(0.0, 0.0)):
+    """`cutout` on a flat ground: RGB, size x size; the longer side takes `scale`, `shift` is in parts of the size."""
+    factor = scale * size / max(cutout.size)
+    width, height = (max(1, round(side * factor)) for side in cutout.size)
+    # premultiplied, else the hidden colour of transparent pixels bleeds into the rim
+    small = cutout.convert("RGBa").resize((width, height), Image.LANCZOS).convert("RGBA")
+    picture = Image.new("RGB", (size, size), COLOURS[colour])
+    left, top = (round((size - side) / 2 + d * size) for side, d in zip((width, height), shift, strict=True))
+    picture.paste(small, (left, top), small)
+    return picture
+
+
+def placements(count, seed=0):
+    """`count` pairs (scale, shift), the first one centred; the same for every object."""
+    rng = np.random.default_rng(seed)
+    drawn = [(float(rng.uniform(0.78, 0.94)), tuple(map(float, rng.uniform(-0.05, 0.05, 2)))) for _ in range(count)]
+    return [(0.88, (0.0, 0.0)), *drawn][:count]
+
+
+def build(cutouts, folder, *, size=64, count=8, seed=0):
+    """Write the collection: PNG files and metadata.jsonl (file_name, text, texts, object, colour, split).
+
+    Returns the number of pictures. The folder appears complete or not at all.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    rows = []
+    for index, names in enumerate(OBJECTS.values()):
+        if names[0] not in cutouts:
+            continue
+        for colour in COLOURS:
+            texts = captions(names, colour)
+            for k, (scale, shift) in enumerate(placements(count, seed)):
+                file_name = f"{file_stem(names[0])}-{colour}-{k}.png"
+                compose(cutouts[names[0]], colour, size, scale=scale, shift=shift).save(partial / file_name)
+                split = "heldout" if colour == held_out_colour(index) else "train"
+                labels = dict(object=names[0], colour=colour, split=split)
+                rows.append(dict(file_name=file_name, text=texts[0], texts=texts, **labels))
+    (partial / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if folder.exists():
+        folder.rmdir()
+    os.replace(partial, folder)
+    return len(rows)
