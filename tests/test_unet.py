@@ -195,6 +195,8 @@ def test_empty_batch_and_one():
     assert tiny.error(got, wanted) <= CLOSE
     none = {**tiny.inputs(stock, batch=0), "timestep": 3}
     assert ours(**none).sample.shape == (0, 4, 16, 16)
+    with torch.no_grad():
+        assert ours(**none).sample.shape == (0, 4, 16, 16)
 
 
 def test_returns_a_tuple_or_an_output():
@@ -294,6 +296,16 @@ def test_an_impossible_timestep_is_warned_of():
     _, ours = pair()
     with pytest.warns(UserWarning, match="timestep -5"):
         ours(**{**tiny.inputs(ours), "timestep": -5})
+
+
+def test_made_from_its_configuration():
+    stock, _ = pair()
+    ours = UNet(**tiny.SD1)
+    ours.load_state_dict(stock.state_dict())
+    wanted, got = both(stock, ours, tiny.inputs(stock))
+    assert tiny.error(got, wanted) <= CLOSE
+    assert ours.config.cross_attention_dim == 32 and dict(ours.config).keys() == dict(stock.config).keys()
+    assert ours.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_from_unet_shares_the_parameters():

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 
 import diffusers
@@ -17,7 +18,7 @@ from torch import nn
 from ldmfast.models.blocks import Conditioning, downsample, mid_block, resnet, upsample
 from ldmfast.models.dropin import DropIn
 from ldmfast.models.guard import obstacle, obstacles
-from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of
+from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of, weights_channels_last
 
 
 class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
@@ -29,6 +30,11 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
     """
 
     stock = diffusers.AutoencoderKL
+
+    @functools.wraps(diffusers.AutoencoderKL.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        weights_channels_last(self)
 
     @classmethod
     def from_vae(cls, vae: diffusers.AutoencoderKL) -> AutoencoderKL:

@@ -37,6 +37,13 @@ class DropIn:
         return new
 
     @classmethod
+    def from_single_file(cls, *args, **kwargs):
+        """As diffusers' from_single_file: a checkpoint in the released layout, such as SD1.5's one file."""
+        model = super().from_single_file(*args, **kwargs)
+        weights_channels_last(model)
+        return model
+
+    @classmethod
     def from_pretrained(cls, source, *, allow_missing: bool = False, output_loading_info: bool = False, **kwargs):
         """As diffusers' from_pretrained, from a folder or the hub; weights that the checkpoint lacks are an error.
 

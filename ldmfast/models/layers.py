@@ -61,8 +61,9 @@ def group_norm(m: nn.GroupNorm, x: torch.Tensor, *, silu: bool, add=None, scale=
 def conv2d(m: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """A convolution on [N, C, H, W]; a small image under a 3x3 kernel as one matrix product over its patches."""
     if _few_pixels(m, x):
-        n, c, h, w = x.shape
-        return image(F.linear(_patches(x), m.weight.permute(0, 2, 3, 1).flatten(1), m.bias).view(n, h * w, -1), (h, w))
+        n, _, h, w = x.shape
+        y = F.linear(_patches(x), m.weight.permute(0, 2, 3, 1).flatten(1), m.bias)
+        return y.view(n, h, w, m.out_channels).permute(0, 3, 1, 2)
     return m(x)
 
 

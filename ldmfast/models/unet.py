@@ -10,6 +10,7 @@ the network is ours (blocks.py), and whatever was attached to a part of it is st
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from ldmfast.models.blocks import Conditioning, down_block, has_cross_attention, mid_block, up_block
 from ldmfast.models.checks import add_residual, add_residuals, check_inputs, timestep_tensor
 from ldmfast.models.dropin import DropIn
-from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of, timestep_embedding
+from ldmfast.models.layers import (
+    channels_last,
+    conv2d,
+    group_norm,
+    in_layout_of,
+    timestep_embedding,
+    weights_channels_last,
+)
 
 
 class UNet(DropIn, UNet2DConditionModel):
@@ -35,6 +43,11 @@ class UNet(DropIn, UNet2DConditionModel):
     """
 
     stock = UNet2DConditionModel
+
+    @functools.wraps(UNet2DConditionModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        weights_channels_last(self)
 
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
