@@ -1,6 +1,6 @@
 // The inner loops of attention.cpp, on operands packed as 32-bit words, and the mask.
 #pragma once
-#include "simd.h"
+#include "exponential.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {

@@ -3,7 +3,7 @@
 #pragma once
 #include <omp.h>
 
-#include "simd.h"
+#include "exponential.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {

@@ -215,56 +215,5 @@ LDMFAST_INLINE float reduce_max(VecF x) {
 #endif
 }
 
-// ---- exponentials ----
-// kFast is for results that end in 8 bits of mantissa: 7.5e-5 relative against bfloat16's half step of 3.9e-3.
-
-enum class Accuracy { kFast, kFull };
-template <class T> struct AccuracyOf { static constexpr Accuracy value = Accuracy::kFull; };
-template <> struct AccuracyOf<BFloat16> { static constexpr Accuracy value = Accuracy::kFast; };
-
-// factor * 2^t; infinite above 128, 0 below about -126, NaN for NaN. Minimax polynomials of 2^f, f in [-0.5, 0.5], by
-// Lawson's iteration on the relative error: 7.5e-5 (degree 3) and 7.9e-8 with its float32 rounding (degree 6).
-template <Accuracy A> LDMFAST_INLINE VecF exp2v(VecF t, float factor = 1.0f) {
-#if defined(__AVX512F__)
-  VecF n = (VecF)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  VecF f = t - n;
-#else
-  t = t < -126.0f ? splat(-126.0f) : t;
-  t = t > 128.5f ? splat(128.5f) : t;
-  VecF shifted = t + 0x1.8p23f;  // rounds to an integer, held in the low bits
-  VecF f = t - (shifted - 0x1.8p23f);
-#endif
-  VecF p;
-  if (A == Accuracy::kFast) {
-    p = f * (factor * 0.0551716685f) + factor * 0.242611125f;
-    p = p * f + factor * 0.693260968f;
-    p = p * f + factor * 0.999928057f;
-  } else {
-    p = f * (factor * 0.000153458124f) + factor * 0.00133999309f;
-    p = p * f + factor * 0.00961848907f;
-    p = p * f + factor * 0.0555032864f;
-    p = p * f + factor * 0.240226462f;
-    p = p * f + factor * 0.693147182f;
-    p = p * f + factor * 1.0f;
-  }
-#if defined(__AVX512F__)
-  // infinities are right although f is NaN there: scalef(NaN, inf) is inf, scalef(NaN, -inf) is 0
-  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  VecI exponent = (VecI)shifted - 0x4b400000 + 126;
-  return p * (VecF)(exponent << 23) * 2.0f;  // in two steps: 2^128 has no float32
-#endif
-}
-
-// y * sigmoid(y) for t = -log2(e) * y: t / (-log2(e) * (1 + 2^t)). NaN for y = -inf, as torch has it.
-template <Accuracy A> LDMFAST_INLINE VecF silu_of_exponent(VecF t) {
-  const VecF denominator = exp2v<A>(t, -kLog2e) - kLog2e;
-#if defined(__AVX512F__)
-  if (A == Accuracy::kFast) return t * (VecF)_mm512_rcp14_ps((__m512)denominator);  // 6e-5 relative
-#endif
-  return t / denominator;
-}
-template <Accuracy A> LDMFAST_INLINE VecF silu(VecF y) { return y / (exp2v<A>(y * -kLog2e) + 1.0f); }
-
 }  // namespace LDMFAST_ISA
 }  // namespace ldmfast

@@ -2,7 +2,7 @@
 // Source: Vaswani et al. 2017, section 3.5 (the sinusoid); Ho et al. 2020 (its use for the timestep).
 #include <math.h>
 
-#include "simd.h"
+#include "exponential.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
