@@ -79,9 +79,8 @@ template <typename C, bool MASKED>
 __global__ void __launch_bounds__(kThreads, C::kBlocks) attention_kernel(const __grid_constant__ Params p) {
   using T = typename C::T;
   const AttentionArgs& a = p.a;
-  constexpr int kTile = C::KEYS * C::kStride;
   T* const q = reinterpret_cast<T*>(shared_memory());
-  T* const kv = q + C::kQueries * C::kStride;
+  T* const k = q + C::kQueries * C::kStride, * const v = k + 2 * C::KEYS * C::kStride;   // two stages each
   const int64_t n = blockIdx.z, h = blockIdx.y;
   const int L = static_cast<int>(a.L), S = static_cast<int>(a.S), D = static_cast<int>(a.D);
   const int first = blockIdx.x * C::kQueries, warp_row = threadIdx.x / 32 * 16 * C::MT;
@@ -90,8 +89,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) attention_kernel(const _
   const T* const v_head = static_cast<const T*>(a.v) + n * a.stride_vn + h * a.stride_vh;
   load_tile<C, C::kQueries>(q, q_head, a.stride_ql, first, L, D, p.wide_q);
   if (S > 0) {
-    load_tile<C, C::KEYS>(kv, k_head, a.stride_ks, 0, S, D, p.wide_k);
-    load_tile<C, C::KEYS>(kv + kTile, v_head, a.stride_vs, 0, S, D, p.wide_v);
+    load_tile<C, C::KEYS>(k, k_head, a.stride_ks, 0, S, D, p.wide_k);
+    load_tile<C, C::KEYS>(v, v_head, a.stride_vs, 0, S, D, p.wide_v);
   }
   cp_async_commit();
   cp_async_wait<0>();
@@ -107,26 +106,27 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) attention_kernel(const _
 #pragma unroll
       for (int s = 0; s < C::kSteps16 + C::kTail; ++s) load_q<C>(w.q[m][s], q_at, m, s);
   }
-  const SharedAddress kv_at = plain_address(kv);
+  const SharedAddress k_at = plain_address(k);
+  int row = 0;                             // of the two stages' 2 * KEYS rows
   for (int key = 0; key < S; key += kStep) {
-    const int stage = key / C::KEYS % 2;
-    if (key % C::KEYS == 0) {
+    if (row == 0 || row == C::KEYS) {
       cp_async_wait<0>();
       __syncthreads();                     // this tile is there, and the other stage is no longer read
       if (key + C::KEYS < S) {
-        T* const next = kv + (stage ^ 1) * 2 * kTile;
-        load_tile<C, C::KEYS>(next, k_head, a.stride_ks, key + C::KEYS, S, D, p.wide_k);
-        load_tile<C, C::KEYS>(next + kTile, v_head, a.stride_vs, key + C::KEYS, S, D, p.wide_v);
+        const int next = (C::KEYS - row) * C::kStride;
+        load_tile<C, C::KEYS>(k + next, k_head, a.stride_ks, key + C::KEYS, S, D, p.wide_k);
+        load_tile<C, C::KEYS>(v + next, v_head, a.stride_vs, key + C::KEYS, S, D, p.wide_v);
       }
       cp_async_commit();
     }
-    const SharedAddress at = kv_at + (stage * 2 * kTile + key % C::KEYS * C::kStride) * 2;
+    const SharedAddress at = k_at + row * C::kStride * 2;
     float s[C::MT][kStep / 8][4];
     scores<C>(w, s, q_at, at);
     if constexpr (MASKED) mask_scores<C>(a, s, n * a.stride_mn + h * a.stride_mh, first + warp_row, key);
     if (key + kStep > S) cut_scores<C>(s, S - key);
     softmax<C>(w, s, p);
-    values<C>(w, s, at + kTile * 2);
+    values<C>(w, s, at + 2 * C::KEYS * C::kStride * 2);
+    row = row + kStep == 2 * C::KEYS ? 0 : row + kStep;
   }
   write_output<C>(w, p, q + warp_row * C::kStride, (n * a.L * a.H + h) * a.D, first + warp_row);
 }
@@ -149,20 +149,20 @@ bool wide(const void* p, int64_t D, int64_t a, int64_t b, int64_t c) {
   return aligned(p, 16) && D % 8 == 0 && a % 8 == 0 && b % 8 == 0 && c % 8 == 0;
 }
 
-// the next width that is compiled; what lies between is zero
+// The next width that is compiled; what lies between is zero. 96 keys a tile where they fit: a prompt's 77 in one.
 template <typename T> void start_mma(const AttentionArgs& a, const Launch& where) {
   Params p = {a, 0, 1.0f, kSlack, false, false, false, false};
   p.wide_q = wide(a.q, a.D, a.stride_qn, a.stride_ql, a.stride_qh);
   p.wide_k = wide(a.k, a.D, a.stride_kn, a.stride_ks, a.stride_kh);
   p.wide_v = wide(a.v, a.D, a.stride_vn, a.stride_vs, a.stride_vh);
   p.wide_out = wide(a.out, a.D, 0, 0, 0);
-  if (a.D <= 32) start<T, 32, 2, 64>(p, where);
-  else if (a.D <= 40) start<T, 40, 2, 64>(p, where);
-  else if (a.D <= 64) start<T, 64, 2, 64>(p, where);
-  else if (a.D <= 80) start<T, 80, 1, 64>(p, where);
+  if (a.D <= 32) start<T, 32, 2, 96>(p, where);
+  else if (a.D <= 40) start<T, 40, 2, 96>(p, where);
+  else if (a.D <= 64) start<T, 64, 2, 96>(p, where);
+  else if (a.D <= 80) start<T, 80, 1, 96>(p, where);
   else if (a.D <= 96) start<T, 96, 1, 64>(p, where);
   else if (a.D <= 128) start<T, 128, 1, 64>(p, where);
-  else if (a.D <= 160) start<T, 160, 1, 32>(p, where);
+  else if (a.D <= 160) start<T, 160, 1, 64>(p, where);
   else start<T, 256, 1, 32>(p, where);
 }
 }  // namespace attention_detail

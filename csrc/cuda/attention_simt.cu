@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_simt_kernel(const __gri
       }
     }
     __syncthreads();
+    float tile[4][4] = {};                  // summed by itself: 4096 additions in one row would cost float32 a digit
     for (int e = 0; e < kKeys; e += 4) {
       float x[4][4], y[4][4];
 #pragma unroll
@@ -121,8 +122,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_simt_kernel(const __gri
 #pragma unroll
         for (int f = 0; f < 4; ++f)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) o[i][j] += x[i][f] * y[f][j];
+          for (int j = 0; j < 4; ++j) tile[i][j] += x[i][f] * y[f][j];
     }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) o[i / 4][i % 4] += tile[i / 4][i % 4];
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -1,6 +1,9 @@
 // The one way a kernel is started. Nothing here allocates device memory or waits, so a CUDA graph can capture it.
 #pragma once
 #include "common.cuh"
+#ifdef LDMFAST_CUDA_HOST
+#include "host_run.h"
+#endif
 
 namespace ldmfast {
 
