@@ -162,7 +162,7 @@ template <typename T> void start_mma(const AttentionArgs& a, const Launch& where
   else if (a.D <= 80) start<T, 80, 1, 96>(p, where);
   else if (a.D <= 96) start<T, 96, 1, 64>(p, where);
   else if (a.D <= 128) start<T, 128, 1, 64>(p, where);
-  else if (a.D <= 160) start<T, 160, 1, 64>(p, where);
+  else if (a.D <= 160) start<T, 160, 1, 32>(p, where);
   else start<T, 256, 1, 32>(p, where);
 }
 }  // namespace attention_detail

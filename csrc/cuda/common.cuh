@@ -74,8 +74,8 @@ __device__ __forceinline__ unsigned cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 __device__ __forceinline__ float cluster_load(const float* own, unsigned rank) {
   uint32_t address;
   float v;
@@ -160,25 +160,23 @@ template <int W> __device__ __forceinline__ void store_words(void* p, const uint
   else *static_cast<uint32_t*>(p) = w[0];
 }
 
-// V neighbouring elements in one access of V * sizeof(T) bytes, as floats
-template <typename T, int V> __device__ __forceinline__ void load_vector(const T* p, float (&v)[V]) {
-  if constexpr (V == 1) {
-    v[0] = to_float(*p);
-  } else {
-    uint32_t w[V * sizeof(T) / 4];
-    load_words(p, w);
-    if constexpr (sizeof(T) == 4) {
+// V neighbouring elements in one access of V * sizeof(T) bytes, as they lie in memory and as floats
+template <typename T, int V> constexpr int kWords = V * sizeof(T) < 4 ? 1 : V * sizeof(T) / 4;
+template <typename T, int V> __device__ __forceinline__ void load_raw(const T* p, uint32_t (&w)[kWords<T, V>]) {
+  if constexpr (V * sizeof(T) < 4) w[0] = *reinterpret_cast<const uint16_t*>(p);
+  else load_words(p, w);
+}
+template <typename T, int V> __device__ __forceinline__ void unpack(const uint32_t (&w)[kWords<T, V>], float (&v)[V]) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = bits_to_float(w[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < V / 2; ++i) {
-        const float2 e = unpack2<T>(w[i]);
-        v[2 * i] = e.x;
-        v[2 * i + 1] = e.y;
-      }
-    }
+  for (int i = 0; i < V; ++i) {
+    if constexpr (sizeof(T) == 4) v[i] = bits_to_float(w[i]);
+    else v[i] = i % 2 ? unpack2<T>(w[i / 2]).y : unpack2<T>(w[i / 2]).x;
   }
+}
+template <typename T, int V> __device__ __forceinline__ void load_vector(const T* p, float (&v)[V]) {
+  uint32_t w[kWords<T, V>];
+  load_raw<T, V>(p, w);
+  unpack<T, V>(w, v);
 }
 template <typename T, int V> __device__ __forceinline__ void store_vector(T* p, const float (&v)[V]) {
   if constexpr (V == 1) {

@@ -91,7 +91,7 @@ inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device) {
     int64_t slices = 1;                                    // 8 blocks are the largest portable cluster
     while (slices < 8 && (tasks * slices < kFewBlocks || bytes > slices * kPlainLimit) && bytes > slices * 4096)
       slices *= 2;
-    if (one_launch(slices, kClusterLimit)) {
+    if (one_launch(slices, device->shared_limit < kClusterLimit ? device->shared_limit : kClusterLimit)) {
       plan.fused = true;
       p.clustered = slices > 1;
       return plan;

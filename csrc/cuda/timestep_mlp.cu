@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSamples = 4;
+constexpr int kAhead = 4;       // 16-byte loads in flight a thread
 
 struct Layer {
   TimestepMlpArgs a;
@@ -35,40 +36,54 @@ template <typename T> __device__ __forceinline__ float sinusoid(const TimestepMl
   return to_float(from_float<T>((i < half) == a.flip_sin_to_cos ? c : s));
 }
 
+// inputs [k0, k0 + width) of this block's samples to shared memory
+template <typename T, int V, bool FIRST>
+__device__ __forceinline__ void stage(const Layer& p, float* input, int64_t n0, int64_t k0, int samples, int width) {
+  for (int s = 0; s < samples; ++s)
+    for (int k = threadIdx.x; k < width; k += kThreads) {
+      float v;
+      if constexpr (FIRST) v = sinusoid<T>(p.a, p.a.t[n0 + s], k0 + k);
+      else v = p.a.workspace[(n0 + s) * p.inputs + k0 + k];
+      input[s * p.chunk + slot<V>(k)] = v;
+    }
+}
+
 // FIRST: reads t, writes silu(.) to the workspace; else reads the workspace, writes out
 template <typename T, int V, bool FIRST>
-__global__ void __launch_bounds__(kThreads) timestep_mlp_kernel(const __grid_constant__ Layer p) {
-  const int64_t n0 = blockIdx.x % p.chunks * kSamples;
-  const int64_t row = blockIdx.x / p.chunks * kWarps + threadIdx.x / 32;
+__global__ void __launch_bounds__(kThreads, 1) timestep_mlp_kernel(const __grid_constant__ Layer p) {
+  const int64_t n0 = blockIdx.x % unsigned(p.chunks) * kSamples;
+  const int64_t row = blockIdx.x / unsigned(p.chunks) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int samples = static_cast<int>(p.a.N - n0 < kSamples ? p.a.N - n0 : kSamples);
   float* input = reinterpret_cast<float*>(shared_memory());   // [kSamples, chunk]
   float sum[kSamples] = {};
   for (int64_t k0 = 0; k0 < p.inputs; k0 += p.chunk) {
     const int width = static_cast<int>(p.inputs - k0 < p.chunk ? p.inputs - k0 : p.chunk);
-    __syncthreads();
-    for (int i = threadIdx.x; i < kSamples * width; i += kThreads) {
-      const int s = i / width, k = i - s * width;
-      float v = 0.0f;
-      if (s < samples) {
-        if constexpr (FIRST) v = sinusoid<T>(p.a, p.a.t[n0 + s], k0 + k);
-        else v = p.a.workspace[(n0 + s) * p.inputs + k0 + k];
-      }
-      input[s * p.chunk + slot<V>(k)] = v;
-    }
-    __syncthreads();
-    if (row >= p.outputs) continue;
-    const T* weight = static_cast<const T*>(p.weight) + row * p.inputs + k0;
-#pragma unroll 2
-    for (int k = lane * V; k < width; k += 32 * V) {
-      float w[V];
-      load_vector(weight + k, w);
+    const T* weight = static_cast<const T*>(p.weight) + (row < p.outputs ? row : 0) * p.inputs + k0;
+    uint32_t ahead[kAhead][kWords<T, V>];
+    const auto load = [&](int k) {
 #pragma unroll
-      for (int s = 0; s < kSamples; ++s) {
-        if (s >= samples) break;
-        const float* mine = input + s * p.chunk + k - lane * V + lane;
+      for (int i = 0; i < kAhead; ++i)
+        if (k + i * 32 * V < width) load_raw<T, V>(weight + k + i * 32 * V, ahead[i]);
+    };
+    load(lane * V);              // on their way while the inputs are staged
+    __syncthreads();
+    stage<T, V, FIRST>(p, input, n0, k0, samples, width);
+    __syncthreads();
+    for (int k = lane * V; k < width; k += kAhead * 32 * V) {
+      if (k != lane * V) load(k);
 #pragma unroll
-        for (int j = 0; j < V; ++j) sum[s] += w[j] * mine[j * 32];
+      for (int i = 0; i < kAhead; ++i) {
+        if (k + i * 32 * V >= width) break;
+        float w[V];
+        unpack<T, V>(ahead[i], w);
+#pragma unroll
+        for (int s = 0; s < kSamples; ++s) {
+          if (s >= samples) break;
+          const float* mine = input + s * p.chunk + k - lane * V + i * 32 * V + lane;
+#pragma unroll
+          for (int j = 0; j < V; ++j) sum[s] += w[j] * mine[j * 32];
+        }
       }
     }
   }
