@@ -54,7 +54,8 @@ def ddim_step():
     """A latent and a batch of pictures; guided; plain, and with everything."""
     for side in (64, 1024):
         for dtype in FLOATS:
-            x, output, table = _empty(2, 4, side, side, dtype=dtype), _empty(4, 4, side, side, dtype=dtype), _empty(2, 7)
+            x, output = (_empty(n, 4, side, side, dtype=dtype) for n in (2, 4))
+            table = _empty(2, 7)
             name = _name(list(x.shape), dtype, "guided")
             yield name, (x, output, None, x, x, [0.5] * 7, None, 7.5, None)
             yield name + " noise table clip", (x, output, x, x, x, None, table, 7.5, 1.0)

@@ -182,7 +182,7 @@ def configuration(d: int, rows: int, keys: int, itemsize: int, mask_rows: bool) 
     block_n, num_stages = 64 if d <= 128 else 32, 3 if d <= 64 else 2
     if itemsize == 4:
         # no tensor cores: products by plain multiplication, whose operands live in registers
-        block_m, block_n, num_warps, num_stages = (64, 32, 8, 1) if d <= 64 else (32, 16, 8, 1)
+        block_m, block_n, num_warps, num_stages = (64, 32, 8, 1) if d <= 64 and not mask_rows else (32, 16, 8, 1)
     elif d > 160:
         block_m, num_warps = 64, 8
     elif rows <= 256 * 128:
@@ -229,4 +229,6 @@ def attention(q, k, v, out, mask, scale):
             MASK=kind, MASK_ONE_ROW=strides_m[2] == 0, SCALE_FIRST=mask is not None or scale <= 0,
             PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            # left alone, ptxas stops at 128 for some tiles of float32 and spills a few bytes
+            maxnreg=255 if q.dtype is torch.float32 else None,
         )  # fmt: skip
