@@ -9,7 +9,9 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int64_t kChunkBytes = 64 * 1024;  // x whose two passes stay in the second-level cache
+constexpr int64_t kPixels = 128;            // pixels of a chunk, whose two passes stay in the first-level cache
+constexpr int64_t kSlab = 256;              // channels that one task sums
+constexpr int64_t kWriteBytes = 32 * 1024;  // of x that one task writes
 constexpr int64_t kPair = 2 * kLanes;       // channels or pixels that load_pair takes
 constexpr int64_t kSerial = 16 * 1024;      // elements below which waking threads costs more than it gives
 
@@ -58,25 +60,25 @@ template <class T, bool kSilu> LDMFAST_INLINE VecF apply(VecF x, VecF mean, VecF
 }
 
 struct Plan {
-  int64_t pixels, chunks;  // pixels of a chunk, chunks of a sample
+  int64_t chunks, slabs;       // chunks of pixels in a sample, slabs of channels
+  int64_t rows, blocks;        // pixels that one task writes, such blocks in a sample
   int64_t threads;
-  double* moments;         // [N, chunks, G, 2]: mean and sum of squared deviations
-  float* coefficients;     // [N, 3, C]: mean, a, b
-  float* columns;          // [threads, 3, C]
+  float* sums;                 // [N, chunks, 2, C]: of x - pivot, and of squares about the chunk's mean
+  float* coefficients;         // [N, 3, C]: mean, a, b
   size_t bytes;
 };
 
 Plan plan_of(const GroupNormSiluArgs& g) {
-  const int64_t size = g.dtype == DType::kFloat32 ? 4 : 2;
   Plan plan;
-  plan.pixels = max64(1, min64(g.P, kChunkBytes / max64(1, g.C * size)));
-  plan.chunks = ceil_div(g.P, plan.pixels);
-  plan.threads = g.N * g.C * g.P > kSerial ? min64(omp_get_max_threads(), max64(1, g.N * plan.chunks)) : 1;
-  const int64_t moments = g.N * plan.chunks * g.groups * 2, coefficients = g.N * 3 * g.C;
-  plan.moments = (double*)g.workspace;
-  plan.coefficients = g.workspace + 2 * moments;
-  plan.columns = plan.coefficients + coefficients;
-  plan.bytes = (size_t)moments * 8 + (size_t)(coefficients + plan.threads * 3 * g.C) * 4;
+  plan.chunks = ceil_div(g.P, kPixels);
+  plan.slabs = ceil_div(g.C, kSlab);
+  plan.rows = max64(1, kWriteBytes / (g.C * (g.dtype == DType::kFloat32 ? 4 : 2)));
+  plan.blocks = ceil_div(g.P, plan.rows);
+  plan.threads = g.N * g.C * g.P > kSerial ? omp_get_max_threads() : 1;
+  const int64_t sums = g.N * plan.chunks * 2 * g.C, coefficients = g.N * 3 * g.C;
+  plan.sums = g.workspace;
+  plan.coefficients = g.workspace + sums;
+  plan.bytes = (size_t)(sums + coefficients) * 4;
   return plan;
 }
 
@@ -87,92 +89,86 @@ template <> inline __attribute__((always_inline)) int64_t slot<BFloat16>(int64_t
   return c - at + kPair > C ? c : c - at + (at % 2) * kLanes + at / 2;
 }
 
-// sum[c] = sum over the chunk's pixels of x - mean[c], and of its square where asked, for kPairs * kPair channels
-template <class T, bool kSquares, int kPairs>
-LDMFAST_INLINE void column_block(const T* x, int64_t pixels, int64_t stride, const float* mean, float* sum,
-                                 float* square) {
+// The first pixel's value is subtracted from float32, whose sums would else lose what the mean is larger than the rest.
+template <class T> constexpr bool kPivot = sizeof(T) == 4;
+
+// sums of kPairs * kPair channels over a chunk's pixels: of x - pivot, and of squares about the chunk's mean
+template <class T, int kPairs>
+LDMFAST_INLINE void block_sums(const T* x, const T* pivot, int64_t pixels, int64_t stride, float* sum, float* square) {
   constexpr int kVectors = 2 * kPairs;
   VecF m[kVectors] = {}, s[kVectors] = {}, q[kVectors] = {}, v[kVectors];
-  for (int j = 0; kSquares && j < kVectors; ++j) m[j] = load(mean + j * kLanes);
+  for (int j = 0; kPivot<T> && j < kVectors; j += 2) load_pair(pivot + j * kLanes, m[j], m[j + 1]);
   for (int64_t p = 0; p < pixels; ++p) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; j += 2) load_pair(x + p * stride + j * kLanes, v[j], v[j + 1]);
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      const VecF d = kSquares ? v[j] - m[j] : v[j];
-      s[j] += d;
-      if (kSquares) q[j] += d * d;
-    }
+    for (int j = 0; j < kVectors; ++j) s[j] += kPivot<T> ? v[j] - m[j] : v[j];
+  }
+  for (int j = 0; j < kVectors; ++j) m[j] += s[j] / (float)pixels;
+  for (int64_t p = 0; p < pixels; ++p) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; j += 2) load_pair(x + p * stride + j * kLanes, v[j], v[j + 1]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) q[j] += (v[j] - m[j]) * (v[j] - m[j]);
   }
   for (int j = 0; j < kVectors; ++j) {
     store(sum + j * kLanes, s[j]);
-    if (kSquares) store(square + j * kLanes, q[j]);
-  }
-}
-
-template <class T, bool kSquares>
-void column_sums(const T* x, int64_t pixels, int64_t stride, int64_t C, const float* mean, float* sum, float* square) {
-  int64_t c = 0;
-  for (; c + 2 * kPair <= C; c += 2 * kPair) {
-    column_block<T, kSquares, 2>(x + c, pixels, stride, mean + c, sum + c, square + c);
-  }
-  for (; c + kPair <= C; c += kPair) {
-    column_block<T, kSquares, 1>(x + c, pixels, stride, mean + c, sum + c, square + c);
-  }
-  for (; c < C; ++c) {
-    float s = 0, q = 0;
-    for (int64_t p = 0; p < pixels; ++p) {
-      const float d = to_float(x[p * stride + c]) - (kSquares ? mean[c] : 0.0f);
-      s += d;
-      q += d * d;
-    }
-    sum[c] = s;
-    if (kSquares) square[c] = q;
+    store(square + j * kLanes, q[j]);
   }
 }
 
 template <class T>
-void chunk_moments(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t chunk, float* mean) {
-  const int64_t first = chunk * plan.pixels, pixels = min64(plan.pixels, g.P - first), D = g.C / g.groups;
-  const T* x = (const T*)g.x + n * g.stride_xn + first * g.stride_xp;  // [pixels, C]
-  double* out = plan.moments + (n * plan.chunks + chunk) * g.groups * 2;
-  float *sum = mean + g.C, *square = sum + g.C;
-  const double count = (double)(D * pixels);
-  column_sums<T, false>(x, pixels, g.stride_xp, g.C, mean, sum, square);
-  for (int64_t group = 0; group < g.groups; ++group) {
-    double total = 0;
-    for (int64_t c = group * D; c < (group + 1) * D; ++c) {
-      total += sum[slot<T>(c, g.C)] + (double)pixels * added(g, n, c);
-    }
-    out[2 * group] = total / count;
-    for (int64_t c = group * D; c < (group + 1) * D; ++c) {
-      mean[slot<T>(c, g.C)] = (float)(out[2 * group] - added(g, n, c));
-    }
+void channel_sums(const T* x, const T* pivot, int64_t pixels, int64_t stride, float* sum, float* square) {
+  float s = 0, q = 0;
+  for (int64_t p = 0; p < pixels; ++p) s += to_float(x[p * stride]) - (kPivot<T> ? to_float(*pivot) : 0.0f);
+  const float mean = (kPivot<T> ? to_float(*pivot) : 0.0f) + s / (float)pixels;
+  for (int64_t p = 0; p < pixels; ++p) q += (to_float(x[p * stride]) - mean) * (to_float(x[p * stride]) - mean);
+  *sum = s;
+  *square = q;
+}
+
+template <class T>
+void slab_sums(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t chunk, int64_t slab) {
+  const int64_t first = chunk * kPixels, pixels = min64(kPixels, g.P - first), end = min64(g.C, (slab + 1) * kSlab);
+  const T* pivot = (const T*)g.x + n * g.stride_xn;  // [C]
+  const T* x = pivot + first * g.stride_xp;          // [pixels, C]
+  float *sum = plan.sums + (n * plan.chunks + chunk) * 2 * g.C, *square = sum + g.C;
+  int64_t c = slab * kSlab;
+  for (; c + 2 * kPair <= end; c += 2 * kPair) {
+    block_sums<T, 2>(x + c, pivot + c, pixels, g.stride_xp, sum + c, square + c);
   }
-  column_sums<T, true>(x, pixels, g.stride_xp, g.C, mean, sum, square);
-  for (int64_t group = 0; group < g.groups; ++group) {
-    double deviation = 0, squares = 0;
-    for (int64_t c = group * D; c < (group + 1) * D; ++c) {
-      deviation += sum[slot<T>(c, g.C)];
-      squares += square[slot<T>(c, g.C)];
-    }
-    out[2 * group] += deviation / count;
-    out[2 * group + 1] = squares - deviation * (deviation / count);
+  for (; c + kPair <= end; c += kPair) {
+    block_sums<T, 1>(x + c, pivot + c, pixels, g.stride_xp, sum + c, square + c);
   }
+  for (; c < end; ++c) channel_sums(x + c, pivot + c, pixels, g.stride_xp, sum + c, square + c);
+}
+
+// The sums of all chunks into those of chunk 0, for kLanes channels from c on.
+void merge_chunks(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t c) {
+  const int64_t width = min64(kLanes, g.C - c);
+  float* first = plan.sums + n * plan.chunks * 2 * g.C + c;
+  VecF total{}, squares{};
+  for (int64_t i = 0; i < plan.chunks; ++i) total += load_first(first + i * 2 * g.C, width);
+  const VecF mean = total / (float)g.P;
+  for (int64_t i = 0; i < plan.chunks; ++i) {
+    const float pixels = (float)min64(kPixels, g.P - i * kPixels);
+    const VecF delta = load_first(first + i * 2 * g.C, width) / pixels - mean;
+    squares += load_first(first + (2 * i + 1) * g.C, width) + delta * delta * pixels;
+  }
+  store_first(first, total, width);
+  store_first(first + g.C, squares, width);
 }
 
 template <class T, bool kSilu>
-void merge_chunks(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t group) {
-  const int64_t D = g.C / g.groups, step = 2 * g.groups;
-  const double* part = plan.moments + n * plan.chunks * step + 2 * group;
-  Moments all{(double)(D * g.P), 0.0, 0.0};
-  for (int64_t i = 0; i < plan.chunks; ++i) {
-    all.mean += part[i * step] * (double)min64(plan.pixels, g.P - i * plan.pixels);
-  }
-  all.mean /= (double)g.P;
-  for (int64_t i = 0; i < plan.chunks; ++i) {
-    const double delta = part[i * step] - all.mean;
-    all.m2 += part[i * step + 1] + delta * delta * (double)(D * min64(plan.pixels, g.P - i * plan.pixels));
+void merge_channels(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t group) {
+  const int64_t D = g.C / g.groups;
+  const float *sum = plan.sums + n * plan.chunks * 2 * g.C, *square = sum + g.C;
+  const T* pivot = (const T*)g.x + n * g.stride_xn;
+  Moments all{};
+  for (int64_t c = group * D; c < (group + 1) * D; ++c) {
+    const int64_t at = slot<T>(c, g.C);
+    const double offset = (double)added(g, n, c) + (kPivot<T> ? (double)to_float(pivot[c]) : 0.0);
+    all.merge((double)g.P, sum[at] / (double)g.P + offset, square[at]);
   }
   const double scale = rstd(all, g.eps);
   float* mean = plan.coefficients + n * 3 * g.C;
@@ -186,10 +182,10 @@ void merge_chunks(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64
 }
 
 template <class T, bool kSilu>
-void write_chunk(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t chunk) {
-  const int64_t end = min64(g.P, (chunk + 1) * plan.pixels);
+void write_block(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t block) {
+  const int64_t end = min64(g.P, (block + 1) * plan.rows);
   const float *mean = plan.coefficients + n * 3 * g.C, *a = mean + g.C, *b = a + g.C;
-  for (int64_t p = chunk * plan.pixels; p < end; ++p) {
+  for (int64_t p = block * plan.rows; p < end; ++p) {
     const T* x = (const T*)g.x + n * g.stride_xn + p * g.stride_xp;  // [C]
     T* y = (T*)g.y + (n * g.P + p) * g.C;                            // [C]
     int64_t c = 0;
@@ -211,17 +207,19 @@ void write_chunk(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_
 
 template <class T, bool kSilu> void channels_last(const GroupNormSiluArgs& g) {
   const Plan plan = plan_of(g);
+  const int64_t sums = plan.chunks * plan.slabs, vectors = ceil_div(g.C, kLanes);
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
-    float* columns = plan.columns + omp_get_thread_num() * 3 * g.C;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < g.N * plan.chunks; ++i) {
-      chunk_moments<T>(g, plan, i / plan.chunks, i % plan.chunks, columns);
+    for (int64_t i = 0; i < g.N * sums; ++i) {
+      slab_sums<T>(g, plan, i / sums, i % sums / plan.slabs, i % plan.slabs);
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < g.N * g.groups; ++i) merge_chunks<T, kSilu>(g, plan, i / g.groups, i % g.groups);
+    for (int64_t i = 0; i < g.N * vectors; ++i) merge_chunks(g, plan, i / vectors, i % vectors * kLanes);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < g.N * plan.chunks; ++i) write_chunk<T, kSilu>(g, plan, i / plan.chunks, i % plan.chunks);
+    for (int64_t i = 0; i < g.N * g.groups; ++i) merge_channels<T, kSilu>(g, plan, i / g.groups, i % g.groups);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < g.N * plan.blocks; ++i) write_block<T, kSilu>(g, plan, i / plan.blocks, i % plan.blocks);
   }
 }
 
