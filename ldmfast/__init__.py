@@ -17,9 +17,10 @@ _HOMES = {
     "TextToImagePipeline": "ldmfast.pipeline",
     "UNet": "ldmfast.models.unet",
     "explain": "ldmfast.ops",
+    "optimize": "ldmfast.optimize",
     "use_backend": "ldmfast.ops",
 }
-__all__ = [*_HOMES, "ops"]
+__all__ = [*_HOMES, "__version__", "ops"]
 
 
 def __getattr__(name: str):

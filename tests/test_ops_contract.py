@@ -52,7 +52,7 @@ WRONG = [
     (lambda: at(*[x(2, 8, 4, 40)] * 3, mask=x(2, 9) > 0), ValueError, r"mask has shape.*\[N, H, L, S\]"),
     (lambda: at(*[x(2, 8, 4, 40)] * 3, mask=x(8, 8).long()), ValueError, "mask is int64, expected bool, float32"),
     (lambda: at(x(2, 8, 4, 40), *[x(2, 9, 4, 40, device="meta")] * 2), ValueError, "k is on meta, expected cpu as q"),
-    (lambda: tm(x(2, 2), w1, None, w2, None, dim=32), ValueError, r"timestep_mlp: t has shape \[2, 2\], expected \[N\]"),
+    (lambda: tm(x(2, 2), w1, None, w2, None, dim=32), ValueError, r"timestep_mlp: t has.*expected \[N\]"),
     (lambda: tm(x(2), w1, None, w2, None, dim=30), ValueError, r"w1 has shape \[64, 32\], expected \[F, dim\]"),
     (lambda: tm(x(2), w1, None, w2.mT, None, dim=32), ValueError, r"w2 has shape \[64, 16\], expected \[E, F\]"),
     (lambda: tm(x(2), w1, None, w2.half(), None, dim=32), ValueError, "w2 is float16, expected float32"),
@@ -60,7 +60,7 @@ WRONG = [
     (lambda: tm(x(2), w1, None, w2, None, dim=1), ValueError, "dim=1"),
     (lambda: tm(3, w1, None, w2, None, dim=32), TypeError, "timestep_mlp: t is int, expected a tensor"),
     (lambda: tm(x(2, device="meta"), w1, None, w2, None, dim=32), ValueError, "t is on meta, expected cpu as w1"),
-    (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, guidance=7.5), ValueError, r"model_output has shape.*\[2N, ...\] = \[4, 4\]"),
+    (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, guidance=7.5), ValueError, r"model_output has.*\[2N, ...\] = \[4, 4\]"),
     (lambda: dd(x(2, 4), x(2, 5), 0.5, 0.6), ValueError, r"ddim_step: model_output has shape \[2, 5\]"),
     (lambda: dd(x(2, 4), x(2, 4), 1.5, 0.6), ValueError, "alpha_t is 1.5"),
     (lambda: dd(x(2, 4), x(2, 4), x(3).abs(), 0.6), ValueError, r"alpha_t has shape \[3\], expected a scalar or \[N\]"),
@@ -71,7 +71,7 @@ WRONG = [
     (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, guidance=float("nan"), clip=1), ValueError, "guidance is nan"),
     (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, clip=-1.0), ValueError, "clip is -1.0"),
     (lambda: dd(x(2, 4).long(), x(2, 4), 0.5, 0.6), ValueError, "sample is int64, expected float32"),
-    (lambda: dd(x(2, 4), x(2, 4, device="meta"), 0.5, 0.6), ValueError, "model_output is on meta, expected cpu as sample"),
+    (lambda: dd(x(2, 4), x(2, 4, device="meta"), 0.5, 0.6), ValueError, "model_output is on meta, expected cpu"),
 ]
 
 

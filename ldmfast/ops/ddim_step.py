@@ -57,7 +57,7 @@ def _arguments(
     else:
         coefficients, table = [], _table(sample, alpha_t, alpha_prev, sigma, prediction)
         if noise is None and host[2] != 0:
-            raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is given as a tensor")
+            raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is a tensor")
     return sample, model_output, coefficients, table, guidance, noise, clip
 
 

@@ -231,9 +231,9 @@ class Op:
             outputs = self.reference(*inputs[:-1])
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             wanted = [inputs[i] for i, needed in enumerate(ctx.needs_input_grad) if needed]
-            pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
-            found = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs],
-                                             create_graph=second_order, allow_unused=True))
+            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad and pair[1] is not None]
+            outputs, grads = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=second_order, allow_unused=True))
         return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 

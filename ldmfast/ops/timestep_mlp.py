@@ -49,7 +49,8 @@ def _check(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_pe
     require_dtype(NAME, (w1.dtype,), b1=b1, w2=w2, b2=b2)
     require_device(NAME, "w1", w1.device, t=t, b1=b1, w2=w2, b2=b2)
     if dim < 2 or dim // 2 <= downscale_freq_shift:
-        raise ValueError(f"{NAME}: dim={dim} with downscale_freq_shift={downscale_freq_shift}, expected dim // 2 above it")
+        shift = f"downscale_freq_shift={downscale_freq_shift}"
+        raise ValueError(f"{NAME}: dim={dim} with {shift}, expected dim // 2 above it")
     if max_period <= 0:
         raise ValueError(f"{NAME}: max_period is {max_period}, expected more than 0")
     if w1.dim() != 2 or w1.shape[1] != dim:
