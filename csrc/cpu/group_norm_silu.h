@@ -12,7 +12,6 @@ namespace {
 constexpr int64_t kPixels = 128;            // pixels of a chunk, whose two passes stay in the first-level cache
 constexpr int64_t kSlab = 256;              // channels that one task sums
 constexpr int64_t kWriteBytes = 32 * 1024;  // of x that one task writes
-constexpr int64_t kPair = 2 * kLanes;       // channels or pixels that load_pair takes
 constexpr int64_t kSerial = 16 * 1024;      // elements below which waking threads costs more than it gives
 
 struct Moments {
@@ -80,13 +79,6 @@ Plan plan_of(const GroupNormSiluArgs& g) {
   plan.coefficients = g.workspace + sums;
   plan.bytes = (size_t)(sums + coefficients) * 4;
   return plan;
-}
-
-// Where the tables keep channel c: in the order in which load_pair hands out channels, and plainly after the last pair.
-template <class T> LDMFAST_INLINE int64_t slot(int64_t c, int64_t) { return c; }
-template <> inline __attribute__((always_inline)) int64_t slot<BFloat16>(int64_t c, int64_t C) {
-  const int64_t at = c % kPair;
-  return c - at + kPair > C ? c : c - at + (at % 2) * kLanes + at / 2;
 }
 
 // The first pixel's value is subtracted from float32, whose sums would else lose what the mean is larger than the rest.

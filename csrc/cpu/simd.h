@@ -143,6 +143,7 @@ template <class T> LDMFAST_INLINE void store_first(T* p, VecF x, int64_t n) {
 #endif
 
 // 2 * kLanes elements in an order of the type's own: bfloat16 splits into even and odd with one operation each.
+constexpr int64_t kPair = 2 * kLanes;
 template <class T> LDMFAST_INLINE void load_pair(const T* p, VecF& a, VecF& b) {
   a = load(p);
   b = load(p + kLanes);
@@ -153,6 +154,13 @@ template <> inline __attribute__((always_inline)) void load_pair(const BFloat16*
   even = (VecF)(u << 16);
   odd = (VecF)(u & 0xffff0000u);
 }
+// Where a table keeps what belongs to element c of C: in the order of load_pair, and plainly after the last whole pair.
+template <class T> LDMFAST_INLINE int64_t slot(int64_t c, int64_t) { return c; }
+template <> inline __attribute__((always_inline)) int64_t slot<BFloat16>(int64_t c, int64_t C) {
+  const int64_t at = c % kPair;
+  return c - at + kPair > C ? c : c - at + (at % 2) * kLanes + at / 2;
+}
+
 // a + b += the sum of 2 * kLanes elements
 template <class T> LDMFAST_INLINE void add_pair(const T* p, VecF& a, VecF& b) {
   VecF x, y;

@@ -8,8 +8,7 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int kSamples = 4;               // samples that share one read of a weight
-constexpr int64_t kSerial = 128 * 1024;   // products below which waking threads costs more than it gives
+constexpr int64_t kSerial = 128 * 1024;  // products below which waking threads costs more than it gives
 
 template <class T> LDMFAST_INLINE float rounded(float x) {
   T stored[kLanes];
@@ -17,38 +16,43 @@ template <class T> LDMFAST_INLINE float rounded(float x) {
   return load(stored)[0];
 }
 
-// row[dim] = the sinusoid of t, rounded to T as the layers' input
+// row[dim] = the sinusoid of t, rounded to T as the layers' input, in the order of load_pair
 template <class T> void sinusoid(const TimestepMlpArgs& m, float t, float* row) {
   const int64_t half = m.dim / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float angle = t * m.freqs[i], s = sinf(angle), c = cosf(angle);
-    row[i] = rounded<T>(m.flip_sin_to_cos ? c : s);
-    row[half + i] = rounded<T>(m.flip_sin_to_cos ? s : c);
+    row[slot<T>(i, m.dim)] = rounded<T>(m.flip_sin_to_cos ? c : s);
+    row[slot<T>(half + i, m.dim)] = rounded<T>(m.flip_sin_to_cos ? s : c);
   }
-  if (m.dim % 2) row[m.dim - 1] = 0.0f;
+  if (m.dim % 2) row[slot<T>(m.dim - 1, m.dim)] = 0.0f;
 }
 
 // out[k] = weight [depth] . x[k, depth] for kCount samples
 template <class T, int kCount> void dots(const T* weight, const float* x, int64_t depth, float* out) {
-  VecF sum[kCount] = {};
+  VecF a[kCount] = {}, b[kCount] = {};
   int64_t i = 0;
-  for (; i + kLanes <= depth; i += kLanes) {
-    const VecF w = load(weight + i);
+  for (; i + kPair <= depth; i += kPair) {
+    VecF u, v;
+    load_pair(weight + i, u, v);
 #pragma GCC unroll 4
-    for (int k = 0; k < kCount; ++k) sum[k] += w * load(x + k * depth + i);
+    for (int k = 0; k < kCount; ++k) {
+      a[k] += u * load(x + k * depth + i);
+      b[k] += v * load(x + k * depth + i + kLanes);
+    }
   }
-  if (i < depth) {
-    const VecF w = load_first(weight + i, depth - i);
-#pragma GCC unroll 4
-    for (int k = 0; k < kCount; ++k) sum[k] += w * load_first(x + k * depth + i, depth - i);
+  for (; i < depth; i += kLanes) {
+    const int64_t n = min64(kLanes, depth - i);
+    const VecF w = load_first(weight + i, n);
+    for (int k = 0; k < kCount; ++k) a[k] += w * load_first(x + k * depth + i, n);
   }
-  for (int k = 0; k < kCount; ++k) out[k] = reduce_add(sum[k]);
+  for (int k = 0; k < kCount; ++k) out[k] = reduce_add(a[k] + b[k]);
 }
 
 template <class T> void row_times(const T* weight, const float* x, int64_t N, int64_t depth, float* out) {
   int64_t n = 0;
-  for (; n + kSamples <= N; n += kSamples) dots<T, kSamples>(weight, x + n * depth, depth, out + n);
-  for (; n < N; ++n) dots<T, 1>(weight, x + n * depth, depth, out + n);
+  for (; n + 4 <= N; n += 4) dots<T, 4>(weight, x + n * depth, depth, out + n);
+  for (; n + 2 <= N; n += 2) dots<T, 2>(weight, x + n * depth, depth, out + n);
+  if (n < N) dots<T, 1>(weight, x + n * depth, depth, out + n);
 }
 
 template <class T> void run(const TimestepMlpArgs& m) {
@@ -66,7 +70,7 @@ template <class T> void run(const TimestepMlpArgs& m) {
       const float bias = m.b1 ? load_scalar(m.b1, m.dtype, f) : 0.0f;
       row_times(w1 + f * m.dim, embedded, m.N, m.dim, columns + f * m.N);
       for (int64_t n = 0; n < m.N; ++n) {
-        hidden[n * m.F + f] = silu<Accuracy::kFull>(splat(columns[f * m.N + n] + bias))[0];
+        hidden[n * m.F + slot<T>(f, m.F)] = silu<Accuracy::kFull>(splat(columns[f * m.N + n] + bias))[0];
       }
     }
 #pragma omp for schedule(static)
