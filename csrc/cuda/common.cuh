@@ -75,6 +75,8 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return r;
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
+// for a block that only has read: what it wrote need not be visible to the others
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 __device__ __forceinline__ float cluster_load(const float* own, unsigned rank) {
   uint32_t address;
@@ -86,6 +88,7 @@ __device__ __forceinline__ float cluster_load(const float* own, unsigned rank) {
 #else
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_arrive_relaxed() {}
 __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ float cluster_load(const float* own, unsigned) { return *own; }
 #endif

@@ -28,14 +28,13 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
   if (p.clustered) {
     cluster_arrive();
     cluster_wait();
-    finish(p, w, s, p.slices, [&](int g, int r) {
-      const float* m = s.moments + 4 * g;
-      return Moments{cluster_load(m, r), cluster_load(m + 1, r), cluster_load(m + 2, r), cluster_load(m + 3, r)};
-    });
-    cluster_arrive();
-  } else {
-    finish(p, w, s, 1, [&](int g, int) { return s.load(g); });
   }
+  finish(p, w, s, p.clustered ? p.slices : 1, [&](int g, int r) {
+    const float* m = s.moments + 4 * g;
+    if (!p.clustered) return s.load(g);
+    return Moments{cluster_load(m, r), cluster_load(m + 1, r), cluster_load(m + 2, r), cluster_load(m + 3, r)};
+  });
+  if (p.clustered) cluster_arrive_relaxed();
   __syncthreads();
   apply<T, V, CL, true>(p, w, slab, s);
   if (p.clustered) cluster_wait();   // the others may still read this block's moments

@@ -40,15 +40,14 @@ __device__ __forceinline__ float2 exact_sum(float a, float b) {
 }
 // Chan, Golub & LeVeque 1979: exact for any split, no E[x^2] - E[x]^2
 __device__ __forceinline__ Moments merge(Moments a, Moments b) {
-  if (a.count == 0.0f) return b;   // with the share below, rounding would scale the mean itself
-  if (b.count == 0.0f) return a;
-  const float count = a.count + b.count;
-  const float delta = (b.mean - a.mean) + (b.rest - a.rest), share = b.count * fast_reciprocal(count);
+  const float count = a.count + b.count, share = b.count * fast_reciprocal(count);
+  const float delta = (b.mean - a.mean) + (b.rest - a.rest);
   const float2 mean = exact_sum(a.mean, a.rest + delta * share);
-  return {count, mean.x, mean.y, a.m2 + b.m2 + delta * delta * a.count * share};
+  const Moments m = {count, mean.x, mean.y, a.m2 + b.m2 + delta * delta * a.count * share};
+  return a.count == 0.0f ? b : m;   // from nothing, share is 1 but for its rounding, which would scale the mean itself
 }
 __device__ __forceinline__ Moments warp_merge(Moments m) {
-#pragma unroll
+#pragma unroll 1
   for (int mask = 16; mask > 0; mask >>= 1)
     m = merge(m, {shuffle_xor(m.count, mask), shuffle_xor(m.mean, mask), shuffle_xor(m.rest, mask), shuffle_xor(m.m2, mask)});
   return m;
@@ -122,6 +121,18 @@ template <int V, bool CL> struct Slab {
   }
 };
 
+// Channels_last: this thread's channels of the slab and the one or two groups that they lie in
+template <int V> struct Columns {
+  int first, low, high, split;   // channel; groups of the bundle; how many of the V channels belong to the lower one
+  __device__ __forceinline__ Columns(int columns, int groups, int gc) {
+    first = threadIdx.x % unsigned(columns) * V;
+    low = unsigned(first) / unsigned(gc);
+    high = low + 1 < groups ? low + 1 : low;
+    split = (low + 1) * gc - first < V ? (low + 1) * gc - first : V;
+  }
+  __device__ __forceinline__ int group(int j) const { return j < split ? low : high; }
+};
+
 // Shared memory of a block, carved from one allocation
 template <typename T> struct Storage {
   T* slab;
@@ -163,6 +174,7 @@ __device__ __forceinline__ float group_sum(const float* parts, int g, int width,
   const int first = start / V, n = (stop - 1) / V - first + 1;
   const bool straddles = start % V != 0;
   float sum = 0.0f;
+#pragma unroll 1
   for (int e = threadIdx.x % 32; e < n * step; e += 32) {
     const int row = unsigned(e) / unsigned(n), column = e - row * n;
     sum += parts[(straddles && column == 0 ? kThreads : 0) + row * columns + first + column];

@@ -21,6 +21,7 @@ __device__ __forceinline__ void load_coefficients(const Params& p, const Place& 
                                                   Storage<T>& s) {
   const GroupNormSiluArgs& a = p.a;
   const int channels = slab.channels(w);
+#pragma unroll 1
   for (int i = threadIdx.x; i < channels; i += kThreads) {
     const int64_t c = slab.channel + i;
     const float scale = a.scale ? 1.0f + load_as_float(a.scale, w.n * a.stride_scale + c, a.mod_dtype) : 1.0f;
@@ -34,10 +35,8 @@ __device__ __forceinline__ void load_coefficients(const Params& p, const Place& 
 // Merges the staged slab's moments into s.moments: the mean first, then the squares about it. The caller synchronises.
 template <typename T, int V, bool CL>
 __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, const Slab<V, CL>& slab, Storage<T>& s) {
-  const int gc = p.group_channels, column = CL ? threadIdx.x % unsigned(slab.columns) * V : 0;
-  const int low = CL ? unsigned(column) / unsigned(gc) : 0;   // the lower of the two groups this thread can meet
-  const int split = CL && (low + 1) * gc - column < V ? (low + 1) * gc - column : V;
-  const int high = low + 1 < w.groups ? low + 1 : low;
+  const int gc = p.group_channels;
+  const Columns<V> mine(slab.columns, w.groups, CL ? gc : V);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto total = [&](const float* parts, int g) {
     return group_sum<V>(parts, g, CL ? w.width : V, slab.columns, slab.step, CL ? gc : V);
@@ -47,8 +46,8 @@ __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, co
     float lower = 0.0f, upper = 0.0f;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      lower += j < split ? v[j] : 0.0f;
-      upper += j < split ? 0.0f : v[j];
+      lower += j < mine.split ? v[j] : 0.0f;
+      upper += j < mine.split ? 0.0f : v[j];
     }
     s.parts[slot * kThreads + threadIdx.x] = lower;
     s.parts[(slot + 1) * kThreads + threadIdx.x] = upper;
@@ -63,9 +62,10 @@ __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, co
     added += 1.0f;
   });
 #pragma unroll
-  for (int j = 0; j < V; ++j) sum[j] += CL && slab.count > 0 ? added * s.add[column + j] : 0.0f;
+  for (int j = 0; j < V; ++j) sum[j] += CL && slab.count > 0 ? added * s.add[mine.first + j] : 0.0f;
   put(0, sum);
   __syncthreads();
+#pragma unroll 1
   for (int g = warp; g < w.groups; g += kWarps) {
     const float all = total(s.parts, g);
     if (lane == 0) s.pivot[g] = members > 0.0f ? all * fast_reciprocal(members) : 0.0f;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, co
   float shift[V] = {}, rest[V] = {}, square[V] = {};          // rest: what rounding left in the first mean
   if (CL && slab.count > 0) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) shift[j] = s.add[column + j] - s.pivot[j < split ? low : high];
+    for (int j = 0; j < V; ++j) shift[j] = s.add[mine.first + j] - s.pivot[mine.group(j)];
   }
   slab.each(w.n, [&](int i, int c, int64_t, int64_t) {
     float v[V];
@@ -91,6 +91,7 @@ __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, co
   put(0, rest);
   put(2, square);
   __syncthreads();
+#pragma unroll 1
   for (int g = warp; g < w.groups; g += kWarps) {
     const float d = total(s.parts, g), q = total(s.parts + 2 * kThreads, g);
     if (lane == 0 && members > 0.0f) {
@@ -104,8 +105,10 @@ __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, co
 // s.pivot, s.rest, s.rstd of each group of the bundle, from `parts` moments read by part(g, i)
 template <typename T, typename F>
 __device__ __forceinline__ void finish(const Params& p, const Place& w, Storage<T>& s, int parts, F&& part) {
+#pragma unroll 1
   for (int g = threadIdx.x / 32; g < w.groups; g += kWarps) {
     Moments m = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < parts; i += 32) m = merge(m, part(g, i));
     m = warp_merge(m);
     if (threadIdx.x % 32 == 0) {
@@ -130,10 +133,10 @@ __device__ __forceinline__ void apply(const Params& p, const Place& w, const Sla
   T* y = static_cast<T*>(p.a.y);
   float center[V], gain[V], offset[V];
   if constexpr (CL) {
-    const int column = threadIdx.x % unsigned(slab.columns) * V;
+    const Columns<V> mine(slab.columns, w.groups, p.group_channels);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const Affine f = affine(s, column + j, unsigned(column + j) / unsigned(p.group_channels));
+      const Affine f = affine(s, mine.first + j, mine.group(j));
       center[j] = f.center, gain[j] = f.gain, offset[j] = f.offset;
     }
   }
