@@ -1,4 +1,4 @@
-"""The ops on the U-Net's shapes, each backend beside eager torch, a copy of the same bytes and a matrix product.
+"""The ops on the U-Net's shapes, each backend in turn with eager torch, beside a copy of the same bytes or a product.
 
 pytest bench/bench_ops.py --benchmark-only                     all of it, about a minute and a half on two cores
 pytest bench/bench_ops.py --benchmark-only -k "attention and bf16"
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import Row, add_row, device, measure, name_of
+from timing import Row, add_row, device, measure, measure_in_turn, name_of
 
 from ldmfast import ops
 from ldmfast.ops.registry import OPS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-BACKENDS = ("eager", "cpu", "triton", "cuda")
+BACKENDS = ("cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ CASES = (
 )
 PARAMS = [pytest.param(case, dtype, backend, id=f"{case.label}-{name_of(dtype)}-{backend}")
           for case in CASES for dtype in case.dtypes for backend in BACKENDS]  # fmt: skip
-EAGER: dict[tuple[str, torch.dtype], float] = {}  # seconds
+EAGER: set[tuple[str, str, str]] = set()  # whose eager row is in the table
 
 
 def copy(size: int) -> Callable:
@@ -166,17 +166,15 @@ def test_matmul(benchmark, dtype):
 def test_op(benchmark, case, dtype, backend):
     torch.manual_seed(0)
     args, kwargs = case.make(dtype)
-    if backend == "eager":
-        function = functools.partial(case.eager, *args, **kwargs)
-    else:
-        op = OPS[case.op]
-        if reason := op.backends[backend].refusal(op.normalise(*args, **kwargs)):
-            pytest.skip(f"{case.op}: {backend}: {reason}")
-        function = functools.partial(getattr(ops, case.op), *args, **kwargs, backend=backend)
-    seconds, amount = measure(benchmark, function), case.amount(dtype)
-    key = case.label, dtype
-    if backend == "eager":
-        EAGER[key] = seconds
+    op = OPS[case.op]
+    if reason := op.backends[backend].refusal(op.normalise(*args, **kwargs)):
+        pytest.skip(f"{case.op}: {backend}: {reason}")
+    seconds, eager = measure_in_turn(
+        benchmark, lambda: getattr(ops, case.op)(*args, **kwargs, backend=backend), lambda: case.eager(*args, **kwargs)
+    )
+    amount, shape = case.amount(dtype), (case.op, case.shape, name_of(dtype))
     roof = ROOFS.get((case.unit, dtype if case.unit == "TFLOP/s" else amount))
-    ratio = EAGER.get(key) if backend != "eager" else None
-    add_row(benchmark, Row(case.op, backend, case.shape, name_of(dtype), seconds, amount, case.unit, roof, ratio))
+    if shape not in EAGER:
+        EAGER.add(shape)
+        add_row(benchmark, Row(case.op, "eager", case.shape, name_of(dtype), eager, amount, case.unit, roof))
+    add_row(benchmark, Row(case.op, backend, case.shape, name_of(dtype), seconds, amount, case.unit, roof, eager))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,6 +66,27 @@ def measure(benchmark, function: Callable, *, seconds: float = 0.4) -> float:
     benchmark._timer = CLOCK
     benchmark.pedantic(function, rounds=rounds, iterations=iterations, warmup_rounds=1)
     return benchmark.stats.stats.median
+
+
+def measure_in_turn(benchmark, function: Callable, other: Callable, *, seconds: float = 0.6) -> tuple[float, float]:
+    """Median seconds of each in about `seconds`; `other` runs before every round, so both meet the same machine."""
+    function, other, times = CLOCK.timed(function), CLOCK.timed(other), []
+
+    def before():
+        begin = CLOCK()
+        other()
+        times.append(CLOCK() - begin)
+
+    for _ in range(2):
+        other()
+        function()
+    begin = time.perf_counter()
+    other()
+    function()
+    rounds = min(200, max(5, int(seconds / (time.perf_counter() - begin))))
+    benchmark._timer = CLOCK
+    benchmark.pedantic(function, setup=before, rounds=rounds, iterations=1)
+    return benchmark.stats.stats.median, statistics.median(times)
 
 
 @dataclass
