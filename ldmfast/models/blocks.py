@@ -72,15 +72,27 @@ def attention(m: Attention, x: torch.Tensor, context: torch.Tensor | None, mask:
     """softmax(q k^T / sqrt(D) + mask) v. x [N, L, C]; context [N, S, C'] or None (then x); mask [N, 1, S] additive."""
     if obstacle(m) or m.group_norm is not None:
         return m(x, encoder_hidden_states=context, attention_mask=mask)
-    keys = x if context is None else context
+    h = _attend(m, x, x if context is None else context, None if mask is None else mask[:, None])
+    return _leave(m, h, x)
+
+
+def image_attention(m: Attention, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    """Self-attention over the pixels of x [N, C, H, W] behind its own GroupNorm: the autoencoder's, one wide head."""
+    if obstacle(m) or m.group_norm is None:
+        return m(x, temb=cond.temb)
+    h = tokens(group_norm(m.group_norm, x, silu=False))
+    return _leave(m, image(_attend(m, h, h), x.shape[2:]), x)
+
+
+def _attend(m: Attention, x: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Project, attend, project: x [N, L, C], keys [N, S, C'] -> [N, L, C]. Heads are views; nothing is transposed."""
     heads = (m.heads, -1)
-    h = ops.attention(
-        m.to_q(x).unflatten(-1, heads),
-        m.to_k(keys).unflatten(-1, heads),
-        m.to_v(keys).unflatten(-1, heads),
-        mask=None if mask is None else mask[:, None],
-    )
-    h = m.to_out[1](m.to_out[0](h.flatten(2)))
+    q, k, v = m.to_q(x), m.to_k(keys), m.to_v(keys)
+    h = ops.attention(q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), mask=mask)
+    return m.to_out[1](m.to_out[0](h.flatten(2)))
+
+
+def _leave(m: Attention, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     h = h + x if m.residual_connection else h
     return h if m.rescale_output_factor == 1 else h / m.rescale_output_factor
 
@@ -133,6 +145,8 @@ def upsample(m: Upsample2D, x: torch.Tensor, size: tuple[int, int] | None = None
     if obstacle(m):
         return m(x, size)
     if m.interpolate:
+        if x.is_cuda and (len(x) >= 64 or 4 * x.numel() >= 2**31):
+            x = x.contiguous()  # torch's channels_last kernel counts in 32 bits (pytorch#141831, diffusers#984)
         x = F.interpolate(x, size=size, scale_factor=2.0 if size is None else None, mode="nearest")
     return conv2d(m.conv, x) if m.use_conv else x
 
@@ -186,18 +200,6 @@ def up_block(m: nn.Module, x: torch.Tensor, skips: tuple, cond: Conditioning, si
     for layer in m.upsamplers or ():
         x = upsample(layer, x, size)
     return x
-
-
-def image_attention(m: Attention, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-    """Self-attention over an image's pixels behind its own GroupNorm, added to x: the autoencoder's, one wide head."""
-    if obstacle(m) or m.group_norm is None:
-        return m(x, temb=cond.temb)
-    size, heads = x.shape[2:], (m.heads, -1)
-    h = tokens(group_norm(m.group_norm, x, silu=False))
-    h = ops.attention(m.to_q(h).unflatten(-1, heads), m.to_k(h).unflatten(-1, heads), m.to_v(h).unflatten(-1, heads))
-    h = image(m.to_out[1](m.to_out[0](h.flatten(2))), size)
-    h = h + x if m.residual_connection else h
-    return h if m.rescale_output_factor == 1 else h / m.rescale_output_factor
 
 
 def has_cross_attention(m: nn.Module) -> bool:
