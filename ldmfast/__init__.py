@@ -17,7 +17,7 @@ _HOMES = {
     "TextToImagePipeline": "ldmfast.pipeline",
     "UNet": "ldmfast.models.unet",
     "explain": "ldmfast.ops",
-    "optimize": "ldmfast.optimize",
+    "optimize": "ldmfast.dropin",
     "use_backend": "ldmfast.ops",
 }
 __all__ = [*_HOMES, "__version__", "ops"]
