@@ -20,7 +20,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ldmfast.kernels import attention, ddim_step, group_norm_silu, timestep_mlp  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs a process with TRITON_INTERPRET=1: kernels run on the CPU")
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="needs a process with TRITON_INTERPRET=1: kernels run on the CPU"
+)
 compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler")
 FLOOR = {torch.float32: 1e-6, torch.float16: 2.5e-4}
 dtypes = pytest.mark.parametrize("dtype", list(FLOOR), ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -131,7 +133,9 @@ def masks(kind, n, h, rows, keys, dtype):
 @interpreted
 @dtypes
 @pytest.mark.parametrize("mask", ["none", "keys", "rows", "added", "-inf"])
-@pytest.mark.parametrize("shape", [(2, 70, 77, 2, 40), (1, 130, 64, 2, 64), (1, 33, 150, 1, 80), (1, 3, 1, 3, 160)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 70, 77, 2, 40), (1, 130, 64, 2, 64), (1, 33, 150, 1, 80), (1, 3, 1, 3, 160)], ids=str
+)
 def test_attention(shape, mask, dtype):
     n, rows, keys, h, d = shape
     q, k, v = (torch.randn(n, length, h, d).to(dtype) for length in (rows, keys, keys))
@@ -190,7 +194,9 @@ def timestep_reference(t, w1, b1, w2, b2, freqs, dim, flip, rounded):
 
 @interpreted
 @dtypes
-@pytest.mark.parametrize("n,dim,f,e,bias", [(1, 320, 1280, 1280, True), (2, 33, 130, 7, False), (5, 256, 1280, 65, True)])
+@pytest.mark.parametrize(
+    "n,dim,f,e,bias", [(1, 320, 1280, 1280, True), (2, 33, 130, 7, False), (5, 256, 1280, 65, True)]
+)
 @pytest.mark.parametrize("flip", [True, False])
 def test_timestep_mlp(n, dim, f, e, bias, flip, dtype):
     t, freqs = torch.rand(n) * 1000, torch.exp(-torch.arange(dim // 2) / (dim // 2) * 9.21)
@@ -265,7 +271,8 @@ def test_width_40_is_not_padded_to_64(resources, arch, warps):
 
 
 @compiled
-def test_copies_are_of_16_bytes_though_40_is_no_multiple_of_16(resources):
+def test_copies_are_wide_though_40_is_no_multiple_of_16(resources):
+    """16 bytes; 8 for the narrow tile, which has 4 numbers for each of 256 threads."""
     ptx = resources.compile_launch(self_attention_of_width_40(resources), 80)[0].asm["ptx"]
     copies = [line for line in ptx.splitlines() if "cp.async.c" in line and "shared.global" in line]
-    assert copies and all("0x10" in line for line in copies)
+    assert copies and all(", 0x10," in line or ", 0x8," in line for line in copies)
