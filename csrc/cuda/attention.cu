@@ -2,11 +2,13 @@
 //
 // A block of 4 warps takes 64 * MT queries of one head; a warp keeps MT tiles of 16 queries, whose scores (32 keys at a
 // time), probabilities and output never leave its registers. K and V come in tiles of KEYS keys through two stages of
-// shared memory. D = 40 is not padded: 40 = 16 + 16 + 8 for q k^T (m16n8k16 twice, m16n8k8 once), 5 columns of 8 for p v.
+// shared memory. D = 40 is not padded: 40 = 16 + 16 + 8 for q k^T (m16n8k16 twice, m16n8k8 once), 5 columns of 8 for
+// p v.
 //
-// 16 heads x 4096 x 4096, D = 40, on 132 multiprocessors at 1.75 GHz: the exponentials take 72 us (16 a clock), the
-// products 70 us at mma.sync's rate, and shared memory 45 us with MT = 2 (with MT = 1 every fragment of K and V would feed
-// one product only: 90 us). 512 blocks at 4 a multiprocessor are one wave, which wants 128 registers a thread.
+// Predicted for 16 heads x 4096 x 4096, D = 40, 132 multiprocessors at 1.75 GHz: the exponentials take 72 us (16 a
+// clock), instruction issue 69 us (244 a warp for 32 x 32 scores), the products 66 us at 60 % of the tensor cores'
+// rate, shared memory 45 us with MT = 2 (with MT = 1 a fragment of K or V would feed one product only: 90 us). 512
+// blocks at 4 a multiprocessor are one wave, which wants 128 registers a thread.
 #include "attention_mma.cuh"
 
 namespace ldmfast {

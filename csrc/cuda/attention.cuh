@@ -10,7 +10,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 struct Params {
   AttentionArgs a;
   int64_t blocks_d;         // output column tiles (attention_simt.cu)
-  float factor, slack;      // attention.cu: scores to log2 units, unless masked_score did; kSlack in units of the scores
+  float factor;             // attention.cu: from the scores to units of log2, 1 where masked_score did that
+  float slack;              // attention.cu: kSlack in units of the scores
   bool wide_q, wide_k, wide_v, wide_out;   // 16-byte accesses are aligned
 };
 

@@ -58,8 +58,8 @@ template <typename C> struct Warp {        // what one warp keeps
 };
 
 // Where this lane's rows lie for ldmatrix. The two registers of a B fragment must come side by side, so k's 8 x 8
-// matrices are taken along its columns first and v's along its keys first. Computed at each use: five instructions, where
-// a register more would be spilled.
+// matrices are taken along its columns first and v's along its keys first. Computed at each use: five instructions,
+// where a register more would be spilled.
 template <typename C> __device__ __forceinline__ int k_offset() {   // bytes; 16 keys x 16 columns
   const int lane = fresh_thread_index() % 32;
   return ((lane / 16 * 8 + lane % 8) * C::kStride + lane / 8 % 2 * 8) * 2;
@@ -181,7 +181,10 @@ __device__ __forceinline__ void values(Warp<C>& w, const float (&s)[C::MT][kStep
 #pragma unroll
     for (int k = 0; k < kStep / 16; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) p[m][k][i] = pack2<T>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &s[m][2 * k + i / 2][i % 2 * 2];
+        p[m][k][i] = pack2<T>(pair[0], pair[1]);
+      }
   const SharedAddress square = v + v_offset<C>();
   uint32_t b[4];
 #pragma unroll

@@ -1,8 +1,8 @@
 // attention for float32 inputs and for heads wider than 256: flash attention with plain multiply-adds.
 //
-// A block takes 64 queries and 64 output columns (kColumns); 256 threads, 4 x 4 scores each. Wider heads get one block per
-// 64 columns, each of which computes the scores again: right for any width, at D / 64 times the scores' cost. The widths
-// that a U-Net runs at every step go through attention.cu.
+// A block takes 64 queries and 64 output columns (kColumns); 256 threads, 4 x 4 scores each. Wider heads get one block
+// per 64 columns, each of which computes the scores again: right for any width, at D / 64 times the scores' cost. The
+// widths that a U-Net runs at every step go through attention.cu.
 #include "attention.cuh"
 
 namespace ldmfast {

@@ -76,7 +76,9 @@ __device__ __forceinline__ unsigned cluster_rank() {
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
 // for a block that only has read: what it wrote need not be visible to the others
-__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 __device__ __forceinline__ float cluster_load(const float* own, unsigned rank) {
   uint32_t address;
@@ -202,7 +204,8 @@ __device__ __forceinline__ float warp_sum(float v) {
   for (int mask = 16; mask > 0; mask >>= 1) v += shuffle_xor(v, mask);
   return v;
 }
-__device__ __forceinline__ float silu(float y) { return y * fast_reciprocal(1.0f + fast_exp2(-1.4426950408889634f * y)); }
+__device__ __forceinline__ float one_plus_exp(float y) { return 1.0f + fast_exp2(1.4426950408889634f * y); }
+__device__ __forceinline__ float silu(float y) { return y * fast_reciprocal(one_plus_exp(-y)); }
 
 // Two reciprocals from one: the special function unit (16 results a clock and multiprocessor) is what SiLU waits for.
 // Below -43 SiLU is less than 1e-17; the bound keeps the product finite. A NaN stays one.
@@ -213,8 +216,7 @@ template <int V> __device__ __forceinline__ void silu_vector(float (&y)[V]) {
 #pragma unroll
     for (int j = 0; j < V; j += 2) {
       const float a = max_or_nan(y[j], -43.0f), b = max_or_nan(y[j + 1], -43.0f);
-      const float s = 1.0f + fast_exp2(-1.4426950408889634f * a), t = 1.0f + fast_exp2(-1.4426950408889634f * b);
-      const float inverse = fast_reciprocal(s * t);
+      const float s = one_plus_exp(-a), t = one_plus_exp(-b), inverse = fast_reciprocal(s * t);
       y[j] = a * (inverse * t);
       y[j + 1] = b * (inverse * s);
     }

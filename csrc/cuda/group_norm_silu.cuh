@@ -49,7 +49,8 @@ __device__ __forceinline__ Moments merge(Moments a, Moments b) {
 __device__ __forceinline__ Moments warp_merge(Moments m) {
 #pragma unroll 1
   for (int mask = 16; mask > 0; mask >>= 1)
-    m = merge(m, {shuffle_xor(m.count, mask), shuffle_xor(m.mean, mask), shuffle_xor(m.rest, mask), shuffle_xor(m.m2, mask)});
+    m = merge(m, {shuffle_xor(m.count, mask), shuffle_xor(m.mean, mask), shuffle_xor(m.rest, mask),
+                  shuffle_xor(m.m2, mask)});
   return m;
 }
 
@@ -161,7 +162,9 @@ template <typename T> struct Storage {
     return {m[0], m[1], m[2], m[3]};
   }
 };
-__device__ __forceinline__ void store(float* to, Moments m) { to[0] = m.count, to[1] = m.mean, to[2] = m.rest, to[3] = m.m2; }
+__device__ __forceinline__ void store(float* to, Moments m) {
+  to[0] = m.count, to[1] = m.mean, to[2] = m.rest, to[3] = m.m2;
+}
 inline size_t storage_bytes(const Params& p) {
   return p.slab_bytes + sizeof(float) * (4 * kThreads + 3 * p.coefficients + 7 * p.bundle);
 }

@@ -32,50 +32,45 @@ __device__ __forceinline__ void load_coefficients(const Params& p, const Place& 
   }
 }
 
-// Merges the staged slab's moments into s.moments: the mean first, then the squares about it. The caller synchronises.
-template <typename T, int V, bool CL>
-__device__ __forceinline__ void slab_moments(const Params& p, const Place& w, const Slab<V, CL>& slab, Storage<T>& s) {
-  const int gc = p.group_channels;
-  const Columns<V> mine(slab.columns, w.groups, CL ? gc : V);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto total = [&](const float* parts, int g) {
-    return group_sum<V>(parts, g, CL ? w.width : V, slab.columns, slab.step, CL ? gc : V);
-  };
-  const float members = static_cast<float>(slab.count) * (CL ? (gc < w.width ? gc : w.width) : V);
-  const auto put = [&](int slot, const float (&v)[V]) {       // this thread's sums for its two groups
-    float lower = 0.0f, upper = 0.0f;
+// this thread's sums for its two groups, to parts [2, kThreads]
+template <int V> __device__ __forceinline__ void put(float* parts, const Columns<V>& mine, const float (&v)[V]) {
+  float lower = 0.0f, upper = 0.0f;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      lower += j < mine.split ? v[j] : 0.0f;
-      upper += j < mine.split ? 0.0f : v[j];
-    }
-    s.parts[slot * kThreads + threadIdx.x] = lower;
-    s.parts[(slot + 1) * kThreads + threadIdx.x] = upper;
-  };
+  for (int j = 0; j < V; ++j) {
+    lower += j < mine.split ? v[j] : 0.0f;
+    upper += j < mine.split ? 0.0f : v[j];
+  }
+  parts[threadIdx.x] = lower;
+  parts[kThreads + threadIdx.x] = upper;
+}
 
-  float sum[V] = {}, added = 0.0f;
+// this thread's sum of x + add
+template <typename T, int V, bool CL>
+__device__ __forceinline__ void sum_slab(const Place& w, const Slab<V, CL>& slab, const Storage<T>& s,
+                                         const Columns<V>& mine, float (&sum)[V]) {
+  float vectors = 0.0f;
+#pragma unroll
+  for (int j = 0; j < V; ++j) sum[j] = 0.0f;
   slab.each(w.n, [&](int i, int c, int64_t, int64_t) {
     float v[V];
     load_vector(s.slab + i, v);
 #pragma unroll
     for (int j = 0; j < V; ++j) sum[j] += CL ? v[j] : v[j] + s.add[c];
-    added += 1.0f;
+    vectors += 1.0f;
   });
 #pragma unroll
-  for (int j = 0; j < V; ++j) sum[j] += CL && slab.count > 0 ? added * s.add[mine.first + j] : 0.0f;
-  put(0, sum);
-  __syncthreads();
-#pragma unroll 1
-  for (int g = warp; g < w.groups; g += kWarps) {
-    const float all = total(s.parts, g);
-    if (lane == 0) s.pivot[g] = members > 0.0f ? all * fast_reciprocal(members) : 0.0f;
-  }
-  __syncthreads();
+  for (int j = 0; j < V; ++j) sum[j] += CL && slab.count > 0 ? vectors * s.add[mine.first + j] : 0.0f;
+}
 
-  float shift[V] = {}, rest[V] = {}, square[V] = {};          // rest: what rounding left in the first mean
-  if (CL && slab.count > 0) {
+// this thread's sums of d and d^2, d = x + add - pivot
+template <typename T, int V, bool CL>
+__device__ __forceinline__ void square_slab(const Place& w, const Slab<V, CL>& slab, const Storage<T>& s,
+                                            const Columns<V>& mine, float (&rest)[V], float (&square)[V]) {
+  float shift[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) shift[j] = s.add[mine.first + j] - s.pivot[mine.group(j)];
+  for (int j = 0; j < V; ++j) {
+    shift[j] = CL && slab.count > 0 ? s.add[mine.first + j] - s.pivot[mine.group(j)] : 0.0f;
+    rest[j] = square[j] = 0.0f;
   }
   slab.each(w.n, [&](int i, int c, int64_t, int64_t) {
     float v[V];
@@ -88,12 +83,32 @@ __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, co
       square[j] += d * d;
     }
   });
-  put(0, rest);
-  put(2, square);
+}
+
+// Merges the staged slab's moments into s.moments: the mean first, then the squares about it. The caller synchronises.
+template <typename T, int V, bool CL>
+__device__ __forceinline__ void slab_moments(const Params& p, const Place& w, const Slab<V, CL>& slab, Storage<T>& s) {
+  const int gc = CL ? p.group_channels : V, width = CL ? w.width : V, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Columns<V> mine(slab.columns, w.groups, gc);
+  const float members = static_cast<float>(slab.count) * (gc < width ? gc : width);
+  float sum[V], square[V];
+  sum_slab(w, slab, s, mine, sum);
+  put(s.parts, mine, sum);
   __syncthreads();
 #pragma unroll 1
   for (int g = warp; g < w.groups; g += kWarps) {
-    const float d = total(s.parts, g), q = total(s.parts + 2 * kThreads, g);
+    const float all = group_sum<V>(s.parts, g, width, slab.columns, slab.step, gc);
+    if (lane == 0) s.pivot[g] = members > 0.0f ? all * fast_reciprocal(members) : 0.0f;
+  }
+  __syncthreads();
+  square_slab(w, slab, s, mine, sum, square);   // sum: what rounding left in the first mean
+  put(s.parts, mine, sum);
+  put(s.parts + 2 * kThreads, mine, square);
+  __syncthreads();
+#pragma unroll 1
+  for (int g = warp; g < w.groups; g += kWarps) {
+    const float d = group_sum<V>(s.parts, g, width, slab.columns, slab.step, gc);
+    const float q = group_sum<V>(s.parts + 2 * kThreads, g, width, slab.columns, slab.step, gc);
     if (lane == 0 && members > 0.0f) {
       const float correction = d * fast_reciprocal(members), m2 = q - d * correction;
       const float2 mean = exact_sum(s.pivot[g], correction);
@@ -119,8 +134,8 @@ __device__ __forceinline__ void finish(const Params& p, const Place& w, Storage<
   }
 }
 
-// y = act((x + add - mean) * rstd * gain + offset). The difference comes first, which a mean of 300 does not blunt; what
-// the mean and add - mean lost to rounding is in the offset.
+// y = act((x + add - mean) * rstd * gain + offset). The difference comes first, which a mean of 300 does not blunt;
+// what the mean and add - mean lost to rounding is in the offset.
 struct Affine { float center, gain, offset; };
 template <typename T> __device__ __forceinline__ Affine affine(const Storage<T>& s, int c, int g) {
   const float2 center = exact_sum(s.add[c], -s.pivot[g]);

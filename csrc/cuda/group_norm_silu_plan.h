@@ -17,6 +17,7 @@ constexpr int64_t kPlainLimit = 64 << 10;    // fused without a cluster: fits th
 constexpr int64_t kClusterLimit = 200 << 10;
 constexpr int64_t kFewBlocks = 96;           // below this a chip of 100 to 132 multiprocessors is left idle
 constexpr int64_t kManyBlocks = 528;
+constexpr int64_t kCoefficients = 2048;      // channels a contiguous slab may touch: 24 KB of shared memory
 
 inline bool can_access(const GroupNormSiluArgs& a, int64_t v) {
   const size_t bytes = v * size_of(a.dtype);
@@ -37,72 +38,95 @@ inline int64_t bundle_of(const GroupNormSiluArgs& a, int64_t v) {
   return best;
 }
 
-inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device) {
-  Plan plan{};
-  Params& p = plan.params;
-  p.a = a;
-  const int64_t gc = a.C / a.groups, size = size_of(a.dtype), wide = 16 / size;
-  plan.vector = 1;
+// What follows from the tensor alone
+struct Shape {
+  int64_t vector, group_channels, bundle, tiles, width;   // width: channels of a task's tile
+  int64_t extent, unit, bytes, tasks;                     // unit: bytes of one step of the extent; bytes: of a task
+};
+
+inline int64_t vector_of(const GroupNormSiluArgs& a) {
+  const int64_t gc = a.C / a.groups, wide = 16 / int64_t(size_of(a.dtype));
   for (int64_t v : {wide, int64_t(4)}) {
-    const bool narrower = v < wide && !a.channels_last;    // only channels_last compiles the 8-byte access
-    if (plan.vector > 1 || narrower || !can_access(a, v)) continue;
-    if (a.channels_last && (gc < v || (bundle_of(a, v) == 0 && gc % v))) continue;
-    plan.vector = static_cast<int>(v);
+    if ((v < wide && !a.channels_last) || !can_access(a, v)) continue;   // 8 bytes: compiled for channels_last only
+    if (!a.channels_last || (gc >= v && (bundle_of(a, v) > 0 || gc % v == 0))) return v;
   }
-  const int64_t v = plan.vector;
-  int64_t bundle = a.channels_last ? bundle_of(a, v) : 1, tiles = 1, width = gc;
-  if (bundle == 0) {                                       // a group wider than a block: columns in tiles
-    bundle = 1;
-    width = kThreads * v;
-    tiles = ceil_div(gc, width);
-  } else if (a.channels_last) {
-    width = bundle * gc;
-  }
-  const int64_t extent = a.channels_last ? a.P : gc * a.P / v;
-  const int64_t unit = (a.channels_last ? width : v) * size;   // bytes of one step of the extent
-  const int64_t tasks = a.N * (a.groups / bundle) * tiles, bytes = extent * unit;
-  if (extent > INT32_MAX || tasks > INT32_MAX / 1024 || gc > INT32_MAX)
-    throw std::runtime_error("group_norm_silu: more than 2^31 elements a group or 2^21 groups");
-  p.group_channels = static_cast<int>(gc);
-  p.bundle = static_cast<int>(bundle);
-  p.bundles = static_cast<int>(a.groups / bundle);
-  p.tiles = static_cast<int>(tiles);
-  p.tile_channels = static_cast<int>(width);
-  p.extent = static_cast<int>(extent);
-  p.row_vectors = a.channels_last ? 1 : static_cast<int>(a.P / v);
-  const auto cut = [&](int64_t slices, int64_t slab_limit) {
-    const int64_t slice = ceil_div(extent, slices), fits = slab_limit / unit > 0 ? slab_limit / unit : 1;
-    const int64_t slab = fits < slice ? fits : slice, touched = ceil_div(slab * v, a.P) + 1;
-    p.slices = static_cast<int>(slices);
-    p.slice_extent = static_cast<int>(slice);
-    p.slab_extent = static_cast<int>(slab);
-    p.slab_bytes = static_cast<int>(round_up<16>(slab * unit));
-    p.coefficients = static_cast<int>(a.channels_last ? width : touched < gc ? touched : gc);
-    plan.blocks = tasks * slices;
-  };
-  const auto one_launch = [&](int64_t slices, int64_t limit) {
-    if (tiles > 1 || ceil_div(bytes, slices) > limit) return false;
-    cut(slices, limit);
-    return storage_bytes(p) <= size_t(limit) && p.slab_extent == p.slice_extent;
-  };
-  // Whole groups in one block. This choice reads nothing of the device, since the workspace is sized by it.
-  plan.fused = (tasks >= kFewBlocks || bytes <= kSmallSlab) && one_launch(1, kPlainLimit);
-  if (device && device->major >= 9 && !(plan.fused && tasks >= kFewBlocks)) {
-    int64_t slices = 1;                                    // 8 blocks are the largest portable cluster
-    while (slices < 8 && (tasks * slices < kFewBlocks || bytes > slices * kPlainLimit) && bytes > slices * 4096)
-      slices *= 2;
-    if (one_launch(slices, device->shared_limit < kClusterLimit ? device->shared_limit : kClusterLimit)) {
-      plan.fused = true;
-      p.clustered = slices > 1;
-      return plan;
+  return 1;
+}
+
+inline Shape shape_of(const GroupNormSiluArgs& a) {
+  Shape s;
+  s.vector = vector_of(a);
+  s.group_channels = s.width = a.C / a.groups;
+  s.bundle = s.tiles = 1;
+  if (a.channels_last) {
+    s.bundle = bundle_of(a, s.vector);
+    s.width = s.bundle * s.group_channels;
+    if (s.bundle == 0) {                     // a group wider than a block: columns in tiles
+      s.bundle = 1;
+      s.width = kThreads * s.vector;
+      s.tiles = ceil_div(s.group_channels, s.width);
     }
   }
-  if (plan.fused) {
-    one_launch(1, kPlainLimit);
-    return plan;
+  s.extent = a.channels_last ? a.P : s.group_channels * a.P / s.vector;
+  s.unit = (a.channels_last ? s.width : s.vector) * int64_t(size_of(a.dtype));
+  s.bytes = s.extent * s.unit;
+  s.tasks = a.N * (a.groups / s.bundle) * s.tiles;
+  if (s.extent > INT32_MAX || s.tasks > INT32_MAX / 1024 || s.group_channels > INT32_MAX)
+    throw std::runtime_error("group_norm_silu: more than 2^31 elements a group or 2^21 groups");
+  return s;
+}
+
+inline void cut(Plan& plan, const Shape& s, int64_t slices, int64_t slab_limit) {
+  Params& p = plan.params;
+  const GroupNormSiluArgs& a = p.a;
+  const int64_t slice = ceil_div(s.extent, slices);
+  int64_t slab = slab_limit / s.unit;
+  if (!a.channels_last && slab > kCoefficients * a.P / s.vector) slab = kCoefficients * a.P / s.vector;
+  slab = slab < 1 ? 1 : slab < slice ? slab : slice;
+  const int64_t touched = a.channels_last ? s.width : ceil_div(slab * s.vector, a.P) + 1;
+  p.slices = static_cast<int>(slices);
+  p.slice_extent = static_cast<int>(slice);
+  p.slab_extent = static_cast<int>(slab);
+  p.slab_bytes = static_cast<int>(round_up<16>(slab * s.unit));
+  p.coefficients = static_cast<int>(touched);
+  plan.blocks = s.tasks * slices;
+}
+
+// cuts for the fused kernel; false where a slice does not fit
+inline bool fuse(Plan& plan, const Shape& s, int64_t slices, int64_t limit) {
+  if (s.tiles > 1 || ceil_div(s.bytes, slices) > limit) return false;
+  cut(plan, s, slices, limit);
+  return storage_bytes(plan.params) <= size_t(limit) && plan.params.slab_extent == plan.params.slice_extent;
+}
+
+// Without a device: what the workspace must hold for any; a device with clusters needs no more than that.
+inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device) {
+  const Shape s = shape_of(a);
+  Plan plan{};
+  plan.vector = static_cast<int>(s.vector);
+  plan.params.a = a;
+  plan.params.group_channels = static_cast<int>(s.group_channels);
+  plan.params.bundle = static_cast<int>(s.bundle);
+  plan.params.bundles = static_cast<int>(a.groups / s.bundle);
+  plan.params.tiles = static_cast<int>(s.tiles);
+  plan.params.tile_channels = static_cast<int>(s.width);
+  plan.params.extent = static_cast<int>(s.extent);
+  plan.params.row_vectors = a.channels_last ? 1 : static_cast<int>(a.P / s.vector);
+  const bool enough = s.tasks >= kFewBlocks;
+  plan.fused = true;
+  if (enough && fuse(plan, s, 1, kPlainLimit)) return plan;
+  if (device && device->major >= 9) {
+    int64_t slices = 1;                      // 8 blocks are the largest portable cluster
+    while (slices < 8 && (s.tasks * slices < kFewBlocks || s.bytes > slices * kPlainLimit) && s.bytes > slices * 4096)
+      slices *= 2;
+    plan.params.clustered = slices > 1;
+    if (fuse(plan, s, slices, device->shared_limit < kClusterLimit ? device->shared_limit : kClusterLimit)) return plan;
+    plan.params.clustered = false;
   }
-  const int64_t wanted = ceil_div(kManyBlocks, tasks), most = ceil_div(bytes, kSmallSlab);
-  cut(wanted < most ? wanted : most, kSmallSlab);
+  if (s.bytes <= kSmallSlab && fuse(plan, s, 1, kPlainLimit)) return plan;
+  plan.fused = false;
+  const int64_t wanted = ceil_div(kManyBlocks, s.tasks), most = ceil_div(s.bytes, kSmallSlab);
+  cut(plan, s, wanted < most ? wanted : most, kSmallSlab);
   return plan;
 }
 }  // namespace group_norm

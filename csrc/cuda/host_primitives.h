@@ -14,7 +14,7 @@ inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {
   const uint32_t magnitude = uint32_t(x.bits & 0x7FFF) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-  const float scaled = bits_to_float(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias, subnormals too
+  const float scaled = bits_to_float(magnitude) * 5.192296858534828e33f;  // 2^112: the exponents' biases differ so
   return bits_to_float((magnitude >= 0x0F800000 ? magnitude | 0x7F800000 : float_to_bits(scaled)) | sign);
 }
 template <typename T> T from_float(float x);
@@ -142,7 +142,8 @@ void ldmatrix(uint32_t* r, const void* row, int line) {
 template <int K> struct MmaIn { uint32_t a[K / 4], b[K / 8]; float c[4]; };
 struct MmaOut { float c[4]; };
 template <int K>
-__attribute__((optimize("O3"), noinline)) void multiply(const float (&a)[16][K], const float (&b)[K][8], float (&c)[16][8]) {
+__attribute__((optimize("O3"), noinline))
+void multiply(const float (&a)[16][K], const float (&b)[K][8], float (&c)[16][8]) {
   for (int m = 0; m < 16; ++m)
     for (int k = 0; k < K; ++k)
       for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];

@@ -94,7 +94,9 @@ void launch(const char* op, const Params& params, Blocks blocks, int threads, si
   attribute.val.clusterDim.x = cluster;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y), static_cast<unsigned>(blocks.z));
+  config.gridDim.x = static_cast<unsigned>(blocks.x);
+  config.gridDim.y = static_cast<unsigned>(blocks.y);
+  config.gridDim.z = static_cast<unsigned>(blocks.z);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(where.stream);
