@@ -209,7 +209,7 @@ template <class T> void run(const AttentionArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < heads * key_tiles; ++i) pack_keys<M, T>(a, p, i / key_tiles, i % key_tiles * kTile);
     float* scratch = p.thread + omp_get_thread_num() * p.scratch;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < heads * p.head_tasks; ++i) Task<M, T>(a, p, i, scratch).run();
   }
 }

@@ -60,6 +60,7 @@ template <class T, bool kSilu> LDMFAST_INLINE VecF apply(VecF x, VecF mean, VecF
 
 struct Plan {
   int64_t chunks, slabs;       // chunks of pixels in a sample, slabs of channels
+  int64_t bundle, bundles;     // groups that fill whole pairs of vectors, such bundles in a sample
   int64_t rows, blocks;        // pixels that one task writes, such blocks in a sample
   int64_t threads;
   float* sums;                 // [N, chunks, 2, C]: of x - pivot, and of squares about the chunk's mean
@@ -71,6 +72,14 @@ Plan plan_of(const GroupNormSiluArgs& g) {
   Plan plan;
   plan.chunks = ceil_div(g.P, kPixels);
   plan.slabs = ceil_div(g.C, kSlab);
+  int64_t common = g.C / g.groups;
+  for (int64_t rest = kPair; rest;) {  // Euclid
+    const int64_t next = common % rest;
+    common = rest;
+    rest = next;
+  }
+  plan.bundle = kPair / common;
+  plan.bundles = ceil_div(g.groups, plan.bundle);
   plan.rows = max64(1, kWriteBytes / (g.C * (g.dtype == DType::kFloat32 ? 4 : 2)));
   plan.blocks = ceil_div(g.P, plan.rows);
   plan.threads = g.N * g.C * g.P > kSerial ? omp_get_max_threads() : 1;
@@ -173,6 +182,12 @@ void merge_channels(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int
   }
 }
 
+template <class T, bool kSilu> void merge(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t bundle) {
+  const int64_t D = g.C / g.groups, first = bundle * plan.bundle, end = min64(g.groups, first + plan.bundle);
+  for (int64_t c = first * D; c < end * D; c += kLanes) merge_chunks(g, plan, n, c);
+  for (int64_t group = first; group < end; ++group) merge_channels<T, kSilu>(g, plan, n, group);
+}
+
 template <class T, bool kSilu>
 void write_block(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t block) {
   const int64_t end = min64(g.P, (block + 1) * plan.rows);
@@ -199,7 +214,7 @@ void write_block(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_
 
 template <class T, bool kSilu> void channels_last(const GroupNormSiluArgs& g) {
   const Plan plan = plan_of(g);
-  const int64_t sums = plan.chunks * plan.slabs, vectors = ceil_div(g.C, kLanes);
+  const int64_t sums = plan.chunks * plan.slabs;
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
 #pragma omp for schedule(static)
@@ -207,10 +222,8 @@ template <class T, bool kSilu> void channels_last(const GroupNormSiluArgs& g) {
       slab_sums<T>(g, plan, i / sums, i % sums / plan.slabs, i % plan.slabs);
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < g.N * vectors; ++i) merge_chunks(g, plan, i / vectors, i % vectors * kLanes);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < g.N * g.groups; ++i) merge_channels<T, kSilu>(g, plan, i / g.groups, i % g.groups);
-#pragma omp for schedule(static)
+    for (int64_t i = 0; i < g.N * plan.bundles; ++i) merge<T, kSilu>(g, plan, i / plan.bundles, i % plan.bundles);
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < g.N * plan.blocks; ++i) write_block<T, kSilu>(g, plan, i / plan.blocks, i % plan.blocks);
   }
 }

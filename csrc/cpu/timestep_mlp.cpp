@@ -73,7 +73,7 @@ template <class T> void run(const TimestepMlpArgs& m) {
         hidden[n * m.F + slot<T>(f, m.F)] = silu<Accuracy::kFull>(splat(columns[f * m.N + n] + bias))[0];
       }
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t e = 0; e < m.E; ++e) {
       const float bias = m.b2 ? load_scalar(m.b2, m.dtype, e) : 0.0f;
       row_times(w2 + e * m.F, hidden, m.N, m.F, columns + e * m.N);
