@@ -74,8 +74,8 @@ class DDIMScheduler(diffusers.DDIMScheduler):
         return alpha_t, alpha_prev, sigma
 
     def _alphas_on(self, now: torch.Tensor, before: torch.Tensor, eta: float) -> tuple:
-        alphas = self.alphas_cumprod = self.alphas_cumprod.to(now.device)  # the parent's add_noise moves it likewise
-        final = self.final_alpha_cumprod.to(now.device)
+        alphas = self.alphas_cumprod = self.alphas_cumprod.to(now.device)  # once, as the parent's add_noise does
+        final = self.final_alpha_cumprod = self.final_alpha_cumprod.to(now.device)
         alpha_t = alphas.take(now).double()  # indexing by a 0-d tensor would read it back
         alpha_prev = torch.where(before >= 0, alphas.take(before.clamp(min=0)), final).double()
         if not eta:
