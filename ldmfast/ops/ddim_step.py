@@ -103,7 +103,10 @@ def _table(sample, alpha_t, alpha_prev, sigma, prediction) -> torch.Tensor:
     N = sample.shape[0] if sample.dim() else 1
     columns = []
     for name, value in (("alpha_t", alpha_t), ("alpha_prev", alpha_prev), ("sigma", sigma)):
-        value = torch.as_tensor(value, dtype=torch.float64, device=sample.device)
+        if isinstance(value, torch.Tensor):
+            value = value.to(sample.device, torch.float64)
+        else:  # a fill, not a copy from the host, so that a CUDA graph can capture it
+            value = torch.full((), value, dtype=torch.float64, device=sample.device)
         if value.dim() > 1 or value.dim() == 1 and value.shape[0] != N:
             raise ValueError(f"{NAME}: {name} has shape {list(value.shape)}, expected a scalar or [N] = [{N}]")
         columns.append(value.expand(N))
