@@ -98,9 +98,7 @@ def _add_train(commands):
         ("denoiser", DenoiserConfig, _train_denoiser),
     ):
         text = config.__doc__.split("\n")[0]
-        command = stages.add_parser(
-            name, help=text, description=text + " The defaults are the recipe of the shipped model."
-        )
+        command = stages.add_parser(name, help=text, description=text)
         command.set_defaults(run=run, config=config)
         command.add_argument("--data", required=True, help="the folder of pictures")
         if name != "autoencoder":

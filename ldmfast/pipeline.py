@@ -7,9 +7,11 @@ A saved pipeline is a folder in diffusers' layout (unet/, vae/, scheduler/, mode
 it, which names the text encoder. The text encoder itself is not copied.
 """
 
+import copy
 import json
 from pathlib import Path
 
+import diffusers
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -55,12 +57,10 @@ class TextToImagePipeline:
         """Write diffusers' layout. `dtype` converts the weights in the files only."""
         folder = Path(folder)
         for name in ("unet", "vae"):
-            module = getattr(self, name)
-            kept = module.dtype
-            module.to(dtype or kept).save_pretrained(folder / name)
-            module.to(kept)
+            module = copy.deepcopy(getattr(self, name))  # a cast there and back would round the live weights
+            torch.nn.Module.to(module, dtype or module.dtype).save_pretrained(folder / name)
         self.scheduler.save_pretrained(folder / "scheduler")
-        (folder / "model_index.json").write_text(json.dumps(_model_index(self.unet.config), indent=2) + "\n")
+        (folder / "model_index.json").write_text(json.dumps(_model_index(), indent=2) + "\n")
         (folder / "ldmfast.json").write_text(json.dumps({"text_encoder": self.text_encoder_name}) + "\n")
 
     def to(self, *args, **kwargs):
@@ -144,11 +144,11 @@ def _check(prompts, steps, guidance, seeds, batch, longest):
         raise ValueError(f"batch={batch} must be at least 1")
 
 
-def _model_index(unet_config):
+def _model_index():
     """What StableDiffusionPipeline.from_pretrained(folder, text_encoder=..., tokenizer=...) reads."""
     return {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": unet_config["_diffusers_version"],
+        "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,

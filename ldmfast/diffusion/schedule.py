@@ -29,5 +29,5 @@ def make_scheduler(beta_start, beta_end, prediction="epsilon", steps=STEPS):
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="trailing",
-        steps_offset=0,
+        steps_offset=1,
     )

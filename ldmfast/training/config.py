@@ -1,4 +1,4 @@
-"""What a training run is made of. The defaults are the recipe of the shipped model.
+"""What a training run is made of. Where the shipped model's recipe differs, assets/emoji64/train.sh says so.
 
 Every field is also an option of `ldmfast train ...`: `save_every` is `--save-every`.
 """
@@ -63,7 +63,7 @@ class DecoderConfig(RunConfig):
     """Stage 1b: the decoder alone goes on learning; the latents stay as they are."""
 
     batch: int = option(8, "pictures a step")
-    steps: int = option(2000, "training steps")
+    steps: int = option(450, "training steps")
     latent_noise: float = option(0.05, "deviation of the noise added to latents, for a denoiser is never exact")
     ssim_weight: float = option(0.2, "weight of 1 - SSIM")
 
