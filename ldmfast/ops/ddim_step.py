@@ -187,9 +187,14 @@ def _reference(sample, model_output, coefficients, table, guidance, noise, clip)
 
 def _ready(sample, *others):
     """Every tensor dense in sample's layout and dtype, so that one index serves all."""
-    layout = _layout(sample)
-    return [None if value is None else value.to(sample.dtype).contiguous(memory_format=layout)
-            for value in (sample, *others)]  # fmt: skip
+    layout, dtype = _layout(sample), sample.dtype
+
+    def ready(value):
+        if value is None or value.dtype is dtype and value.is_contiguous(memory_format=layout):
+            return value
+        return value.to(dtype).contiguous(memory_format=layout)
+
+    return [ready(value) for value in (sample, *others)]
 
 
 def _native(extension, sample, model_output, coefficients, table, guidance, noise, clip):

@@ -57,18 +57,19 @@ def workspace(size: int, like: torch.Tensor) -> torch.Tensor | None:
     return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
 
 
-def register(op, function) -> None:
-    """Registers `function(extension, *args)` as the op's three native backends, which refuse what was not built."""
+def register(op, function, lead: int = 0) -> None:
+    """Registers `function(extension, *args)` as the op's three native backends, which refuse what was not built.
+
+    lead  the argument whose dtype the kernel computes in
+    """
+
+    def float64(*args):
+        return "float64 is not compiled" if args[lead].dtype is torch.float64 else None
+
     for name in MODULES:
         def run(*args, _name=name):
             return function(module(_name), *args)
 
         backend = op.backend(name, devices={DEVICES[name]})(run)
         backend.refuses(lambda *args, _name=name: missing(_name))
-        backend.refuses(_float64)
-
-
-def _float64(*args) -> str | None:
-    if any(isinstance(value, torch.Tensor) and value.dtype is torch.float64 for value in args):
-        return "float64 is not compiled"
-    return None
+        backend.refuses(float64)

@@ -22,7 +22,7 @@ OPS: dict[str, Op] = {}
 BACKENDS = ("cuda", "triton", "cpu", "torch")  # what a user may name; `cuda-host` joins them in tests
 RANKS = {"cuda": 3, "triton": 2, "cpu": 2, "torch": 0, "cuda-host": -1}  # below 0: only when named
 
-_chosen: list[str] = []  # the innermost use_backend is last
+_chosen: list[str] = []  # LDMFAST_BACKEND as it was at import, if set; the innermost use_backend is last
 
 
 class use_backend:  # noqa: N801 - used as a function and as a context manager, as torch.no_grad is
@@ -53,13 +53,12 @@ def require_backend_name(name: str, where: str) -> None:
 
 def chosen_backend() -> str | None:
     """The backend that the user named, by use_backend or LDMFAST_BACKEND, or None."""
-    if _chosen:
-        return _chosen[-1]
-    name = os.environ.get("LDMFAST_BACKEND")
-    if name:
-        require_backend_name(name, "LDMFAST_BACKEND")
-        return name
-    return None
+    return _chosen[-1] if _chosen else None
+
+
+if _name := os.environ.get("LDMFAST_BACKEND"):  # read once: looking it up costs a fifth of a small op's call
+    require_backend_name(_name, "LDMFAST_BACKEND")
+    _chosen.append(_name)
 
 
 def _nothing_watches(args) -> bool:
@@ -104,9 +103,12 @@ class Backend:
         self.conditions.append(condition)
         return condition
 
+    def takes(self, device: str) -> bool:
+        return self.devices is None or device in self.devices
+
     def refusal(self, args: Sequence) -> str | None:
         device = args[0].device.type
-        if self.devices is not None and device not in self.devices:
+        if not self.takes(device):
             return f"runs on {' and '.join(sorted(self.devices))} tensors, not {device}"
         for condition in self.conditions:
             if reason := condition(*args):
@@ -129,6 +131,7 @@ class Op:
         self.name, self.check, self.fake, self.normalise = name, check, fake, normalise
         self.backends: dict[str, Backend] = {}
         self._ranked: list[Backend] = []
+        self._automatic: dict[str, list[Backend]] = {}
         self._autocast = autocast
         self._define(schema)
         OPS[name] = self
@@ -151,6 +154,12 @@ class Op:
         if len(self._ranked) != len(self.backends):
             self._ranked = sorted(self.backends.values(), key=lambda backend: -RANKS[backend.name])
         return self._ranked
+
+    def automatic(self, device: str) -> list[Backend]:
+        """Those that are tried on this kind of device when none is named, best first."""
+        if device not in self._automatic:
+            self._automatic[device] = [b for b in self.ranked() if RANKS[b.name] >= 0 and b.takes(device)]
+        return self._automatic[device]
 
     def __call__(self, *args):
         """args as in the schema, the backend's name or None last."""
@@ -176,15 +185,11 @@ class Op:
             if reason := backend.refusal(args):
                 raise NotImplementedError(f"{self.name}: backend {name} refuses: {reason}")
             return backend
-        reasons = []
-        for backend in self.ranked():
-            if RANKS[backend.name] < 0:
-                continue
-            reason = backend.refusal(args)
-            if reason is None:
+        for backend in self.automatic(args[0].device.type):
+            if backend.refusal(args) is None:
                 return backend
-            reasons.append(f"{backend.name}: {reason}")
-        raise NotImplementedError(f"{self.name}: every backend refuses. " + "; ".join(reasons))
+        reasons = "; ".join(f"{b.name}: {b.refusal(args)}" for b in self.ranked() if RANKS[b.name] >= 0)
+        raise NotImplementedError(f"{self.name}: every backend refuses. {reasons}")
 
     def _define(self, schema: str) -> None:
         arguments, returns = schema.rsplit("->", 1)

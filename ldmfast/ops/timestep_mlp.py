@@ -123,7 +123,7 @@ def _native(extension, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_s
     return out
 
 
-native.register(op, _native)
+native.register(op, _native, lead=1)
 
 
 @op.backend("triton", devices={"cuda", "cpu"})
