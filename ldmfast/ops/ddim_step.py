@@ -140,12 +140,14 @@ def _check(sample, model_output, coefficients, table, guidance, noise, clip):
 
 
 def _layout(sample):
-    if sample.dim() == 4 and not sample.is_contiguous() and sample.is_contiguous(memory_format=torch.channels_last):
+    if not sample.is_contiguous() and sample.dim() == 4 and sample.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
 
 def _empty(sample):
+    if sample.is_contiguous():
+        return torch.empty_like(sample)
     return torch.empty_like(sample, memory_format=_layout(sample))
 
 
@@ -187,14 +189,10 @@ def _reference(sample, model_output, coefficients, table, guidance, noise, clip)
 
 def _ready(sample, *others):
     """Every tensor dense in sample's layout and dtype, so that one index serves all."""
-    layout, dtype = _layout(sample), sample.dtype
-
-    def ready(value):
-        if value is None or value.dtype is dtype and value.is_contiguous(memory_format=layout):
-            return value
-        return value.to(dtype).contiguous(memory_format=layout)
-
-    return [ready(value) for value in (sample, *others)]
+    if all(value is None or value.dtype is sample.dtype and value.is_contiguous() for value in (sample, *others)):
+        return sample, *others  # the usual case, without a call into torch
+    return [None if value is None else value.to(sample.dtype).contiguous(memory_format=_layout(sample))
+            for value in (sample, *others)]  # fmt: skip
 
 
 def _native(extension, sample, model_output, coefficients, table, guidance, noise, clip):

@@ -40,10 +40,13 @@ def module(backend: str):
     return importlib.import_module(f"ldmfast.{MODULES[backend]}")
 
 
+_HOST = (-1, 0)
+
+
 def launch(tensor: torch.Tensor) -> tuple[int, int]:
     """The device index and raw stream that a launcher takes; the CPU ignores both."""
-    if tensor.device.type != "cuda":
-        return -1, 0
+    if not tensor.is_cuda:
+        return _HOST
     index = tensor.device.index
     return index, torch.cuda.current_stream(index).cuda_stream
 

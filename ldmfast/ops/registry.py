@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("ldmfast", "DEF")
 OPS: dict[str, Op] = {}
@@ -69,12 +70,12 @@ def _nothing_watches(args) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
+        or _dispatch_modes()
+        or _function_modes()
+        or _functorch_level() is not None
+        or _tracing() is not None
+        or forward_ad._current_level >= 0
+        or _profiling()
     ):
         return False
     grad = torch.is_grad_enabled()
@@ -87,6 +88,11 @@ def _nothing_watches(args) -> bool:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
+_functorch_level = torch._C._functorch.maybe_current_level
+_tracing = torch._C._get_tracing_state
+_profiling = torch.autograd._profiler_enabled
 
 
 @dataclass
@@ -110,6 +116,10 @@ class Backend:
         device = args[0].device.type
         if not self.takes(device):
             return f"runs on {' and '.join(sorted(self.devices))} tensors, not {device}"
+        return self.reason(args)
+
+    def reason(self, args: Sequence) -> str | None:
+        """The refusal, where the device is one that it takes."""
         for condition in self.conditions:
             if reason := condition(*args):
                 return reason
@@ -186,7 +196,7 @@ class Op:
                 raise NotImplementedError(f"{self.name}: backend {name} refuses: {reason}")
             return backend
         for backend in self.automatic(args[0].device.type):
-            if backend.refusal(args) is None:
+            if backend.reason(args) is None:
                 return backend
         reasons = "; ".join(f"{b.name}: {b.refusal(args)}" for b in self.ranked() if RANKS[b.name] >= 0)
         raise NotImplementedError(f"{self.name}: every backend refuses. {reasons}")
