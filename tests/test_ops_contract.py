@@ -110,7 +110,8 @@ def test_a_backend_that_was_not_built_says_so(monkeypatch):
 def test_every_refusal_is_listed_when_none_runs(monkeypatch):
     op = OPS["attention"]
     for backend in op.backends.values():
-        monkeypatch.setattr(backend, "refusal", lambda args, name=backend.name: f"{name} is out")
+        for method in ("refusal", "reason"):
+            monkeypatch.setattr(backend, method, lambda args, name=backend.name: f"{name} is out")
     _, args, kwargs = small("attention")
     with pytest.raises(NotImplementedError, match="every backend refuses. cuda: cuda is out; .*torch: torch is out"):
         ops.attention(*args, **kwargs)
