@@ -184,7 +184,8 @@ def demangled(symbol: str) -> str:
     if shutil.which("c++filt") is None:
         return symbol
     name = subprocess.run(["c++filt", symbol], check=True, capture_output=True, text=True).stdout.strip()
-    return re.sub(r"\(.*\)$", "", name).removeprefix("void ")
+    name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+    return re.sub(r"\([^()]*\)$", "", name)
 
 
 def main() -> int:
