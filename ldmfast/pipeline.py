@@ -59,6 +59,7 @@ class TextToImagePipeline:
         for name in ("unet", "vae"):
             module = copy.deepcopy(getattr(self, name))  # a cast there and back would round the live weights
             torch.nn.Module.to(module, dtype or module.dtype).save_pretrained(folder / name)
+            _forget_origin(folder / name / "config.json")
         self.scheduler.save_pretrained(folder / "scheduler")
         (folder / "model_index.json").write_text(json.dumps(_model_index(), indent=2) + "\n")
         (folder / "ldmfast.json").write_text(json.dumps({"text_encoder": self.text_encoder_name}) + "\n")
@@ -119,6 +120,13 @@ class TextToImagePipeline:
             raise FloatingPointError(f"the decoded picture is not finite (weights in {self.vae.dtype}); use float32")
         pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in pixels]
+
+
+def _forget_origin(path):
+    """Drop the path that the part was once loaded from: it means nothing elsewhere."""
+    settings = json.loads(path.read_text())
+    settings.pop("_name_or_path", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _load(kind, folder, dtype):
