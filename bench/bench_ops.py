@@ -89,7 +89,7 @@ def ddim(N, size) -> Case:
         sample = randn(N, 4, size, size, dtype=dtype)
         return (sample, randn(2 * N, 4, size, size, dtype=dtype), 0.3, 0.5), {"guidance": 7.5}
 
-    def eager(sample, output, alpha_t, alpha_prev, *, guidance):  # what diffusers' pipeline and DDIMScheduler do
+    def eager(sample, output, alpha_t, alpha_prev, *, guidance):  # bench_sampler.py: diffusers' step
         uncond, cond = output.chunk(2)
         eps = uncond + guidance * (cond - uncond)
         x0 = (sample - (1 - alpha_t) ** 0.5 * eps) / alpha_t**0.5
@@ -117,6 +117,7 @@ CASES = (
     attention(1, 4096, 4096, 1, 512),
     timestep(2, 320, 1280),
     ddim(1, 64),
+    ddim(8, 64),
     ddim(1, 128),
 )
 PARAMS = [pytest.param(case, dtype, backend, id=f"{case.label}-{name_of(dtype)}-{backend}")
