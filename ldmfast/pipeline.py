@@ -96,7 +96,8 @@ class TextToImagePipeline:
         """DDIM with guidance (Song et al. 2020; Ho & Salimans 2022). Returns latents [N, z, h, w]."""
         device, dtype = self.unet.device, self.unet.dtype
         guided = guidance != 1
-        states = self.encoder(([""] * len(prompts) if guided else []) + prompts)  # [2N or N, L, E], empty ones first
+        prompts = ([""] * len(prompts) if guided else []) + prompts
+        states = self.encoder.states(prompts)  # [2N or N, L, E], empty ones first
         states = states.to(device, dtype)
         x = self.noise(seeds).to(device, dtype)
         self.scheduler.set_timesteps(steps, device=device)

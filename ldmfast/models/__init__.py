@@ -1,10 +1,12 @@
-"""Modules over `ldmfast.ops`: the U-Net, the autoencoder, the text encoder. Loaded on first use."""
+"""Modules over `ldmfast.ops`: the U-Net, the autoencoder, the conditioning encoders. Loaded on first use."""
 
 import importlib
 
 _HOMES = {
     "AutoencoderKL": "ldmfast.models.autoencoder",
-    "TextEncoder": "ldmfast.models.conditioning",
+    "Condition": "ldmfast.models.conditioning",
+    "Conditioner": "ldmfast.models.conditioning",
+    "TextEncoder": "ldmfast.models.conditioning_text",
     "UNet": "ldmfast.models.unet",
 }
 __all__ = list(_HOMES)

