@@ -40,15 +40,13 @@ def load(folder):
 
 
 def loss_of(model, pictures, config):
-    """The step's loss as a function of the generator that draws the batch and the latent noise."""
+    """The step's loss as a function of the Draw that the batch and the latent noise come from."""
 
-    def step(generator):
-        index = torch.randint(len(pictures), (config.batch,), generator=generator)
-        x = pictures.batch(index)
-        flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-        x = torch.where(flip, x.flip(-1), x)
+    def step(draw):
+        x = pictures.batch(draw.integers(len(pictures)))
+        x = torch.where(draw.uniform(1, 1, 1) < 0.5, x.flip(-1), x).to(draw.device)
         posterior = model.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        noise = draw.normal(*posterior.mean.shape[1:])
         decoded = model.decode(posterior.mean + posterior.std * noise).sample
         kl = config.kl_weight * losses.kl(posterior)
         return kl + losses.reconstruction(x, decoded, ssim_weight=config.ssim_weight)
@@ -104,8 +102,9 @@ def train(data, folder, config, *, restart=False, quiet=False):
     run = Run(build(config), config)
     step = loss_of(run.model, pictures, config)
     history = fit(run, step, Path(folder, "autoencoder.pt"), restart=restart, quiet=quiet)
-    run.ema.copy_to(run.model.parameters())
-    model = run.model
+    model = run.finish().cpu()
+    if not run.main:
+        return {"loss": history}
     pictures = sample_of(pictures, 512, config.seed)
     latents, _ = encode_all(model, pictures)
     standardise(model, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))

@@ -1,6 +1,6 @@
 """What a training run is made of. Where the shipped model's recipe differs, assets/emoji64/train.sh says so.
 
-Every field is also an option of `ldmfast train ...`: `save_every` is `--save-every`.
+Every field is also an option of `ldmfast train ...` (`save_every` is `--save-every`) and a key of a recipe.
 """
 
 from dataclasses import dataclass, field, fields
@@ -16,7 +16,8 @@ def option(default, text, choices=None):
 class RunConfig:
     """How either stage is optimised."""
 
-    batch: int = option(16, "pictures a step")
+    batch: int = option(16, "pictures a step, on each process and in each of `accumulate` parts")
+    accumulate: int = option(1, "parts that a step's batch is computed in; their gradients are averaged")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     weight_decay: float = option(0.01, "AdamW's decoupled weight decay")
     schedule: str = option("cosine", "learning-rate schedule", SCHEDULES)
@@ -24,13 +25,16 @@ class RunConfig:
     clip: float = option(1.0, "largest gradient norm")
     ema: float = option(0.999, "decay of the averaged weights, which are what is saved")
     seed: int = option(0, "seeds weights, batches and noise")
-    precision: str = option("bf16", "arithmetic of the forward pass; weights stay float32", ("bf16", "fp32"))
+    precision: str = option("bf16", "arithmetic of the forward pass; weights stay float32", ("bf16", "fp16", "fp32"))
+    device: str = option("auto", "where to train; auto is CUDA where there is a GPU", ("auto", "cpu", "cuda"))
     export: str = option("fp16", "precision of the exported weights", ("fp16", "fp32"))
     save_every: int = option(200, "steps between checkpoints")
     log_every: int = option(20, "steps over which the reported loss is averaged")
+    tensorboard: bool = option(False, "write scalars and sample grids to OUTPUT/tensorboard")
+    sample_every: int = option(0, "steps between sample grids, in OUTPUT/samples; 0 draws none")
 
     def __post_init__(self):
-        positive = ("batch", "learning_rate", "clip", "save_every", "log_every", "steps", "size")
+        positive = ("batch", "accumulate", "learning_rate", "clip", "save_every", "log_every", "steps", "size")
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
@@ -39,8 +43,9 @@ class RunConfig:
                 raise ValueError(f"{f.name}={value} must be above 0")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup} must not be negative")
+        for name in ("warmup", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -96,3 +101,7 @@ class DenoiserConfig(RunConfig):
         for share in ("guidance_dropout", "plain_captions"):
             if not 0 <= getattr(self, share) <= 1:
                 raise ValueError(f"{share}={getattr(self, share)} must lie between 0 and 1")
+
+
+# the sections of a recipe, which are the stages of `ldmfast train`
+STAGES = {"autoencoder": AutoencoderConfig, "decoder": DecoderConfig, "denoiser": DenoiserConfig}

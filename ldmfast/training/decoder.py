@@ -24,13 +24,14 @@ class Decoder(torch.nn.Module):
 
 
 def loss_of(model, pictures, mean, std, config):
-    """The step's loss as a function of the generator that draws the batch and the latent noise."""
+    """The step's loss as a function of the Draw that the batch and the latent noise come from."""
 
-    def step(generator):
-        index = torch.randint(len(pictures), (config.batch,), generator=generator)
-        noise, extra = torch.randn(2, config.batch, *mean.shape[1:], generator=generator)
-        z = mean[index] + std[index] * noise + config.latent_noise * extra
-        return losses.reconstruction(pictures.batch(index), model.decode(z).sample, ssim_weight=config.ssim_weight)
+    def step(draw):
+        index = draw.integers(len(pictures))
+        noise, extra = draw.normal(*mean.shape[1:]), draw.normal(*mean.shape[1:])
+        z = mean[index].to(draw.device) + std[index].to(draw.device) * noise + config.latent_noise * extra
+        x = pictures.batch(index).to(draw.device)
+        return losses.reconstruction(x, model.decode(z).sample, ssim_weight=config.ssim_weight)
 
     return step
 
@@ -44,7 +45,9 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     run = Run(Decoder(vae), config)
     step = loss_of(run.model, pictures, mean, std, config)
     history = fit(run, step, Path(folder, "decoder.pt"), restart=restart, quiet=quiet)
-    run.ema.copy_to(run.model.parameters())
+    run.finish().cpu()
+    if not run.main:
+        return {"loss": history}
     metrics = {"trained": score(vae, sample_of(pictures, 512, config.seed)), "loss": history}
     vae = vae.half() if config.export == "fp16" else vae
     checkpoint.replace_folder(Path(folder, "vae"), vae.save_pretrained)

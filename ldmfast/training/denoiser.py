@@ -46,15 +46,15 @@ class Cache:
     first: torch.Tensor  # [N] index into states of a picture's first caption
     count: torch.Tensor  # [N] how many captions it has; they lie one after another
 
-    def draw(self, config, generator):
-        """A batch of latents [B, z, h, w] and caption states [B, L, E]."""
-        b = config.batch
-        index = torch.randint(len(self.mean), (b,), generator=generator)
-        noise = torch.randn(b, *self.mean.shape[1:], generator=generator)
-        plain, other, dropped = torch.rand(3, b, generator=generator)
+    def draw(self, config, draw):
+        """A batch of latents [B, z, h, w] and caption states [B, L, E], on the draw's device."""
+        index = draw.integers(len(self.mean))
+        noise = draw.normal(*self.mean.shape[1:])
+        plain, other, dropped = draw.uniform(3).unbind(1)
         other = torch.where(plain < config.plain_captions, 0, (other * self.count[index]).long())
         caption = torch.where(dropped < config.guidance_dropout, 0, self.first[index] + other)
-        return self.mean[index] + self.std[index] * noise, self.states[caption].float()
+        mean, std = self.mean[index].to(draw.device), self.std[index].to(draw.device)
+        return mean + std * noise, self.states[caption].to(draw.device).float()
 
 
 def make_cache(pictures, vae, encoder):
@@ -73,14 +73,14 @@ def make_cache(pictures, vae, encoder):
 
 
 def loss_of(model, cache, config):
-    """The step's loss as a function of the generator that draws the batch, the times and the noise."""
+    """The step's loss as a function of the Draw that the batch, the times and the noise come from."""
     alphas = alphas_cumprod(config.beta_start, config.beta_end)
 
-    def step(generator):
-        x0, context = cache.draw(config, generator)
-        t = torch.randint(STEPS, (len(x0),), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        predicted = model(add_noise(x0, noise, alphas[t]), t, encoder_hidden_states=context).sample
+    def step(draw):
+        x0, context = cache.draw(config, draw)
+        t = draw.integers(STEPS)
+        noise = draw.normal(*x0.shape[1:])
+        predicted = model(add_noise(x0, noise, alphas[t]), t.to(x0.device), encoder_hidden_states=context).sample
         return denoising_loss(
             predicted, x0, noise, alphas[t], prediction=config.prediction, gamma=config.min_snr
         )
@@ -97,7 +97,9 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     run = Run(build(config, cache.mean.shape[1], cache.mean.shape[-1], encoder.width), config)
     step = loss_of(run.model, cache, config)
     history = fit(run, step, Path(folder, "denoiser.pt"), restart=restart, quiet=quiet)
-    run.ema.copy_to(run.model.parameters())
+    run.finish().cpu()
+    if not run.main:
+        return history
     scheduler = make_scheduler(config.beta_start, config.beta_end, config.prediction)
     pipeline = TextToImagePipeline(run.model, vae, scheduler, encoder, text_encoder_name=config.text_encoder)
     dtype = torch.float16 if config.export == "fp16" else torch.float32
