@@ -53,7 +53,7 @@ resources: .venv/built
 	touch $@
 
 .venv/tools: .venv/built
-	$(BIN)/python -m pip install -q pytest pytest-benchmark peft ruff==0.17.6 fonttools
+	$(BIN)/python -m pip install -q pytest pytest-benchmark peft ruff==0.17.6 fonttools tensorboard
 	touch $@
 
 clean:

@@ -7,6 +7,7 @@
     ldmfast train denoiser --data pictures/ --autoencoder run/ --output run/
     ldmfast sample "a cat on a blue background" --model run/pipeline -o cat.png
     ldmfast evaluate --model run/pipeline --data pictures/
+    ldmfast recipes
     ldmfast doctor
 
 A mistake in what was asked is answered with one sentence and exit code 2.
@@ -50,6 +51,8 @@ def parser():
     _add_sample(commands)
     _add_evaluate(commands)
     _add_train(commands)
+    command = _command(commands, "recipes", "list the recipes that ship, or print one", _recipes)
+    command.add_argument("name", nargs="?", help="the recipe to print")
     _add_data(commands)
     commands.add_parser("doctor", help="what is installed, what runs here, and whether it computes right")
     return top
@@ -107,6 +110,7 @@ def _add_train(commands):
         if name != "autoencoder":
             command.add_argument("--autoencoder", required=True, help="--output of `ldmfast train autoencoder`")
         command.add_argument("--output", required=True, help="the folder for checkpoints and the finished model")
+        command.add_argument("--recipe", help="a recipe's name (see `ldmfast recipes`) or YAML file; options override it")
         command.add_argument("--restart", action="store_true", help="begin again even if there is a checkpoint")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
         _add_config_options(command, config)
@@ -115,6 +119,12 @@ def _add_train(commands):
 def _add_config_options(command, config):
     group = command.add_argument_group("configuration")
     for f in dataclasses.fields(config):
+        if isinstance(f.default, bool):
+            group.add_argument(
+                "--" + f.name.replace("_", "-"), dest="config_" + f.name, action=argparse.BooleanOptionalAction,
+                help=f"{f.metadata['help']} (default: {'on' if f.default else 'off'})", default=argparse.SUPPRESS,
+            )  # fmt: skip
+            continue
         kind = _numbers if isinstance(f.default, tuple) else type(f.default)
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         group.add_argument(
@@ -144,8 +154,24 @@ def _add_data(commands):
 
 
 def _config(arguments):
+    """The dataclass: its defaults, then the recipe, then the options."""
+    from ldmfast.training import recipes
+    from ldmfast.training.config import STAGES
+
+    stage = next(name for name, config in STAGES.items() if config is arguments.config)
     given = {k.removeprefix("config_"): v for k, v in vars(arguments).items() if k.startswith("config_")}
-    return arguments.config(**given)
+    return arguments.config(**{**(recipes.settings(arguments.recipe, stage) if arguments.recipe else {}), **given})
+
+
+def _recipes(arguments):
+    from ldmfast.training import recipes
+
+    if arguments.name:
+        print(recipes.locate(arguments.name).read_text(encoding="utf-8"), end="")
+        return
+    for name in recipes.names():
+        found = recipes.read(name)
+        print(f"{name:16} {found.pop('about')} ({', '.join(found)})")
 
 
 def _sample(arguments):
