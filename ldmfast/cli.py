@@ -110,7 +110,7 @@ def _add_train(commands):
         if name != "autoencoder":
             command.add_argument("--autoencoder", required=True, help="--output of `ldmfast train autoencoder`")
         command.add_argument("--output", required=True, help="the folder for checkpoints and the finished model")
-        command.add_argument("--recipe", help="a recipe's name (see `ldmfast recipes`) or YAML file; options override it")
+        command.add_argument("--recipe", help="a recipe's name (`ldmfast recipes`) or YAML file; options override it")
         command.add_argument("--restart", action="store_true", help="begin again even if there is a checkpoint")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
         _add_config_options(command, config)

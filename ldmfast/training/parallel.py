@@ -35,8 +35,10 @@ def start(config):
         cpu=cpu, mixed_precision=MIXED[config.precision], gradient_accumulation_plugin=accumulate
     )
     if accelerator.distributed_type not in KNOWN:
-        raise ValueError(f"accelerate is set up for {accelerator.distributed_type}; this loop knows several CPU or CUDA "
-                         "processes with a whole model each (accelerate launch --multi_gpu, or --cpu)")
+        raise ValueError(
+            f"accelerate is set up for {accelerator.distributed_type}; this loop knows several CPU or CUDA processes "
+            "with a whole model each (accelerate launch --multi_gpu, or --cpu)"
+        )
     return accelerator
 
 
