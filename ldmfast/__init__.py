@@ -16,6 +16,7 @@ _HOMES = {
     "DDIMScheduler": "ldmfast.diffusion.ddim",
     "TextToImagePipeline": "ldmfast.pipeline",
     "UNet": "ldmfast.models.unet",
+    "UNet2D": "ldmfast.models.unet2d",
     "explain": "ldmfast.ops",
     "optimize": "ldmfast.dropin",
     "use_backend": "ldmfast.ops",

@@ -7,6 +7,7 @@ import diffusers
 from ldmfast.diffusion.ddim import DDIMScheduler
 from ldmfast.models.autoencoder import AutoencoderKL
 from ldmfast.models.unet import UNet
+from ldmfast.models.unet2d import UNet2D
 
 
 def optimize(pipeline):
@@ -20,12 +21,16 @@ def optimize(pipeline):
     for name, component in pipeline.components.items():
         if type(component) is diffusers.UNet2DConditionModel:
             taken[name] = UNet.from_unet(component)
+        elif type(component) is diffusers.UNet2DModel:
+            taken[name] = UNet2D.from_unet(component)
         elif type(component) is diffusers.AutoencoderKL:
             taken[name] = AutoencoderKL.from_vae(component)
         elif type(component) is diffusers.DDIMScheduler:
             taken[name] = DDIMScheduler.from_config(component.config)
     if not taken:
-        raise ValueError(f"{type(pipeline).__name__} has no UNet2DConditionModel, AutoencoderKL or DDIMScheduler")
+        raise ValueError(
+            f"{type(pipeline).__name__} has no UNet2DConditionModel, UNet2DModel, AutoencoderKL or DDIMScheduler"
+        )
     for name, component in taken.items():
         saved_as = pipeline.config[name]
         setattr(pipeline, name, component)

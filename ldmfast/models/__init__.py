@@ -8,6 +8,7 @@ _HOMES = {
     "Conditioner": "ldmfast.models.conditioning",
     "TextEncoder": "ldmfast.models.conditioning_text",
     "UNet": "ldmfast.models.unet",
+    "UNet2D": "ldmfast.models.unet2d",
 }
 __all__ = list(_HOMES)
 

@@ -15,7 +15,7 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from torch import nn
 
-from ldmfast.models.blocks import Conditioning, downsample, mid_block, resnet, upsample
+from ldmfast.models.blocks import Conditioning, downsample, image_attention, mid_block, resnet, upsample
 from ldmfast.models.dropin import DropIn
 from ldmfast.models.guard import obstacle, obstacles
 from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of, weights_channels_last
@@ -104,11 +104,13 @@ def decode(m: Decoder, z: torch.Tensor) -> torch.Tensor:
 
 
 def _level(m: nn.Module, x: torch.Tensor, cond: Conditioning, resample, name: str) -> torch.Tensor:
-    """One size: its resnets, then the step to the next size."""
+    """One size: its resnets, each with its attention where there is one, then the step to the next size."""
     if obstacle(m):
         return m(x)
-    for layer in m.resnets:
+    for i, layer in enumerate(m.resnets):
         x = resnet(layer, x, cond)
+        if hasattr(m, "attentions"):
+            x = image_attention(m.attentions[i], x, cond)
     for layer in getattr(m, name) or ():
         x = resample(layer, x)
     return x

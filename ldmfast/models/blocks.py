@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
@@ -44,11 +45,16 @@ class Conditioning:
         }
 
 
-def resnet(m: ResnetBlock2D, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-    """GroupNorm, SiLU, conv; time; GroupNorm, SiLU, conv; plus the input."""
+def resnet(m: ResnetBlock2D, x: torch.Tensor, cond: Conditioning, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """GroupNorm, SiLU, conv; time; GroupNorm, SiLU, conv; plus the input. One that resamples does so to both, first."""
     if obstacle(m):
         return m(x, cond.temb)
-    h = conv2d(m.conv1, group_norm(m.norm1, x, silu=True))
+    h = group_norm(m.norm1, x, silu=True)
+    if m.upsample is not None:
+        x, h = upsample(m.upsample, x, size), upsample(m.upsample, h, size)
+    elif m.downsample is not None:
+        x, h = downsample(m.downsample, x), downsample(m.downsample, h)
+    h = conv2d(m.conv1, h)
     h = group_norm(m.norm2, h, silu=True, **_time(m, cond))
     h = conv2d(m.conv2, m.dropout(h))
     if m.conv_shortcut is not None:
@@ -77,7 +83,7 @@ def attention(m: Attention, x: torch.Tensor, context: torch.Tensor | None, mask:
 
 
 def image_attention(m: Attention, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-    """Self-attention over the pixels of x [N, C, H, W] behind its own GroupNorm: the autoencoder's, one wide head."""
+    """Self-attention over the pixels of x [N, C, H, W] behind its own GroupNorm: the autoencoder's and UNet2D's."""
     if obstacle(m) or m.group_norm is None:
         return m(x, temb=cond.temb)
     h = tokens(group_norm(m.group_norm, x, silu=False))
@@ -131,6 +137,13 @@ def transformer(m: Transformer2DModel, x: torch.Tensor, cond: Conditioning) -> t
     return image(h, size) + x
 
 
+def resample(m: nn.Module, x: torch.Tensor, cond: Conditioning, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """The step to the next level: a resnet that resamples, or a convolution that does."""
+    if isinstance(m, ResnetBlock2D):
+        return resnet(m, x, cond, size)
+    return upsample(m, x, size) if isinstance(m, Upsample2D) else downsample(m, x)
+
+
 def downsample(m: Downsample2D, x: torch.Tensor) -> torch.Tensor:
     """Half the size: a convolution of stride 2 (padded only right and below where `padding` is 0), or a mean."""
     if obstacle(m):
@@ -166,9 +179,11 @@ def down_block(m: nn.Module, x: torch.Tensor, cond: Conditioning, residual: torc
             x = transformer(m.attentions[i], x, cond)
             if residual is not None and i == len(m.resnets) - 1:
                 x = x + residual
+        elif type(m) is AttnDownBlock2D:
+            x = image_attention(m.attentions[i], x, cond)
         skips.append(x)
     for layer in m.downsamplers or ():
-        x = downsample(layer, x)
+        x = resample(layer, x, cond)
     if m.downsamplers is not None:
         skips.append(x)
     return x, tuple(skips)
@@ -197,8 +212,10 @@ def up_block(m: nn.Module, x: torch.Tensor, skips: tuple, cond: Conditioning, si
         x = resnet(layer, torch.cat([x, skips[-1 - i]], dim=1), cond)
         if crosses:
             x = transformer(m.attentions[i], x, cond)
+        elif type(m) is AttnUpBlock2D:
+            x = image_attention(m.attentions[i], x, cond)
     for layer in m.upsamplers or ():
-        x = upsample(layer, x, size)
+        x = resample(layer, x, cond, size)
     return x
 
 

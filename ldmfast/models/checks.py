@@ -18,7 +18,7 @@ from ldmfast.models.guard import plain
 
 def check_inputs(unet, sample, context, class_labels, added, masks: dict) -> None:
     """The shapes and dtypes of everything but the timestep and the residuals. Raises ValueError."""
-    _check_sample(unet, sample)
+    check_sample(unet, sample)
     _check_context(unet, sample, context)
     _check_added(unet, sample, added)
     if class_labels is not None and unet.class_embedding is not None and len(class_labels) != len(sample):
@@ -33,14 +33,15 @@ def check_inputs(unet, sample, context, class_labels, added, masks: dict) -> Non
         _check_finite(sample=sample, encoder_hidden_states=context)
 
 
-def _check_sample(unet, sample) -> None:
+def check_sample(unet, sample) -> None:
+    """The noisy latents: rank, channels, dtype. Raises ValueError."""
     if not isinstance(sample, torch.Tensor) or sample.ndim != 4:
         got = tuple(sample.shape) if isinstance(sample, torch.Tensor) else type(sample).__name__
         raise ValueError(f"sample must be a tensor [N, C, H, W]; got {got}")
     if not plain(unet.conv_in):
         return
     channels, weight = unet.conv_in.in_channels, unet.conv_in.weight
-    if sample.shape[1] != channels and unet.config.addition_embed_type != "image_hint":
+    if sample.shape[1] != channels and unet.config.get("addition_embed_type") != "image_hint":
         more = " (a 9-channel U-Net takes latents, mask and masked latents, concatenated)" if channels == 9 else ""
         raise ValueError(f"sample has {sample.shape[1]} channels; this UNet expects {channels}{more}")
     if sample.dtype != weight.dtype and not torch.is_autocast_enabled(sample.device.type):

@@ -20,10 +20,16 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import (
+    AttnDownBlock2D,
+    AttnDownEncoderBlock2D,
+    AttnUpBlock2D,
+    AttnUpDecoderBlock2D,
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
     DownBlock2D,
     DownEncoderBlock2D,
+    ResnetDownsampleBlock2D,
+    ResnetUpsampleBlock2D,
     UNetMidBlock2D,
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
@@ -74,7 +80,8 @@ def _transformer(m: Transformer2DModel) -> str | None:
 def _resnet(m: ResnetBlock2D) -> str | None:
     if type(m.nonlinearity) is not nn.SiLU:
         return "its activation is not SiLU"
-    return None if m.upsample is None and m.downsample is None else "it resamples"
+    filtered = any(r is not None and type(r) not in (Upsample2D, Downsample2D) for r in (m.upsample, m.downsample))
+    return "it resamples through a filter of its own" if filtered else None
 
 
 def _resample(m: Downsample2D | Upsample2D) -> str | None:
@@ -83,7 +90,7 @@ def _resample(m: Downsample2D | Upsample2D) -> str | None:
     return None if m.name == "conv" or m.name == "op" else f"its layer is named {m.name}"
 
 
-def _up_block(m: UpBlock2D | CrossAttnUpBlock2D) -> str | None:
+def _up_block(m: nn.Module) -> str | None:
     if any(getattr(m, name, None) for name in ("s1", "s2", "b1", "b2")):
         return "FreeU is on"
     return _checkpointed(m)
@@ -106,12 +113,18 @@ _LIMITS: dict[type, Callable] = {
     Upsample2D: _resample,
     DownBlock2D: _checkpointed,
     CrossAttnDownBlock2D: _checkpointed,
+    AttnDownBlock2D: _checkpointed,
+    ResnetDownsampleBlock2D: _checkpointed,
     UNetMidBlock2D: _checkpointed,
     UNetMidBlock2DCrossAttn: _checkpointed,
     UpBlock2D: _up_block,
     CrossAttnUpBlock2D: _up_block,
+    AttnUpBlock2D: _up_block,
+    ResnetUpsampleBlock2D: _up_block,
     DownEncoderBlock2D: _no_limit,
     UpDecoderBlock2D: _no_limit,
+    AttnDownEncoderBlock2D: _no_limit,
+    AttnUpDecoderBlock2D: _no_limit,
     Encoder: _checkpointed,
     Decoder: _checkpointed,
 }

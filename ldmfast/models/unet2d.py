@@ -1,0 +1,142 @@
+"""`UNet2D`: diffusers' UNet2DModel with its own forward, over `ldmfast.ops`.
+
+The denoiser of the latent diffusion models without cross-attention: unconditional ones, and those that are told by
+channels joined to the latent (a map, a masked picture, a low resolution).
+
+    unet = UNet2D.from_pretrained("CompVis/ldm-celebahq-256", subfolder="unet")
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch.nn.modules.module import _has_any_global_hook
+
+from ldmfast.models.blocks import Conditioning, down_block, mid_block, up_block
+from ldmfast.models.checks import check_sample, timestep_tensor
+from ldmfast.models.dropin import DropIn
+from ldmfast.models.layers import (
+    channels_last,
+    conv2d,
+    group_norm,
+    in_layout_of,
+    timestep_embedding,
+    weights_channels_last,
+)
+
+
+class UNet2D(DropIn, UNet2DModel):
+    """A U-Net without cross-attention: (noisy latents, timestep) -> noise.
+
+    Constructed, configured, loaded and saved as diffusers' UNet2DModel is. `attention_head_dim` may also be a list, the
+    width of a head at each level: released models with 8 heads at every level have widths that differ, which
+    UNet2DModel cannot say (it refuses such a folder). `explain()` says what does not go through ldmfast's own ops.
+    Source: Rombach et al. 2022, section 4.1 and the released configurations.
+    """
+
+    stock = UNet2DModel
+
+    @functools.wraps(UNet2DModel.__init__)
+    def __init__(self, *args, **kwargs):
+        widths = kwargs.get("attention_head_dim")
+        several = isinstance(widths, list | tuple)
+        super().__init__(*args, **({**kwargs, "attention_head_dim": None} if several else kwargs))
+        if several:
+            self._set_head_widths(list(widths))
+        weights_channels_last(self)
+
+    def _set_head_widths(self, widths: list[int]) -> None:
+        """Each level's attention with heads of its own width. Raises ValueError where they do not divide."""
+        channels = self.config.block_out_channels
+        if len(widths) != len(channels) or any(c % w for c, w in zip(channels, widths, strict=False)):
+            raise ValueError(
+                f"UNet2D: attention_head_dim={widths} must name a divisor of the channels of each level, "
+                f"block_out_channels={tuple(channels)}"
+            )
+        levels = [*zip(self.down_blocks, widths, strict=True), (self.mid_block, widths[-1])]
+        levels += zip(self.up_blocks, reversed(widths), strict=True)
+        for block, width in levels:
+            for m in block.modules() if block is not None else ():
+                if isinstance(m, Attention):
+                    m.heads = m.sliceable_head_dim = m.to_q.out_features // width
+                    m.scale = width**-0.5
+        self.register_to_config(attention_head_dim=widths)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple:
+        """sample [N, C, H, W], timestep a number or [] or [N], class_labels [N] or None -> [N, C', H, W].
+
+        Any H and W: where a size is odd, the way up takes its sizes from the way down.
+        Raises ValueError naming the argument, what came and what was wanted.
+        """
+        if self._parents_business():
+            return super().forward(sample, timestep, class_labels, return_dict)
+        check_sample(self, sample)
+        t = timestep_tensor(timestep, sample)
+        temb = self._time(t, sample, class_labels)
+        cond = Conditioning(temb=temb, temb_silu=F.silu(temb))
+
+        # down, leaving a skip at every step
+        x = 2 * sample - 1 if self.config.center_input_sample else sample
+        x = conv2d(self.conv_in, channels_last(x))
+        skips = (x,)
+        for block in self.down_blocks:
+            x, more = down_block(block, x, cond)
+            skips += more
+
+        if self.mid_block is not None:
+            x = mid_block(self.mid_block, x, cond)
+
+        # up, taking the skips from the last to the first
+        for block in self.up_blocks:
+            used, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            x = up_block(block, x, used, cond, size=skips[-1].shape[2:] if skips else None)
+
+        x = conv2d(self.conv_out, group_norm(self.conv_norm_out, x, silu=True))
+        if self.config.time_embedding_type == "fourier":
+            x = x / t[:, None, None, None]
+        x = in_layout_of(sample, x)
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def _time(self, t: torch.Tensor, sample: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """[N, E]: the timestep's embedding and the class's."""
+        temb = timestep_embedding(self.time_proj, self.time_embedding, t, None, sample.dtype)
+        if self.class_embedding is None:
+            if labels is not None:
+                raise ValueError("class_labels were given; this UNet2D has no class embedding")
+            return temb
+        if labels is None or len(labels) != len(sample):
+            got = "None" if labels is None else f"batch {len(labels)}"
+            raise ValueError(
+                f"class_labels: this UNet2D is class-conditional and needs {len(sample)} of them; got {got}"
+            )
+        if self.config.class_embed_type == "timestep":
+            labels = self.time_proj(labels).to(sample.dtype)
+        return temb + self.class_embedding(labels).to(temb.dtype)
+
+    def _parents_business(self) -> str | None:
+        """Why this call goes to UNet2DModel.forward as a whole, as a clause, or None."""
+        if any(hasattr(block, "skip_conv") for block in (*self.down_blocks, *self.up_blocks)):
+            return "its blocks hand the picture along beside the features"
+        return "a global module hook is set" if _has_any_global_hook() else None
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DModel) -> UNet2D:
+        """The same network under our forward, sharing its parameters. Raises as `DropIn.adopt` does."""
+        return cls.adopt(unet)
+
+    def explain(self) -> list[str]:
+        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
+        if reason := self._parents_business():
+            return [f"The whole network runs as UNet2DModel.forward: {reason}."]
+        return super().explain()
