@@ -1,0 +1,22 @@
+"""`ldmfast data`: collections of pictures to train on."""
+
+from ldmfast.commands.common import command
+
+
+def add(commands):
+    kinds = commands.add_parser("data", help="build a picture collection to train on")
+    kinds = kinds.add_subparsers(title="collections", required=True, metavar="COLLECTION")
+    made = command(kinds, "emoji", "Noto emoji on coloured grounds with captions", _data_emoji)
+    made.add_argument("output", help="the folder to write")
+    made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
+    made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
+    made.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
+    made.add_argument("--placements", type=int, default=8, help="pictures of each combination (default: 8)")
+
+
+def _data_emoji(arguments):
+    from ldmfast.training import emoji
+
+    cutouts = emoji.folder_cutouts(arguments.cutouts) if arguments.cutouts else emoji.font_cutouts(arguments.font)
+    count = emoji.build(cutouts, arguments.output, size=arguments.size, count=arguments.placements)
+    print(f"{arguments.output}: {count} pictures")
