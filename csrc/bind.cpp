@@ -11,6 +11,8 @@
 namespace py = pybind11;
 using namespace ldmfast;
 
+void bind_backward(py::module_& m);  // csrc/bind_backward.cpp
+
 #ifdef LDMFAST_CPU
 namespace ldmfast {
 const char* compiled_isas();  // csrc/cpu/dispatch.cpp
@@ -114,6 +116,7 @@ PYBIND11_MODULE(LDMFAST_MODULE, m) {
   m.def("timestep_mlp_workspace", &timestep_mlp_scratch);
   m.def("timestep_mlp", &run_timestep_mlp, release());
   m.def("ddim_step", &run_ddim_step, release());
+  bind_backward(m);
   m.attr("flags") = LDMFAST_FLAGS;
 #ifdef LDMFAST_CPU
   m.def("compiled_isas", &compiled_isas);

@@ -41,6 +41,33 @@ struct GroupNormSiluArgs {
 size_t group_norm_silu_workspace(const GroupNormSiluArgs& args);
 void group_norm_silu(const GroupNormSiluArgs& args, const Launch& launch);
 
+// Statistics are recomputed. With xhat the normalised x + add, z = (weight * xhat + bias) * (1 + scale) + shift,
+// g = dy * act'(z), d = weight * (1 + scale) * g and E the mean over a group:
+// dx = rstd * (d - E[d] - xhat * E[d * xhat])
+struct GroupNormSiluBackwardArgs {
+  const void* dy;                      // [N, C, P], dense, in the layout of x (see channels_last)
+  const void* x;                       // [N, C, P], as in GroupNormSiluArgs
+  int64_t stride_xn, stride_xc, stride_xp;
+  void* dx;                            // [N, C, P], dense, in the layout of x
+  float* sums;                         // [3, N, C], over the pixels: of g, of g * xhat, of dx before it is rounded
+  const void* weight;                  // [C] or null
+  const void* bias;                    // [C] or null
+  const void* add;                     // [N, C], unit stride in C, or null
+  const void* scale;                   // [N, C], unit stride in C, or null
+  const void* shift;                   // [N, C], unit stride in C, or null
+  int64_t stride_add, stride_scale, stride_shift;  // one row to the next
+  int64_t N, C, P, groups;
+  float eps;
+  bool silu;
+  bool channels_last;                  // true: stride_xc == 1, dy and dx are [N, P, C] in memory; false: stride_xp == 1
+  DType dtype;                         // of dy, x and dx
+  DType param_dtype;                   // of weight and bias: dtype or kFloat32
+  DType mod_dtype;                     // of add, scale and shift: dtype or kFloat32
+  float* workspace;                    // group_norm_silu_backward_workspace(args) bytes, or null where that is 0
+};
+size_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs& args);
+void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args, const Launch& launch);
+
 // out = softmax(scale * q k^T + mask) v. A row with every key masked, or S == 0, gives zeros.
 struct AttentionArgs {
   const void* q;                       // [N, L, H, D], unit stride in D
@@ -61,6 +88,32 @@ struct AttentionArgs {
 size_t attention_workspace(const AttentionArgs& args);
 void attention(const AttentionArgs& args, const Launch& launch);
 
+// P = softmax(scale * q k^T + mask) and delta = sum_d dout * out are recomputed:
+// dv = P^T dout, dS = P * (dout v^T - delta), dq = scale * dS k, dk = scale * dS^T q.
+// A row with every key masked gives zeros; L and S are not 0.
+struct AttentionBackwardArgs {
+  const void* dout;                    // [N, L, H, D], dense
+  const void* q;                       // [N, L, H, D], unit stride in D
+  const void* k;                       // [N, S, H, D], unit stride in D
+  const void* v;                       // [N, S, H, D], unit stride in D
+  const void* out;                     // [N, L, H, D], dense: what the forward returned
+  void* dq;                            // [N, L, H, D], dense
+  void* dk;                            // [N, S, H, D], dense
+  void* dv;                            // [N, S, H, D], dense
+  int64_t stride_qn, stride_ql, stride_qh;
+  int64_t stride_kn, stride_ks, stride_kh;
+  int64_t stride_vn, stride_vs, stride_vh;
+  const void* mask;                    // [N, H, L, S] by strides (0 where broadcast), or null
+  int64_t stride_mn, stride_mh, stride_ml, stride_ms;
+  DType mask_dtype;                    // kBool (true: attend) or an additive floating type
+  int64_t N, L, S, H, D;
+  float scale;
+  DType dtype;                         // of every tensor but the mask
+  void* workspace;                     // attention_backward_workspace(args) bytes, or null where that is 0
+};
+size_t attention_backward_workspace(const AttentionBackwardArgs& args);
+void attention_backward(const AttentionBackwardArgs& args, const Launch& launch);
+
 // out = w2 silu(w1 sinusoid(t) + b1) + b2; the sinusoid is rounded to dtype, as the layers' input
 struct TimestepMlpArgs {
   const float* t;                      // [N]
@@ -77,6 +130,27 @@ struct TimestepMlpArgs {
 };
 size_t timestep_mlp_workspace(const TimestepMlpArgs& args);
 void timestep_mlp(const TimestepMlpArgs& args, const Launch& launch);
+
+// With e the sinusoid, a = w1 e + b1 and h = silu(a), both recomputed in float32:
+// dw2 = dout^T h, db2 = sum_n dout, da = (dout w2) * silu'(a), dw1 = da^T e, db1 = sum_n da
+struct TimestepMlpBackwardArgs {
+  const void* dout;                    // [N, E], dense
+  const float* t;                      // [N]
+  const float* freqs;                  // [dim / 2]
+  const void* w1;                      // [F, dim], dense
+  const void* b1;                      // [F] or null
+  const void* w2;                      // [E, F], dense
+  void* dw1;                           // [F, dim], dense
+  void* db1;                           // [F]
+  void* dw2;                           // [E, F], dense
+  void* db2;                           // [E]
+  int64_t N, dim, F, E;
+  bool flip_sin_to_cos;
+  DType dtype;                         // of dout, the weights, the biases and their gradients
+  float* workspace;                    // timestep_mlp_backward_workspace(args) bytes
+};
+size_t timestep_mlp_backward_workspace(const TimestepMlpBackwardArgs& args);
+void timestep_mlp_backward(const TimestepMlpBackwardArgs& args, const Launch& launch);
 
 // m   = guided ? mu + guidance * (mc - mu) : model_output
 // x0  = clamp(x0_sample * sample + x0_model * m, -clip, clip)
@@ -101,5 +175,27 @@ struct DdimStepArgs {
   DType dtype;                         // of every tensor but the table
 };
 void ddim_step(const DdimStepArgs& args, const Launch& launch);
+
+// With c = 1, or 0 where the clamp held x0:  d0 = c * (dx0 + prev_x0 * dprev),  de = prev_eps * dprev
+// dsample = x0_sample * d0 + eps_sample * de,  dm = x0_model * d0 + eps_model * de,  dnoise = sigma * dprev
+// dmodel_output = guided ? (1 - guidance) * dm, then guidance * dm : dm
+struct DdimStepBackwardArgs {
+  const void* dprev;                   // [N, M] dense
+  const void* dx0;                     // [N, M]
+  const void* sample;                  // [N, M]
+  const void* model_output;            // [N, M] or, when guided, [2N, M]
+  void* dsample;                       // [N, M]
+  void* dmodel_output;                 // as model_output
+  void* dnoise;                        // [N, M] or null: not wanted
+  int64_t N, M;
+  DdimCoefficients coefficients;       // for every sample, unless table is given
+  const float* table;                  // [N, 7] in the order of DdimCoefficients, or null
+  float guidance;
+  bool guided;
+  float clip;                          // used if clipped
+  bool clipped;
+  DType dtype;                         // of every tensor but the table
+};
+void ddim_step_backward(const DdimStepBackwardArgs& args, const Launch& launch);
 
 }  // namespace ldmfast

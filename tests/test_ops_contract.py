@@ -13,7 +13,7 @@ from cases import CASES
 from torch.library import opcheck
 
 from ldmfast import ops
-from ldmfast.ops import registry
+from ldmfast.ops import native, registry
 from ldmfast.ops.registry import OPS
 
 SMALL = {case.op: case for case in CASES if case.label in ("everything-contiguous", "mask-additive", "odd", "noise")}
@@ -163,6 +163,8 @@ def test_gradients_equal_the_reference(name, backend):
     function, args, kwargs = small(name)
     arguments = OPS[name].normalise(*args, **kwargs)
     if reason := OPS[name].backends[backend].refusal(arguments):
+        pytest.skip(f"{backend}: {reason}")
+    if backend != "torch" and (reason := native.lacks(backend, f"{name}_backward")):
         pytest.skip(f"{backend}: {reason}")
 
     def gradients(call, arguments):

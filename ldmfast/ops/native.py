@@ -40,6 +40,12 @@ def module(backend: str):
     return importlib.import_module(f"ldmfast.{MODULES[backend]}")
 
 
+@functools.cache
+def lacks(backend: str, op: str) -> str | None:
+    """Why the backend's module cannot run this op, or None: it may be older than the op."""
+    return None if hasattr(module(backend), op) else f"was built without {op} (build it again: {HOW[backend]})"
+
+
 _HOST = (-1, 0)
 
 
@@ -74,5 +80,5 @@ def register(op, function, lead: int = 0) -> None:
             return function(module(_name), *args)
 
         backend = op.backend(name, devices={DEVICES[name]})(run)
-        backend.refuses(lambda *args, _name=name: missing(_name))
+        backend.refuses(lambda *args, _name=name: missing(_name) or lacks(_name, op.name))
         backend.refuses(float64)

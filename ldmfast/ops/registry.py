@@ -7,6 +7,10 @@ cannot tell Triton from CUDA C++. That second choice is made here, in `Op.run`:
 1. an explicit `backend=` argument, else `use_backend(name)`, else `LDMFAST_BACKEND`: that one or an error;
 2. else the highest-ranked backend that does not refuse. A refusal is a sentence. With nothing left, the error lists
    every backend's sentence.
+
+An op's gradient is an op of its own, `<name>_backward`, chosen in the same way: autograd calls it with the name that
+the forward was given, if any. Autograd differentiates the reference's formula instead where the choice is `torch`, for
+a second derivative, and for an input that the backward op has no gradient for (its file says which).
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ import torch
 from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("ldmfast", "DEF")
-OPS: dict[str, Op] = {}
+OPS: dict[str, Op] = {}  # what a user calls, by name
+BACKWARD_OPS: dict[str, Op] = {}  # what autograd calls, by its own name
 BACKENDS = ("cuda", "triton", "cpu", "torch")  # what a user may name; `cuda-host` joins them in tests
 RANKS = {"cuda": 3, "triton": 2, "cpu": 2, "torch": 0, "cuda-host": -1}  # below 0: only when named
 
@@ -134,17 +139,19 @@ class Op:
     check       called as check(*args) before any backend and in the fake implementation; raises on bad input
     fake        called as fake(*args): empty outputs of the right shape, dtype and strides
     autocast    called as autocast(dtype, *args): the arguments as autocast wants them
-    normalise   the public function's arguments -> args, for `explain`
+    normalise   the public function's arguments -> args, for `explain`; None for an op that only autograd calls
     """
 
-    def __init__(self, name, schema, *, check, fake, autocast, normalise):
+    def __init__(self, name, schema, *, check, fake, autocast, normalise=None):
         self.name, self.check, self.fake, self.normalise = name, check, fake, normalise
         self.backends: dict[str, Backend] = {}
         self._ranked: list[Backend] = []
         self._automatic: dict[str, list[Backend]] = {}
         self._autocast = autocast
+        self._gradient: Callable | None = None
+        self._keeps_output = False
         self._define(schema)
-        OPS[name] = self
+        (BACKWARD_OPS if normalise is None else OPS)[name] = self
 
     def backend(self, name: str, *, devices: set[str] | None = None) -> Callable[[Callable], Backend]:
         """Decorator: registers `function(*args)` as this op's backend `name`."""
@@ -155,9 +162,31 @@ class Op:
 
         return register
 
+    def gradient(self, *, keeps_output: bool = False) -> Callable[[Callable], Callable]:
+        """Decorator: `function(grads, args, outputs, needed, backend)` is this op's first derivative.
+
+        grads    one tensor an output
+        args     as in the schema, without the backend's name
+        outputs  what the op returned, where keeps_output asks for it to be kept; else ()
+        needed   for each of args, whether its gradient is
+        backend  the name that the forward was given, by whatever way, or None
+        returns  one gradient (or None where none is needed) for each of args; or None where a gradient is needed that
+                 this function does not give: the reference's formula is then differentiated
+        """
+
+        def register(function: Callable) -> Callable:
+            self._gradient, self._keeps_output = function, keeps_output
+            return function
+
+        return register
+
     @property
     def reference(self) -> Callable:
         return self.backends["torch"].run
+
+    def fused(self, args: Sequence, name: str | None) -> bool:
+        """Whether a kernel, not the reference, would run; raises as `select` does."""
+        return self.select(args, name).name != "torch"
 
     def ranked(self) -> list[Backend]:
         """Best first."""
@@ -191,6 +220,8 @@ class Op:
         name = name or chosen_backend()
         if name is not None:
             require_backend_name(name, self.name)
+            if name not in self.backends:
+                raise NotImplementedError(f"{self.name}: backend {name} refuses: it has no such kernel")
             backend = self.backends[name]
             if reason := backend.refusal(args):
                 raise NotImplementedError(f"{self.name}: backend {name} refuses: {reason}")
@@ -229,27 +260,43 @@ class Op:
 
         return kernel
 
-    @staticmethod
-    def _save(ctx, inputs, output) -> None:
+    def _save(self, ctx, inputs, output) -> None:
         tensors = [value if isinstance(value, torch.Tensor) else None for value in inputs]
-        ctx.save_for_backward(*tensors)
         ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+        ctx.others[-1] = ctx.others[-1] or chosen_backend()  # a use_backend block may have ended by the backward pass
+        kept = (output if isinstance(output, tuple) else (output,)) if self._keeps_output else ()
+        ctx.save_for_backward(*tensors, *kept)
 
     def _backward(self, ctx, *grads):
+        """The fused backward, or where there is none for these arguments, the reference's formula."""
+        if self.normalise is None:
+            raise NotImplementedError(f"{self.name}: has no derivative; differentiate the forward op twice instead")
+        saved, others = ctx.saved_tensors, ctx.others
+        args = [other if value is None else value for value, other in zip(saved, others, strict=False)]
+        *args, backend = args
+        needed = ctx.needs_input_grad[:-1]
+        found = None
+        if self._gradient is not None and not torch.is_grad_enabled():
+            found = self._gradient(grads, args, saved[len(others) :], needed, backend)
+        if found is None:
+            found = self._differentiate(grads, args, needed)
+        return *found, None
+
+    def _differentiate(self, grads, args, needed) -> tuple:
         """The reference's formula, recomputed from the saved inputs and differentiated by autograd."""
-        inputs = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         second_order = torch.is_grad_enabled()
-        with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-            for i, needed in enumerate(ctx.needs_input_grad):
-                if needed:  # a view keeps the way back to the input for a second derivative
-                    inputs[i] = inputs[i].view_as(inputs[i]) if second_order else inputs[i].detach().requires_grad_()
-            outputs = self.reference(*inputs[:-1])
+        with torch.enable_grad(), torch.autocast(args[0].device.type, enabled=False):
+            inputs = list(args)
+            for i in (i for i, wanted in enumerate(needed) if wanted):
+                # a view keeps the way back to the input for a second derivative
+                inputs[i] = args[i].view_as(args[i]) if second_order else args[i].detach().requires_grad_()
+            outputs = self.reference(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            wanted = [inputs[i] for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            wanted = [value for value, is_wanted in zip(inputs, needed, strict=True) if is_wanted]
             pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad and pair[1] is not None]
             outputs, grads = zip(*pairs, strict=True)
             found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=second_order, allow_unused=True))
-        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        return tuple(next(found) if is_wanted else None for is_wanted in needed)
 
 
 def explain(op, *args, **kwargs) -> str:

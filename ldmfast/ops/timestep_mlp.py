@@ -93,13 +93,17 @@ def _frequencies_on(device, dim, downscale_freq_shift, max_period):
         return frequencies(dim, downscale_freq_shift, max_period).to(device)
 
 
-@op.backend("torch")
-def _reference(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
-    dtype = torch.float64 if w1.dtype is torch.float64 else torch.float32
+def _sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
     freqs = frequencies(dim, downscale_freq_shift, max_period, dtype).to(t.device)
     angles = t.to(dtype)[:, None] * freqs
     parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
-    embedding = F.pad(torch.cat(parts, dim=-1), (0, dim % 2)).to(w1.dtype)
+    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))  # [N, dim]
+
+
+@op.backend("torch")
+def _reference(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+    dtype = torch.float64 if w1.dtype is torch.float64 else torch.float32
+    embedding = _sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period).to(w1.dtype)
     return F.linear(F.silu(F.linear(embedding, w1, b1)), w2, b2)
 
 

@@ -1,0 +1,87 @@
+"""The gradient of timestep_mlp with regard to its weights and biases."""
+
+from __future__ import annotations
+
+import torch
+
+from ldmfast.ops import native
+from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
+from ldmfast.ops.registry import Op
+from ldmfast.ops.timestep_mlp import _check as check_forward
+from ldmfast.ops.timestep_mlp import _ready, _sinusoid
+from ldmfast.ops.timestep_mlp import op as forward
+
+NAME = "timestep_mlp_backward"
+
+# With e the sinusoid, a = w1 e + b1 and h = silu(a):
+#
+# dout     [N, E]   dtype of w1
+# returns  dw1 [F, dim], db1 [F], dw2 [E, F], db2 [E]   dtype of w1, also where a bias is None; sums are float32
+#
+#   dw2 = dout^T h,   db2 = sum over N of dout,   da = (dout w2) * silu'(a),   dw1 = da^T e,   db1 = sum over N of da
+#
+# A timestep that is itself to be learned has its gradient from the reference.
+# Traffic: the weights, and their gradients.
+
+
+def _check(dout, t, w1, b1, w2, b2, *others):
+    require_tensors(NAME, dout=dout)
+    check_forward(t, w1, b1, w2, b2, *others)
+    require_shape(NAME, "dout", dout, (t.shape[0], w2.shape[0]), "[N, E]")
+    require_dtype(NAME, (w1.dtype,), dout=dout)
+    require_device(NAME, "w1", w1.device, dout=dout)
+
+
+def _outputs(w1, w2):
+    return tuple(w1.new_empty(shape) for shape in (w1.shape, w1.shape[:1], w2.shape, w2.shape[:1]))
+
+
+def _fake(dout, t, w1, b1, w2, *others):
+    return _outputs(w1, w2)
+
+
+op = Op(
+    NAME,
+    "(Tensor dout, Tensor t, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int dim, bool flip_sin_to_cos, "
+    "float downscale_freq_shift, float max_period) -> (Tensor, Tensor, Tensor, Tensor)",
+    check=_check, fake=_fake, autocast=lambda dtype, *args: args,
+)  # fmt: skip
+
+
+@op.backend("torch")
+def _reference(dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+    dtype = torch.float64 if w1.dtype is torch.float64 else torch.float32
+    # rounded as the layers' input is
+    e = _sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period).to(w1.dtype).to(dtype)
+    dout, w1_, w2_ = dout.to(dtype), w1.to(dtype), w2.to(dtype)
+    a = e @ w1_.mT + (0.0 if b1 is None else b1.to(dtype))
+    sigmoid = a.sigmoid()
+    da = (dout @ w2_) * sigmoid * (1 + a * (1 - sigmoid))
+    found = da.mT @ e, da.sum(0), dout.mT @ (a * sigmoid), dout.sum(0)
+    return tuple(into.copy_(value) for into, value in zip(_outputs(w1, w2), found, strict=True))
+
+
+def _native(extension, dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+    gradients = _outputs(w1, w2)
+    if dout.numel() == 0 or w1.numel() == 0:
+        return tuple(gradient.zero_() for gradient in gradients)
+    t, freqs, w1, b1, w2, _ = _ready(t, w1, b1, w2, None, dim, downscale_freq_shift, max_period)
+    sizes = t.shape[0], dim, w1.shape[0], w2.shape[0]
+    dout = dout.contiguous()
+    scratch = native.workspace(extension.timestep_mlp_backward_workspace(*sizes, native.DTYPES[w1.dtype]), w1)
+    extension.timestep_mlp_backward(
+        *map(native.address, (dout, t, freqs, w1, b1, w2, *gradients)), *sizes, flip_sin_to_cos,
+        native.DTYPES[w1.dtype], native.address(scratch), *native.launch(w1),
+    )  # fmt: skip
+    return gradients
+
+
+native.register(op, _native, lead=2)
+
+
+@forward.gradient()
+def _gradient(grads, args, outputs, needed, backend):
+    if needed[0] or not op.fused((*grads, *args), backend):
+        return None
+    found = op(*grads, *args, backend)
+    return None, *(value if wanted else None for value, wanted in zip(found, needed[1:], strict=False)), *[None] * 4
