@@ -17,6 +17,7 @@ _HOMES = {
     "TextToImagePipeline": "ldmfast.pipeline",
     "UNet": "ldmfast.models.unet",
     "UNet2D": "ldmfast.models.unet2d",
+    "VQModel": "ldmfast.models.vq",
     "explain": "ldmfast.ops",
     "optimize": "ldmfast.dropin",
     "use_backend": "ldmfast.ops",

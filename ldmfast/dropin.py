@@ -8,6 +8,7 @@ from ldmfast.diffusion.ddim import DDIMScheduler
 from ldmfast.models.autoencoder import AutoencoderKL
 from ldmfast.models.unet import UNet
 from ldmfast.models.unet2d import UNet2D
+from ldmfast.models.vq import VQModel
 
 
 def optimize(pipeline):
@@ -25,12 +26,13 @@ def optimize(pipeline):
             taken[name] = UNet2D.from_unet(component)
         elif type(component) is diffusers.AutoencoderKL:
             taken[name] = AutoencoderKL.from_vae(component)
+        elif type(component) is diffusers.VQModel:
+            taken[name] = VQModel.from_vq(component)
         elif type(component) is diffusers.DDIMScheduler:
             taken[name] = DDIMScheduler.from_config(component.config)
     if not taken:
-        raise ValueError(
-            f"{type(pipeline).__name__} has no UNet2DConditionModel, UNet2DModel, AutoencoderKL or DDIMScheduler"
-        )
+        wanted = "UNet2DConditionModel, UNet2DModel, AutoencoderKL, VQModel or DDIMScheduler"
+        raise ValueError(f"{type(pipeline).__name__} has no {wanted}")
     for name, component in taken.items():
         saved_as = pipeline.config[name]
         setattr(pipeline, name, component)

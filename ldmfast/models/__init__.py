@@ -9,6 +9,7 @@ _HOMES = {
     "TextEncoder": "ldmfast.models.conditioning_text",
     "UNet": "ldmfast.models.unet",
     "UNet2D": "ldmfast.models.unet2d",
+    "VQModel": "ldmfast.models.vq",
 }
 __all__ = list(_HOMES)
 

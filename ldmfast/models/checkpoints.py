@@ -22,10 +22,15 @@ _KINDS = (  # a name in the table, and what a file with it is
     ("controlnet_cond_embedding", "a ControlNet; load it with diffusers' ControlNetModel"),
     ("transformer_blocks.0.attn.", "a transformer (SD3 or Flux), not a U-Net"),
     ("text_model.", "a text encoder; load it with transformers"),
+    ("quantize.embedding.weight", "an autoencoder with a codebook; use VQModel"),
     ("decoder.up_blocks.", "an autoencoder; use AutoencoderKL"),
     ("down_blocks.0.resnets.0.time_emb_proj", "a U-Net; use UNet"),
 )
-_FIRST = {"UNet2DConditionModel": "conv_in.weight", "AutoencoderKL": "encoder.conv_in.weight"}
+_FIRST = {
+    "UNet2DConditionModel": "conv_in.weight",
+    "AutoencoderKL": "encoder.conv_in.weight",
+    "VQModel": "quantize.embedding.weight",
+}
 
 
 def shapes(path: str | Path) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.autoencoders.vae import Decoder, Encoder, VectorQuantizer
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
@@ -125,6 +125,7 @@ _LIMITS: dict[type, Callable] = {
     UpDecoderBlock2D: _no_limit,
     AttnDownEncoderBlock2D: _no_limit,
     AttnUpDecoderBlock2D: _no_limit,
+    VectorQuantizer: _no_limit,
     Encoder: _checkpointed,
     Decoder: _checkpointed,
 }

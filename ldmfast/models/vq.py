@@ -1,0 +1,80 @@
+"""`VQModel`: diffusers' VQModel, the first stage with a codebook, over `ldmfast.ops`.
+
+    vqvae = VQModel.from_pretrained("CompVis/ldm-celebahq-256", subfolder="vqvae")
+    pipe.vqvae = VQModel.from_vq(pipe.vqvae)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import diffusers
+import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from ldmfast.models.autoencoder import decode, encode
+from ldmfast.models.dropin import DropIn
+from ldmfast.models.layers import channels_last, conv2d, in_layout_of, weights_channels_last
+
+
+class VQModel(DropIn, diffusers.VQModel):
+    """Images to latents and back through a codebook: the first stage of LDM's vq-f4, vq-f8 and vq-f16.
+
+    Constructed, configured, loaded and saved as diffusers' VQModel is. `encode` returns what comes before the codebook,
+    which is what a denoiser is trained on; `decode` quantises. A decoder with norm_type "spatial" (MoVQ) runs as
+    diffusers' own. Source: Rombach et al. 2022, section 3.1; van den Oord et al. 2017 for the codebook.
+    """
+
+    stock = diffusers.VQModel
+
+    @functools.wraps(diffusers.VQModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        weights_channels_last(self)
+
+    @classmethod
+    def from_vq(cls, model: diffusers.VQModel) -> VQModel:
+        """The same network under our forward, sharing its parameters. Raises as `DropIn.adopt` does."""
+        return cls.adopt(model)
+
+    @apply_forward_hook
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
+        """Images [N, 3, H, W] to latents [N, c, H/f, W/f], not quantised."""
+        h = in_layout_of(x, conv2d(self.quant_conv, encode(self.encoder, channels_last(x))))
+        return VQEncoderOutput(latents=h) if return_dict else (h,)
+
+    @apply_forward_hook
+    def decode(self, h: torch.Tensor, force_not_quantize: bool = False, return_dict: bool = True, shape=None):
+        """Latents [N, c, h, w] to images [N, 3, f h, f w]; `force_not_quantize` and `shape` as diffusers takes them."""
+        if self.config.norm_type == "spatial" or (force_not_quantize and self.config.lookup_from_codebook):
+            return super().decode(h, force_not_quantize, return_dict, shape)
+        quantised, commit_loss = (h, h.new_zeros(len(h))) if force_not_quantize else self.quantise(h)[:2]
+        x = self.decode_quantised(quantised)
+        return DecoderOutput(sample=x, commit_loss=commit_loss) if return_dict else (x, commit_loss)
+
+    def quantise(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(nearest codes [N, c, h, w] with the straight-through gradient, loss, indices [N h w]) of latents h.
+
+        The distances are float32 whatever the dtype: torch has no cdist in the halves.
+        """
+        if h.dtype not in (torch.float16, torch.bfloat16):
+            codes, loss, (_, _, index) = self.quantize(h)
+            return codes, loss, index
+        weight = self.quantize.embedding.weight
+        codes, loss, (_, _, index) = torch.func.functional_call(
+            self.quantize, {"embedding.weight": weight.float()}, (h.float(),)
+        )
+        return codes.to(h.dtype), loss.to(h.dtype), index
+
+    def decode_quantised(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [N, c, h, w] to images [N, 3, f h, f w]."""
+        return in_layout_of(codes, decode(self.decoder, conv2d(self.post_quant_conv, channels_last(codes))))
+
+    def explain(self) -> list[str]:
+        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
+        sentences = super().explain()
+        if self.config.norm_type == "spatial":
+            sentences.append("Decoding runs as diffusers' VQModel: its norms are spatial (MoVQ).")
+        return sentences
