@@ -4,6 +4,8 @@ Gradients are averaged here and not by DistributedDataParallel, because a loss m
 discriminator in any order, and DDP follows only a module's `forward`.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -13,6 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 KNOWN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+RANKS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 BUCKET = 25 * 2**20  # bytes of gradients in one all-reduce, as in DDP
 
 
@@ -27,6 +30,7 @@ def start(config):
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     if config.precision == "fp16" and cpu:
         raise ValueError("precision='fp16' needs a GPU; on a CPU use bf16 or fp32")
+    _refuse_a_lone_process()
     # accelerate keeps the first run's settings for the life of the process; a process group stays as it is
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     # a plugin, because the bare number gives way to an environment variable
@@ -40,6 +44,16 @@ def start(config):
             "with a whole model each (accelerate launch --multi_gpu, or --cpu)"
         )
     return accelerator
+
+
+def _refuse_a_lone_process():
+    """`accelerate launch --cpu --num_processes 2` starts a single process where there is no mpirun, without a word."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if launched and not any(name in os.environ for name in RANKS):
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one: without mpirun it does so on a CPU; "
+            "add --multi_gpu to it (with --device cpu here: it then uses gloo), or use torchrun --nproc-per-node"
+        )
 
 
 def average_gradients(parameters):
