@@ -82,29 +82,32 @@ def _recipes(arguments):
 
 
 def _train_autoencoder(arguments):
-    from ldmfast.training import autoencoder
+    from ldmfast.training import autoencoder, parallel
 
     metrics = autoencoder.train(
         arguments.data, arguments.output, _config(arguments), restart=arguments.restart, quiet=arguments.quiet
     )
-    print(f"{Path(arguments.output, 'vae')}: reconstruction {json.dumps(metrics['trained'])}")
+    if parallel.leave():
+        print(f"{Path(arguments.output, 'vae')}: reconstruction {json.dumps(metrics['trained'])}")
 
 
 def _train_decoder(arguments):
-    from ldmfast.training import decoder
+    from ldmfast.training import decoder, parallel
 
     metrics = decoder.train(
         arguments.data, arguments.autoencoder, arguments.output, _config(arguments),
         restart=arguments.restart, quiet=arguments.quiet,
     )  # fmt: skip
-    print(f"{Path(arguments.output, 'vae')}: reconstruction {json.dumps(metrics['trained'])}")
+    if parallel.leave():
+        print(f"{Path(arguments.output, 'vae')}: reconstruction {json.dumps(metrics['trained'])}")
 
 
 def _train_denoiser(arguments):
-    from ldmfast.training import denoiser
+    from ldmfast.training import denoiser, parallel
 
     history = denoiser.train(
         arguments.data, arguments.autoencoder, arguments.output, _config(arguments),
         restart=arguments.restart, quiet=arguments.quiet,
     )  # fmt: skip
-    print(f"{Path(arguments.output, 'pipeline')}: loss {history[-1][1]:.4f} at step {history[-1][0]}")
+    if parallel.leave():
+        print(f"{Path(arguments.output, 'pipeline')}: loss {history[-1][1]:.4f} at step {history[-1][0]}")

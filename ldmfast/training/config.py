@@ -92,7 +92,13 @@ class DenoiserConfig(RunConfig):
     min_snr: float = option(5.0, "min-SNR-gamma loss weighting; 0 turns it off")
     guidance_dropout: float = option(0.1, "share of captions replaced by the empty one")
     plain_captions: float = option(0.5, "share of a picture's draws that use its first caption")
+    condition: str = option("text", "what the denoiser is told", ("text", "none"))
     text_encoder: str = option("minilm", "'minilm', a hub name or a folder")
+    latents: str = option("", "a file that keeps the encoded pictures; made if it is not there, checked if it is")
+    latent_scale: str = option(
+        "config", "scale latents by the first stage's factor, or by 1 / their measured deviation", ("config", "std")
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
 
     def __post_init__(self):
         super().__post_init__()

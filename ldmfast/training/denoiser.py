@@ -1,108 +1,125 @@
-"""Stage 2: train the denoiser on cached latents and caption states, and export the whole pipeline."""
+"""Stage 2: train the denoiser on cached latents and what it is told of them, and export the whole pipeline."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ldmfast import imagefile
 from ldmfast.diffusion.objective import add_noise, denoising_loss
 from ldmfast.diffusion.schedule import STEPS, alphas_cumprod, make_scheduler
-from ldmfast.models import TextEncoder, UNet
+from ldmfast.models import UNet
+from ldmfast.models.unet2d import UNet2D
 from ldmfast.pipeline import TextToImagePipeline
-from ldmfast.training import checkpoint
-from ldmfast.training.autoencoder import encode_all
+from ldmfast.training import checkpoint, latents, parallel, told
 from ldmfast.training.autoencoder import load as load_autoencoder
 from ldmfast.training.data import load_pictures
 from ldmfast.training.loop import Run, fit
 
+SHOWN = 16  # pictures of a sample grid
 
-def build(config, latent_channels, latent_size, context_width):
-    """A fresh U-Net with Stable Diffusion's blocks."""
+
+def build(config, latent_channels, latent_size, context_width, joined=0):
+    """A fresh U-Net with Stable Diffusion's blocks.   joined  channels that a condition adds to the latent's
+
+    Without a context (context_width None) it is a UNet2D, whose attention is among the latent's own places.
+    """
     torch.manual_seed(config.seed)
-    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention)
-    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention))
-    return UNet(
+    crosses = context_width is not None
+    kind = "CrossAttn" if crosses else "Attn"
+    settings = dict(
         sample_size=latent_size,
-        in_channels=latent_channels,
+        in_channels=latent_channels + joined,
         out_channels=latent_channels,
         block_out_channels=tuple(config.channels),
         layers_per_block=config.layers,
-        down_block_types=down,
-        up_block_types=up,
-        cross_attention_dim=context_width,
-        attention_head_dim=tuple(c // config.head_width for c in config.channels),  # diffusers' name for head counts
+        down_block_types=tuple(f"{kind}DownBlock2D" if a else "DownBlock2D" for a in config.attention),
+        up_block_types=tuple(f"{kind}UpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
         norm_num_groups=config.groups,
     )
+    if not crosses:
+        return UNet2D(**settings, attention_head_dim=config.head_width)
+    heads = tuple(c // config.head_width for c in config.channels)  # diffusers' name for head counts
+    return UNet(**settings, cross_attention_dim=context_width, attention_head_dim=heads)
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Everything a step reads, computed once: neither encoder runs while the denoiser trains."""
-
-    mean: torch.Tensor  # [N, z, h, w]
-    std: torch.Tensor  # [N, z, h, w]
-    states: torch.Tensor  # [M, L, E], states[0] belongs to the empty caption
-    first: torch.Tensor  # [N] index into states of a picture's first caption
-    count: torch.Tensor  # [N] how many captions it has; they lie one after another
-
-    def draw(self, config, draw):
-        """A batch of latents [B, z, h, w] and caption states [B, L, E], on the draw's device."""
-        index = draw.integers(len(self.mean))
-        noise = draw.normal(*self.mean.shape[1:])
-        plain, other, dropped = draw.uniform(3).unbind(1)
-        other = torch.where(plain < config.plain_captions, 0, (other * self.count[index]).long())
-        caption = torch.where(dropped < config.guidance_dropout, 0, self.first[index] + other)
-        mean, std = self.mean[index].to(draw.device), self.std[index].to(draw.device)
-        return mean + std * noise, self.states[caption].to(draw.device).float()
+def network(config, shape, conditioner):
+    """The U-Net for latents of `shape` (z, h, w) and what `conditioner` says; with it, if it is trained jointly."""
+    empty = conditioner.empty(1)
+    if empty.label is not None:
+        raise ValueError("a U-Net told by a label is not built here; pass `unet` to denoiser.train")
+    width = None if empty.context is None else empty.context.shape[-1]
+    joined = 0 if empty.concat is None else empty.concat.shape[1]
+    return build(config, shape[0], shape[-1], width, joined)
 
 
-def make_cache(pictures, vae, encoder):
-    """Encode every picture and every distinct list of captions."""
-    mean, std = encode_all(vae, pictures)
-    captions, start = [""], {}
-    for row in pictures.rows:
-        texts = tuple(row["texts"])
-        if texts not in start:
-            start[texts] = len(captions)
-            captions.extend(texts)
-    first = torch.tensor([start[tuple(row["texts"])] for row in pictures.rows])
-    count = torch.tensor([len(row["texts"]) for row in pictures.rows])
-    factor = vae.config.scaling_factor
-    return Cache(mean * factor, std * factor, encoder.states(captions).half(), first, count)
+def learner(unet, conditioner, config):
+    """What the run optimises: the U-Net, beside it the conditioner where that is trained jointly."""
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return torch.nn.ModuleDict({"unet": unet, "conditioner": conditioner}) if conditioner.trainable else unet
 
 
-def loss_of(model, cache, config):
-    """The step's loss as a function of the Draw that the batch, the times and the noise come from."""
+def loss_of(unet, codes, descriptions, config):
+    """The step's loss as a function of the Draw that the batch, the times and the noise come from.
+
+    codes  Latents;   descriptions  Told
+    """
     alphas = alphas_cumprod(config.beta_start, config.beta_end)
 
     def step(draw):
-        x0, context = cache.draw(config, draw)
-        t = draw.integers(STEPS)
-        noise = draw.normal(*x0.shape[1:])
-        predicted = model(add_noise(x0, noise, alphas[t]), t.to(x0.device), encoder_hidden_states=context).sample
-        return denoising_loss(
-            predicted, x0, noise, alphas[t], prediction=config.prediction, gamma=config.min_snr
-        )
+        index = draw.integers(len(codes))
+        x0 = codes.draw(index, draw)
+        condition = descriptions.draw(index, config, draw)
+        t, noise = draw.integers(STEPS), draw.normal(*codes.shape)
+        alpha_t = alphas[t].to(draw.device)
+        predicted = condition.predict(unet, add_noise(x0, noise, alpha_t), t.to(draw.device))
+        return denoising_loss(predicted, x0, noise, alpha_t, prediction=config.prediction, gamma=config.min_snr)
 
     return step
 
 
-def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
-    """Train on the folder `data` and write checkpoints and the finished pipeline to `folder`. Returns the losses."""
-    vae, encoder = load_autoencoder(autoencoder), TextEncoder.from_pretrained(config.text_encoder)
-    pictures = load_pictures(data, vae.config.sample_size, split="train", captions=True)
-    cache = make_cache(pictures, vae, encoder)
+def train(
+    data, autoencoder, folder, config, *, conditioner=None, describe=None, unet=None, restart=False, quiet=False
+):
+    """Train on the folder `data` and write checkpoints and the finished pipeline to `folder`. Returns the losses.
+
+    conditioner, describe   a Conditioner and the function from a row of the collection to the inputs that describe it;
+                            by default those that config.condition names
+    unet                    the network to train; by default a fresh one of config's size
+    """
+    accelerator = parallel.start(config)
+    vae = load_autoencoder(autoencoder)
+    if conditioner is None:
+        conditioner, describe = told.make(config)
+    pictures = load_pictures(data, vae.config.sample_size, split="train", captions=describe is told.texts)
+    codes = latents.prepare(
+        pictures, vae, file=config.latents, scale=config.latent_scale, accelerator=accelerator
+    )
+    descriptions = told.gather(conditioner, [describe(row) for row in pictures.rows], accelerator.device)
+    unet = unet or network(config, codes.shape, conditioner)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    run = Run(build(config, cache.mean.shape[1], cache.mean.shape[-1], encoder.width), config)
-    step = loss_of(run.model, cache, config)
-    history = fit(run, step, Path(folder, "denoiser.pt"), restart=restart, quiet=quiet)
-    run.finish().cpu()
-    if not run.main:
-        return history
+    run = Run(learner(unet, conditioner, config), config, accelerator=accelerator)
     scheduler = make_scheduler(config.beta_start, config.beta_end, config.prediction)
-    pipeline = TextToImagePipeline(run.model, vae, scheduler, encoder, text_encoder_name=config.text_encoder)
+    pipeline = TextToImagePipeline(unet, vae, scheduler, conditioner)
+    history = fit(
+        run, loss_of(unet, codes, descriptions, config), Path(folder, "denoiser.pt"), restart=restart, quiet=quiet,
+        sample=lambda: grid(pipeline, descriptions),
+    )  # fmt: skip
+    run.finish()
+    if run.main:
+        export(pipeline.to("cpu"), folder, config, history)
+    return history
+
+
+def grid(pipeline, descriptions):
+    """A PIL picture of SHOWN samples, of inputs spread evenly over those trained on; the same seeds each time."""
+    chosen = torch.linspace(0, len(descriptions.inputs) - 1, SHOWN).long().tolist()
+    return imagefile.grid(pipeline([descriptions.inputs[i] for i in chosen], seeds=0), None, 1)
+
+
+def export(pipeline, folder, config, history):
+    """Write the finished pipeline and the losses; each is complete or absent."""
     dtype = torch.float16 if config.export == "fp16" else torch.float32
     checkpoint.replace_folder(Path(folder, "pipeline"), lambda home: pipeline.save_pretrained(home, dtype=dtype))
     Path(folder, "denoiser.json").write_text(json.dumps({"loss": history}, indent=1))
-    return history

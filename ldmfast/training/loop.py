@@ -31,7 +31,10 @@ from ldmfast.training.scalars import Scalars
 
 # free to differ between the run that wrote a checkpoint and the one that continues it; `batch` and `accumulate` too, as
 # long as the global batch is the same
-FREE_TO_CHANGE = {"save_every", "log_every", "export", "device", "tensorboard", "sample_every", "batch", "accumulate"}
+FREE_TO_CHANGE = {
+    "accumulate", "batch", "device", "export", "gradient_checkpointing", "latents", "log_every", "sample_every",
+    "save_every", "tensorboard",
+}  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -119,5 +119,15 @@ def agree(value, what):
         raise ValueError(f"the processes differ in {what}: {values}; they need one shared output folder")
 
 
+def leave():
+    """Wait for the others and end the process group. Returns whether this is the process that speaks."""
+    if not dist.is_initialized():
+        return True
+    main = dist.get_rank() == 0
+    dist.barrier()
+    dist.destroy_process_group()
+    return main
+
+
 def _alone():
     return not dist.is_initialized() or dist.get_world_size() == 1
