@@ -18,6 +18,8 @@ namespace ldmfast {
   size_t timestep_mlp_workspace(const TimestepMlpArgs&);         \
   void timestep_mlp(const TimestepMlpArgs&);                     \
   void ddim_step(const DdimStepArgs&);                           \
+  size_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs&);  \
+  void group_norm_silu_backward(const GroupNormSiluBackwardArgs&);              \
   }
 LDMFAST_DECLARE(generic)
 #if defined(LDMFAST_X86)
@@ -41,11 +43,14 @@ struct Isa {
   decltype(&generic::timestep_mlp_workspace) timestep_mlp_workspace;
   decltype(&generic::timestep_mlp) timestep_mlp;
   decltype(&generic::ddim_step) ddim_step;
+  decltype(&generic::group_norm_silu_backward_workspace) group_norm_silu_backward_workspace;
+  decltype(&generic::group_norm_silu_backward) group_norm_silu_backward;
 };
 
 #define LDMFAST_ISA_ENTRY(isa, runs_here)                                                                       \
   {#isa, runs_here, isa::group_norm_silu_workspace, isa::group_norm_silu, isa::attention_workspace,             \
-   isa::attention, isa::timestep_mlp_workspace, isa::timestep_mlp, isa::ddim_step}
+   isa::attention, isa::timestep_mlp_workspace, isa::timestep_mlp, isa::ddim_step,        \
+   isa::group_norm_silu_backward_workspace, isa::group_norm_silu_backward}
 
 #if defined(LDMFAST_X86)
 // the compiler's built-in also asks the operating system whether it saves the wider registers
@@ -105,5 +110,12 @@ void attention(const AttentionArgs& args, const Launch&) { active().attention(ar
 size_t timestep_mlp_workspace(const TimestepMlpArgs& args) { return active().timestep_mlp_workspace(args); }
 void timestep_mlp(const TimestepMlpArgs& args, const Launch&) { active().timestep_mlp(args); }
 void ddim_step(const DdimStepArgs& args, const Launch&) { active().ddim_step(args); }
+
+size_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs& args) {
+  return active().group_norm_silu_backward_workspace(args);
+}
+void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args, const Launch&) {
+  active().group_norm_silu_backward(args);
+}
 
 }  // namespace ldmfast

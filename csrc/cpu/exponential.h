@@ -52,6 +52,14 @@ template <Accuracy A> LDMFAST_INLINE VecF silu_of_exponent(VecF t) {
 #endif
   return t / denominator;
 }
+// 1 / (1 + 2^t) for t = -log2(e) * y
+template <Accuracy A> LDMFAST_INLINE VecF sigmoid(VecF y) {
+  const VecF denominator = exp2v<A>(y * -kLog2e) + 1.0f;
+#if defined(__AVX512F__)
+  if (A == Accuracy::kFast) return (VecF)_mm512_rcp14_ps((__m512)denominator);
+#endif
+  return 1.0f / denominator;
+}
 template <Accuracy A> LDMFAST_INLINE VecF silu(VecF y) { return y / (exp2v<A>(y * -kLog2e) + 1.0f); }
 
 }  // namespace LDMFAST_ISA

@@ -97,7 +97,7 @@ def _reference(x, weight, bias, groups, eps, silu, add, scale, shift):
     if shift is not None:
         y = y + per_channel(shift)
     y = F.silu(y) if silu else y
-    return y.contiguous(memory_format=_layout(x)) if y.numel() else _output(x)
+    return y.contiguous(memory_format=_layout(x)) if y.numel() else _output(x).copy_(y)  # keeps autograd's way back
 
 
 def _kernel_layout(x: torch.Tensor) -> tuple[torch.Tensor, bool, tuple[int, int, int]]:

@@ -1,0 +1,220 @@
+// What both layouts of group_norm_silu_backward.cpp share, and the channels_last one.
+#pragma once
+#include "exponential.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+using Args = GroupNormSiluBackwardArgs;
+
+constexpr int64_t kPixels = 64;               // pixels whose sums are made in registers before they join the others
+constexpr int kStrip = kLanes == 16 ? 2 : 1;  // vectors of channels whose coefficients are in registers
+
+// What belongs to a channel of a sample; workspace is [N, kRows, C].
+// With m = x - mean and z = m * slope + offset:  dx = g * slope - constant - m * linear,  xhat = (m - lost) * rstd
+enum Row { kMean, kLost, kRstd, kSlope, kOffset, kConstant, kLinear, kRows };
+
+struct Sample {
+  const Args& a;
+  int64_t n;
+  float* row(Row r) const { return a.workspace + (n * kRows + r) * a.C; }
+  float* sum(int i) const { return a.sums + (i * a.N + n) * a.C; }
+};
+
+float modulation(const Args& a, const void* p, int64_t stride, int64_t n, int64_t c) {
+  return p ? load_scalar(p, a.mod_dtype, n * stride + c) : 0.0f;
+}
+
+// Rows kMean and kSlope hold each channel's mean without add, and its squares about that; now all but the last two.
+void finish_moments(const Sample& s, int64_t group) {
+  const Args& a = s.a;
+  const int64_t D = a.C / a.groups, first = group * D;
+  float *mean = s.row(kMean), *slope = s.row(kSlope);
+  double sum = 0, squares = 0;
+  for (int64_t c = first; c < first + D; ++c) sum += (double)mean[c] + modulation(a, a.add, a.stride_add, s.n, c);
+  const double centre = sum / (double)D;
+  for (int64_t c = first; c < first + D; ++c) {
+    const double delta = (double)mean[c] + modulation(a, a.add, a.stride_add, s.n, c) - centre;
+    squares += (double)slope[c] + (double)a.P * delta * delta;
+  }
+  const double rstd = 1.0 / __builtin_sqrt(squares / (double)(D * a.P) + (double)a.eps);
+  for (int64_t c = first; c < first + D; ++c) {
+    const double scale = 1.0 + modulation(a, a.scale, a.stride_scale, s.n, c);
+    const double weight = a.weight ? load_scalar(a.weight, a.param_dtype, c) : 1.0f;
+    const double bias = a.bias ? load_scalar(a.bias, a.param_dtype, c) : 0.0f;
+    const double exact = centre - modulation(a, a.add, a.stride_add, s.n, c), lost = exact - (float)exact;
+    mean[c] = (float)exact;
+    s.row(kLost)[c] = (float)lost;
+    s.row(kRstd)[c] = (float)rstd;
+    slope[c] = (float)(rstd * weight * scale);
+    s.row(kOffset)[c] =
+        (float)(bias * scale + modulation(a, a.shift, a.stride_shift, s.n, c) - lost * rstd * weight * scale);
+    for (int i = 0; i < 3; ++i) s.sum(i)[c] = 0.0f;
+  }
+}
+
+// sums[1] holds that of g * m; now of g * xhat. Then the last two rows.
+void finish_sums(const Sample& s, int64_t group) {
+  const int64_t D = s.a.C / s.a.groups, first = group * D;
+  const float *lost = s.row(kLost), *slope = s.row(kSlope);
+  const double rstd = s.row(kRstd)[first];
+  float *g = s.sum(0), *g_xhat = s.sum(1);
+  double mean_d = 0, mean_d_xhat = 0;  // times rstd
+  for (int64_t c = first; c < first + D; ++c) {
+    const double exact = rstd * ((double)g_xhat[c] - (double)lost[c] * g[c]);
+    g_xhat[c] = (float)exact;
+    mean_d += (double)slope[c] * g[c];
+    mean_d_xhat += (double)slope[c] * exact;
+  }
+  mean_d /= (double)(D * s.a.P);
+  const double linear = rstd * mean_d_xhat / (double)(D * s.a.P);
+  for (int64_t c = first; c < first + D; ++c) {
+    s.row(kLinear)[c] = (float)linear;
+    s.row(kConstant)[c] = (float)(mean_d - lost[c] * linear);
+  }
+}
+
+// dy * act'(z)
+template <class T, bool kSilu> LDMFAST_INLINE VecF through_act(VecF dy, VecF z) {
+  if (!kSilu) return dy;
+  const VecF s = sigmoid<AccuracyOf<T>::value>(z);
+  return dy * (s + s * z * (1.0f - s));
+}
+
+template <class T> LDMFAST_INLINE VecF read(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_first(p, n);
+}
+template <class T> LDMFAST_INLINE void write(T* p, VecF x, int64_t n) {
+  if (n >= kLanes) store(p, x);
+  else store_first(p, x, n);
+}
+
+// ---- channels_last: the lanes are channels; n of them are left where kCount is 1 ----
+
+template <class T> struct Pixels {
+  const T *x, *dy;  // [pixels, C] from one channel on
+  T* dx;
+  int64_t stride_x, stride, pixels;
+};
+
+// The chunk's moments join those of `before` pixels: mean, relative to the pivot, and squares about it.
+template <class T, int kCount>
+void moments(const Pixels<T>& at, const T* pivot, int64_t before, int64_t n, float* mean, float* squares) {
+  VecF p[kCount], s[kCount] = {}, q[kCount] = {};
+#pragma GCC unroll 2
+  for (int j = 0; j < kCount; ++j) p[j] = read(pivot + j * kLanes, n);
+  for (int64_t i = 0; i < at.pixels; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kCount; ++j) s[j] += read(at.x + i * at.stride_x + j * kLanes, n) - p[j];
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kCount; ++j) {
+    s[j] /= (float)at.pixels;
+    p[j] += s[j];
+  }
+  for (int64_t i = 0; i < at.pixels; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kCount; ++j) {
+      const VecF d = read(at.x + i * at.stride_x + j * kLanes, n) - p[j];
+      q[j] += d * d;
+    }
+  }
+  const float share = (float)at.pixels / (float)(before + at.pixels);
+  for (int j = 0; j < kCount; ++j) {
+    const VecF old = before ? read(mean + j * kLanes, n) : VecF{}, delta = s[j] - old;
+    const VecF old_squares = before ? read(squares + j * kLanes, n) : VecF{};
+    write(mean + j * kLanes, old + delta * share, n);
+    write(squares + j * kLanes, old_squares + q[j] + delta * delta * ((float)before * share), n);
+  }
+}
+
+template <class T, bool kSilu, int kCount> void sums(const Pixels<T>& at, const Sample& s, int64_t c, int64_t n) {
+  VecF mean[kCount], slope[kCount], offset[kCount], g_sum[kCount] = {}, gm_sum[kCount] = {};
+#pragma GCC unroll 2
+  for (int j = 0; j < kCount; ++j) {
+    mean[j] = read(s.row(kMean) + c + j * kLanes, n);
+    slope[j] = read(s.row(kSlope) + c + j * kLanes, n);
+    offset[j] = read(s.row(kOffset) + c + j * kLanes, n);
+  }
+  for (int64_t i = 0; i < at.pixels; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kCount; ++j) {
+      const VecF m = read(at.x + i * at.stride_x + j * kLanes, n) - mean[j];
+      const VecF g = through_act<T, kSilu>(read(at.dy + i * at.stride + j * kLanes, n), m * slope[j] + offset[j]);
+      g_sum[j] += g;
+      gm_sum[j] += g * m;
+    }
+  }
+  for (int j = 0; j < kCount; ++j) {
+    float *to = s.sum(0) + c + j * kLanes, *to_m = s.sum(1) + c + j * kLanes;
+    write(to, read(to, n) + g_sum[j], n);
+    write(to_m, read(to_m, n) + gm_sum[j], n);
+  }
+}
+
+template <class T, bool kSilu, int kCount> void gradient(const Pixels<T>& at, const Sample& s, int64_t c, int64_t n) {
+  VecF mean[kCount], slope[kCount], offset[kCount], constant[kCount], linear[kCount], sum[kCount] = {};
+#pragma GCC unroll 2
+  for (int j = 0; j < kCount; ++j) {
+    mean[j] = read(s.row(kMean) + c + j * kLanes, n);
+    slope[j] = read(s.row(kSlope) + c + j * kLanes, n);
+    offset[j] = read(s.row(kOffset) + c + j * kLanes, n);
+    constant[j] = read(s.row(kConstant) + c + j * kLanes, n);
+    linear[j] = read(s.row(kLinear) + c + j * kLanes, n);
+  }
+  for (int64_t i = 0; i < at.pixels; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kCount; ++j) {
+      const VecF m = read(at.x + i * at.stride_x + j * kLanes, n) - mean[j];
+      const VecF g = through_act<T, kSilu>(read(at.dy + i * at.stride + j * kLanes, n), m * slope[j] + offset[j]);
+      const VecF dx = g * slope[j] - constant[j] - m * linear[j];
+      sum[j] += dx;
+      write(at.dx + i * at.stride + j * kLanes, dx, n);
+    }
+  }
+  for (int j = 0; j < kCount; ++j) {
+    float* to = s.sum(2) + c + j * kLanes;
+    write(to, read(to, n) + sum[j], n);
+  }
+}
+
+// step(pixels, first pixel, c, channels left, strip or not) over the task's chunks of pixels and strips of channels
+template <class T, class Step> LDMFAST_INLINE void over_chunks(const Sample& s, int64_t from, int64_t to, Step step) {
+  const Args& a = s.a;
+  for (int64_t p = 0; p < a.P; p += kPixels) {
+    const T* x = (const T*)a.x + s.n * a.stride_xn + p * a.stride_xp;
+    const int64_t dense = (s.n * a.P + p) * a.C, pixels = min64(kPixels, a.P - p);
+    for (int64_t c = from; c < to;) {
+      const bool strip = to - c >= kStrip * kLanes;
+      step(Pixels<T>{x + c, (const T*)a.dy + dense + c, (T*)a.dx + dense + c, a.stride_xp, a.C, pixels}, p, c, to - c,
+           strip);
+      c += strip ? kStrip * kLanes : kLanes;
+    }
+  }
+}
+
+template <class T, bool kSilu> void channels_last_task(const Sample& s, int64_t first, int64_t end) {
+  const int64_t D = s.a.C / s.a.groups, from = first * D, to = end * D;
+  const T* pivot = (const T*)s.a.x + s.n * s.a.stride_xn;  // the first pixel: what is subtracted first loses nothing
+  float *mean = s.row(kMean), *squares = s.row(kSlope);
+  over_chunks<T>(s, from, to, [&](const Pixels<T>& at, int64_t p, int64_t c, int64_t n, bool strip) {
+    if (strip) moments<T, kStrip>(at, pivot + c, p, kStrip * kLanes, mean + c, squares + c);
+    else moments<T, 1>(at, pivot + c, p, n, mean + c, squares + c);
+  });
+  for (int64_t c = from; c < to; ++c) mean[c] += to_float(pivot[c]);
+  for (int64_t group = first; group < end; ++group) finish_moments(s, group);
+  over_chunks<T>(s, from, to, [&](const Pixels<T>& at, int64_t, int64_t c, int64_t n, bool strip) {
+    if (strip) sums<T, kSilu, kStrip>(at, s, c, kStrip * kLanes);
+    else sums<T, kSilu, 1>(at, s, c, n);
+  });
+  for (int64_t group = first; group < end; ++group) finish_sums(s, group);
+  over_chunks<T>(s, from, to, [&](const Pixels<T>& at, int64_t, int64_t c, int64_t n, bool strip) {
+    if (strip) gradient<T, kSilu, kStrip>(at, s, c, kStrip * kLanes);
+    else gradient<T, kSilu, 1>(at, s, c, n);
+  });
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast
