@@ -1,8 +1,9 @@
 """What the denoiser is told, and the modules that turn it into tensors.
 
 A `Conditioner` maps a list of inputs (captions, classes, boxes, maps, pictures) to a `Condition`; a `Condition` knows
-how to call the U-Net. The encoders stand in conditioning_text.py, conditioning_tokens.py and conditioning_spatial.py.
-Modes are Rombach et al. 2022's: none, concat, crossattn, hybrid (both), adm (a label beside the timestep).
+how to call the U-Net. The encoders stand beside this file: conditioning_text.py, _tokens.py (classes, boxes),
+_transformer.py (tokens through a transformer of their own), _spatial.py (maps, pictures).
+The modes are Rombach et al. 2022's: none, concat, crossattn, hybrid (both), adm (a label beside the timestep).
 """
 
 import dataclasses
@@ -23,6 +24,13 @@ HOMES = {
     "Unconditional": "ldmfast.models.conditioning",
     "Hybrid": "ldmfast.models.conditioning",
     "TextEncoder": "ldmfast.models.conditioning_text",
+    "ClassEmbedder": "ldmfast.models.conditioning_tokens",
+    "BoxEncoder": "ldmfast.models.conditioning_tokens",
+    "LayoutEncoder": "ldmfast.models.conditioning_transformer",
+    "TransformerText": "ldmfast.models.conditioning_transformer",
+    "MapEncoder": "ldmfast.models.conditioning_spatial",
+    "MaskedImage": "ldmfast.models.conditioning_spatial",
+    "LowResolution": "ldmfast.models.conditioning_spatial",
 }
 
 
@@ -100,8 +108,8 @@ def _same_size(tensors):
     return [t.expand(-1, -1, *side) if t.shape[2:] == (1, 1) else t for t in tensors]
 
 
-def _join(tensors):
-    return torch.cat(_same_size(tensors))
+def _join(tensors, dim=0):
+    return torch.cat(_same_size(tensors), dim=dim) if len(tensors) > 1 else tensors[0]
 
 
 class Conditioner(nn.Module):
@@ -188,10 +196,10 @@ class Unconditional(Conditioner):
 
 
 class Hybrid(Conditioner):
-    """Several conditioners at once, as {name: conditioner}; an input is a dict with the same names.
+    """Several conditioners at once, as {name: conditioner}; an input is a dict with some of the names.
 
-    Each part of the Condition comes from one of them: text by cross-attention with a map by concatenation, say.
-    A name that an input lacks is empty for that picture.
+    Contexts are joined along the tokens, concats along the channels, in the members' order; a label may come from one
+    of them only. A name that an input lacks is empty for that picture.
     """
 
     mode = "hybrid"
@@ -199,9 +207,6 @@ class Hybrid(Conditioner):
     def __init__(self, **members):
         super().__init__()
         self.members = nn.ModuleDict(members)
-        parts = [name for m in members.values() for name in m.empty(1).parts()]
-        if len(parts) != len(set(parts)):
-            raise ValueError(f"Hybrid: two of {', '.join(members)} give the same part ({', '.join(sorted(parts))})")
 
     @property
     def trainable(self):
@@ -211,25 +216,37 @@ class Hybrid(Conditioner):
         for i, value in enumerate(inputs):
             if not isinstance(value, dict) or set(value) - set(self.members):
                 raise ValueError(f"Hybrid: input {i} must be a dict with {', '.join(self.members)}; got {value!r:.80}")
-        found = {}
-        for name, member in self.members.items():
-            there = [value[name] for value in inputs if name in value]
-            told = member(there) if there else member.empty(0)
-            if len(there) < len(inputs):
-                rows = iter(range(len(there)))
-                order = [next(rows) if name in value else len(there) for value in inputs]
-                told = Condition.cat([told, member.empty(1)])[order] if there else member.empty(len(inputs))
-            found.update(told.parts())
-        return Condition(**found)
+        return _side_by_side([_told(member, name, inputs) for name, member in self.members.items()])
 
     def empty(self, n):
-        return Condition(**{k: v for m in self.members.values() for k, v in m.empty(n).parts().items()})
+        return _side_by_side([m.empty(n) for m in self.members.values()])
 
     def save_pretrained(self, folder, *, dtype=None):
         for name, member in self.members.items():
             member.save_pretrained(Path(folder, name), dtype=dtype)
         settings = {"_class_name": "Hybrid", "members": list(self.members)}
         Path(folder, CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _told(member, name, inputs):
+    """The member's condition, empty where an input lacks `name`."""
+    there = [value[name] for value in inputs if name in value]
+    if len(there) == len(inputs) or not there:
+        return member(there) if there else member.empty(len(inputs))
+    rows = iter(range(len(there)))
+    order = [next(rows) if name in value else len(there) for value in inputs]
+    return Condition.cat([member(there), member.empty(1)])[order]
+
+
+def _side_by_side(conditions):
+    """One condition from those that several conditioners give for the same pictures."""
+    by_name = {f.name: [] for f in dataclasses.fields(Condition)}
+    for condition in conditions:
+        for name, value in condition.parts().items():
+            by_name[name].append(value)
+    if len(by_name["label"]) > 1 or (by_name["context_mask"] and len(by_name["context"]) > 1):
+        raise ValueError("Hybrid: only one of the conditioners may give a label, or a context with a mask")
+    return Condition(**{name: _join(values, dim=1) for name, values in by_name.items() if values})
 
 
 def __getattr__(name):

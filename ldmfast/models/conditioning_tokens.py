@@ -1,0 +1,154 @@
+"""Classes and boxes as tokens for cross-attention (or, for classes, as a label beside the timestep)."""
+
+import difflib
+import math
+
+import torch
+from torch import nn
+
+from ldmfast.models.conditioning import Condition, Conditioner
+
+
+class ClassNames:
+    """Classes by name or by number.   classes  a count, or a list of names"""
+
+    def __init__(self, classes, owner):
+        self.names = None if isinstance(classes, int) else list(classes)
+        self.count, self.owner = classes if self.names is None else len(self.names), owner
+        if self.count < 1 or (self.names and len(set(self.names)) < self.count):
+            raise ValueError(f"{owner}: classes must be a count of at least 1 or different names; got {classes!r:.80}")
+
+    def index(self, value):
+        """0 .. count - 1. Raises ValueError naming what comes near."""
+        if isinstance(value, str) and self.names:
+            if value in self.names:
+                return self.names.index(value)
+            near = difflib.get_close_matches(value, self.names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names)}"
+            raise ValueError(f"{self.owner}: no class {value!r}; {hint}")
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.count:
+            return value
+        wanted = f"a whole number from 0 to {self.count - 1}" + (" or a name" if self.names else "")
+        raise ValueError(f"{self.owner}: a class must be {wanted}; got {value!r:.80}")
+
+
+class ClassEmbedder(Conditioner):
+    """A class as one token, or in mode "adm" as its number for the U-Net's own label embedding.
+
+    classes        a count, or the names
+    width          channels of the token
+    unconditional  whether one class more, the last, stands for "no class" (the released cin256-v2 has it: 1001 in all)
+    Source: Rombach et al. 2022, class-conditional ImageNet.
+    """
+
+    trainable = True
+
+    def __init__(self, classes, width=512, *, unconditional=True, mode="crossattn"):
+        super().__init__(classes=classes, width=width, unconditional=unconditional, mode=mode)
+        if mode not in ("crossattn", "adm"):
+            raise ValueError(f"ClassEmbedder: mode={mode!r} is none of crossattn, adm")
+        self.mode, self.width, self.unconditional = mode, width, unconditional
+        self.classes = ClassNames(classes, "ClassEmbedder")
+        self.trainable = mode == "crossattn"
+        if self.trainable:
+            self.embedding = nn.Embedding(self.classes.count + unconditional, width)
+
+    def forward(self, inputs):
+        return self._condition([self.classes.index(value) for value in inputs])
+
+    def empty(self, n):
+        if not self.unconditional:
+            raise ValueError("ClassEmbedder: this model has no unconditional class; sample it with guidance 1")
+        return self._condition([self.classes.count] * n)
+
+    def _condition(self, indices):
+        label = torch.tensor(indices, dtype=torch.int64, device=self.device)
+        return Condition(label=label) if self.mode == "adm" else Condition(context=self.embedding(label)[:, None])
+
+
+def check_objects(value, classes, most):
+    """[(class index, [x0, y0, x1, y1] or None), ...] of one layout input. Raises ValueError saying what is wrong."""
+    owner = classes.owner
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{owner}: a layout is a list of objects; got {value!r:.80}")
+    if len(value) > most:
+        raise ValueError(f"{owner}: {len(value)} objects, at most {most} fit")
+    found = []
+    for each in value:
+        if not isinstance(each, dict) or "object" not in each or set(each) - {"object", "box"}:
+            raise ValueError(f'{owner}: an object is {{"object": name, "box": [x0, y0, x1, y1]}}; got {each!r:.120}')
+        found.append((classes.index(each["object"]), check_box(each.get("box"), owner)))
+    return found
+
+
+def check_box(box, owner):
+    """Four numbers with 0 <= x0 < x1 <= 1 and the same for y, as floats; None stays None."""
+    if box is None:
+        return None
+    try:
+        x0, y0, x1, y1 = map(float, box)
+    except (TypeError, ValueError):
+        raise ValueError(f"{owner}: a box is four numbers [x0, y0, x1, y1]; got {box!r:.80}") from None
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise ValueError(f"{owner}: a box needs 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1; got {[x0, y0, x1, y1]}")
+    return [x0, y0, x1, y1]
+
+
+def waves(values, octaves):
+    """values [...] in 0..1 -> [..., 1 + 2 * octaves]: the value, and its sine and cosine at 1, 2, 4, ... half turns."""
+    angles = values[..., None] * math.pi * 2.0 ** torch.arange(octaves, device=values.device)
+    return torch.cat([values[..., None], angles.sin(), angles.cos()], dim=-1)
+
+
+class BoxEncoder(Conditioner):
+    """Objects with boxes, one token each: an embedding of the class and the box's coordinates through an MLP.
+
+    An input is a list of {"object": name or number, "box": [x0, y0, x1, y1] in 0..1}; without "box" the object may
+    stand anywhere. Places that are not taken hold a learned token.
+
+    classes  a count, or the names                     objects  how many tokens there are
+    width    channels of a token                       grid     side of the latent; if above 0 the coordinates of its
+                                                                cells are joined to it, for queries to compare with
+    """
+
+    trainable = True
+    OCTAVES = 4
+
+    def __init__(self, classes, width=128, *, objects=3, grid=0):
+        super().__init__(classes=classes, width=width, objects=objects, grid=grid)
+        self.mode = "hybrid" if grid else "crossattn"
+        self.width, self.objects, self.grid = width, objects, grid
+        self.classes = ClassNames(classes, "BoxEncoder")
+        coordinates = 4 * (1 + 2 * self.OCTAVES)
+        self.names = nn.Embedding(self.classes.count, width)
+        self.anywhere = nn.Parameter(torch.zeros(coordinates))
+        self.nothing = nn.Parameter(torch.randn(width) * 0.02)
+        self.mlp = nn.Sequential(nn.Linear(width + coordinates, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+
+    def forward(self, inputs):
+        found = [check_objects(value, self.classes, self.objects) for value in inputs]
+        spare = [self.objects - len(each) for each in found]
+        flat = [pair for each in found for pair in each]
+        label = torch.tensor([index for index, _ in flat], dtype=torch.int64, device=self.device)
+        box = torch.tensor([b or [0.0] * 4 for _, b in flat], device=self.device).view(-1, 4)
+        known = torch.tensor([b is not None for _, b in flat], dtype=torch.bool, device=self.device)
+        place = torch.where(known[:, None], waves(box, self.OCTAVES).flatten(1), self.anywhere)
+        tokens = self.mlp(torch.cat([self.names(label), place], dim=1))  # [objects of the whole batch, width]
+        tokens = torch.cat([tokens, self.nothing.to(tokens.dtype)[None]])
+        rows, start = [], 0
+        for each, free in zip(found, spare, strict=True):
+            rows.append([*range(start, start + len(each)), *[len(flat)] * free])
+            start += len(each)
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device).view(-1, self.objects)
+        return Condition(context=tokens[index], concat=self._cells(len(inputs)))
+
+    def empty(self, n):
+        return self([[]] * n)
+
+    def _cells(self, n):
+        """[n, 10, grid, grid]: x and y of each cell's centre, with two octaves of waves."""
+        if not self.grid:
+            return None
+        centres = (torch.arange(self.grid, device=self.device) + 0.5) / self.grid
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        return torch.cat([waves(x, 2), waves(y, 2)], dim=-1).permute(2, 0, 1).expand(n, -1, -1, -1)
