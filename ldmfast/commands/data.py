@@ -12,6 +12,13 @@ def add(commands):
     made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
     made.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
     made.add_argument("--placements", type=int, default=8, help="pictures of each combination (default: 8)")
+    made = command(kinds, "scenes", "scenes of 1 to 3 emoji, with boxes, semantic maps and captions", _data_scenes)
+    made.add_argument("output", help="the folder to write")
+    made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
+    made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
+    made.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
+    made.add_argument("--count", type=int, default=6000, help="scenes; one in ten is held out (default: 6000)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the arrangements (default: 0)")
 
 
 def _data_emoji(arguments):
@@ -20,3 +27,11 @@ def _data_emoji(arguments):
     cutouts = emoji.folder_cutouts(arguments.cutouts) if arguments.cutouts else emoji.font_cutouts(arguments.font)
     count = emoji.build(cutouts, arguments.output, size=arguments.size, count=arguments.placements)
     print(f"{arguments.output}: {count} pictures")
+
+
+def _data_scenes(arguments):
+    from ldmfast.training import emoji, scenes
+
+    cutouts = emoji.folder_cutouts(arguments.cutouts) if arguments.cutouts else emoji.font_cutouts(arguments.font)
+    count = scenes.build(cutouts, arguments.output, count=arguments.count, size=arguments.size, seed=arguments.seed)
+    print(f"{arguments.output}: {count} scenes")
