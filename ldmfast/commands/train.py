@@ -10,7 +10,7 @@ from ldmfast.commands.common import command
 
 
 def add(commands):
-    from ldmfast.training.config import AutoencoderConfig, DecoderConfig, DenoiserConfig
+    from ldmfast.training.config import AutoencoderConfig, DecoderConfig, DenoiserConfig, ScenesConfig
 
     stages = commands.add_parser("train", help="train the autoencoder, then the denoiser")
     stages = stages.add_subparsers(title="stages", required=True, metavar="STAGE")
@@ -18,6 +18,7 @@ def add(commands):
         ("autoencoder", AutoencoderConfig, _train_autoencoder),
         ("decoder", DecoderConfig, _train_decoder),
         ("denoiser", DenoiserConfig, _train_denoiser),
+        ("scenes", ScenesConfig, _train_scenes),
     ):
         text = config.__doc__.split("\n")[0]
         made = stages.add_parser(name, help=text, description=text)
@@ -106,6 +107,17 @@ def _train_denoiser(arguments):
     from ldmfast.training import denoiser, parallel
 
     history = denoiser.train(
+        arguments.data, arguments.autoencoder, arguments.output, _config(arguments),
+        restart=arguments.restart, quiet=arguments.quiet,
+    )  # fmt: skip
+    if parallel.leave():
+        print(f"{Path(arguments.output, 'pipeline')}: loss {history[-1][1]:.4f} at step {history[-1][0]}")
+
+
+def _train_scenes(arguments):
+    from ldmfast.training import parallel, scene_denoiser
+
+    history = scene_denoiser.train(
         arguments.data, arguments.autoencoder, arguments.output, _config(arguments),
         restart=arguments.restart, quiet=arguments.quiet,
     )  # fmt: skip

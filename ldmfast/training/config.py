@@ -109,5 +109,23 @@ class DenoiserConfig(RunConfig):
                 raise ValueError(f"{share}={getattr(self, share)} must lie between 0 and 1")
 
 
+@dataclass(frozen=True)
+class ScenesConfig(DenoiserConfig):
+    """Stage 2 on composed scenes: noise prediction conditioned on a class, on boxes or on a semantic map."""
+
+    channels: tuple = option((32, 64, 96), "channels at each resolution")
+    groups: int = option(16, "groups of GroupNorm")
+    prediction: str = option("v_prediction", "what the network predicts", ("epsilon", "v_prediction", "sample"))
+    min_snr: float = option(0.0, "min-SNR-gamma loss weighting; 0 turns it off")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    width: int = option(128, "channels of the class's and the boxes' tokens")
+    map_channels: int = option(8, "channels that a semantic map is brought to")
+
+
 # the sections of a recipe, which are the stages of `ldmfast train`
-STAGES = {"autoencoder": AutoencoderConfig, "decoder": DecoderConfig, "denoiser": DenoiserConfig}
+STAGES = {
+    "autoencoder": AutoencoderConfig,
+    "decoder": DecoderConfig,
+    "denoiser": DenoiserConfig,
+    "scenes": ScenesConfig,
+}

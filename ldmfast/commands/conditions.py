@@ -1,0 +1,77 @@
+"""`--class`, `--boxes` and `--map`: what a model other than a text model is told on the command line."""
+
+import json
+from pathlib import Path
+
+
+def add_options(made):
+    group = made.add_argument_group("told other than by a prompt")
+    group.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="classes, by name or number")
+    group.add_argument("--boxes", nargs="+", metavar="FILE.json",
+                       help='lists of {"object": name, "box": [x0, y0, x1, y1]} in parts of the picture')  # fmt: skip
+    group.add_argument("--map", dest="maps", nargs="+", metavar="FILE.png",
+                       help="semantic maps in the model's palette colours")  # fmt: skip
+
+
+def inputs(arguments, conditioner):
+    """The conditioner's inputs, one a picture, or None if none of the three options was given.
+
+    Several classes, files or maps are several pictures; options given together are told together, one by one.
+    Raises ValueError for an option that the model does not take, FileNotFoundError, or ValueError naming the file.
+    """
+    given = {"class": arguments.classes, "boxes": arguments.boxes, "map": arguments.maps}
+    given = {kind: values for kind, values in given.items() if values}
+    if not given:
+        return None
+    known = takes(conditioner)
+    for kind in given:
+        if kind not in known:
+            raise ValueError(f"this model takes no --{kind}; it is told {', '.join(known) or 'a prompt or nothing'}")
+    lengths = {len(values) for values in given.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"{', '.join(f'--{kind} {len(v)}' for kind, v in given.items())}: give as many of each")
+    read = {"class": lambda text: _class(text, known["class"]), "boxes": _boxes, "map": _map}
+    columns = {kind: [read[kind](value) for value in values] for kind, values in given.items()}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return rows if hasattr(conditioner, "members") else [next(iter(row.values())) for row in rows]
+
+
+def takes(conditioner):
+    """{"class", "boxes", "map": the conditioner that takes it} of a conditioner or of a Hybrid's members."""
+    from ldmfast.models.conditioning_spatial import MapEncoder
+    from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder
+    from ldmfast.models.conditioning_transformer import LayoutEncoder
+
+    kinds = {"class": ClassEmbedder, "boxes": (BoxEncoder, LayoutEncoder), "map": MapEncoder}
+    members = getattr(conditioner, "members", None)
+    if members is None:
+        return {kind: conditioner for kind, types in kinds.items() if isinstance(conditioner, types)}
+    return {
+        kind: members[kind] for kind, types in kinds.items() if kind in members and isinstance(members[kind], types)
+    }
+
+
+def _class(text, encoder):
+    names = encoder.classes.names or ()
+    return int(text) if text.isdecimal() and text not in names else text
+
+
+def _boxes(path):
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    found = found.get("objects", found) if isinstance(found, dict) else found
+    if not isinstance(found, list):
+        raise ValueError(f'{path}: expected a list of {{"object": name, "box": [x0, y0, x1, y1]}}')
+    return found
+
+
+def _map(path):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture that can be read") from error

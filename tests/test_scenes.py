@@ -1,0 +1,138 @@
+"""Composed scenes, the detector that reads them, and what the command line says of classes, boxes and maps."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldmfast import cli
+from ldmfast.commands import conditions
+from ldmfast.models.conditioning import Hybrid
+from ldmfast.models.conditioning_spatial import MapEncoder
+from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder
+from ldmfast.training import emoji, scene_denoiser, scenes
+from ldmfast.training.detect import Detector, iou
+
+CUTOUTS = Path(__file__).parent / "data" / "emoji"
+
+
+@pytest.fixture(scope="module")
+def cutouts():
+    return emoji.folder_cutouts(CUTOUTS)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "made"
+    assert cli.main(["data", "scenes", str(folder), "--cutouts", str(CUTOUTS), "--count", "40"]) == 0
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    return folder, rows
+
+
+def test_boxes_maps_and_captions_say_what_is_seen(collection):
+    folder, rows = collection
+    assert len(rows) == 40 and {len(row["objects"]) for row in rows} == {1, 2, 3}
+    for row in rows:
+        label = scene_denoiser.read_map(folder / row["map"]).numpy()
+        ground = scenes.GROUNDS.index(row["ground"])
+        names = {scenes.CLASSES[i] for i in np.unique(label)} - {scenes.CLASSES[ground]}
+        assert names == {each["object"] for each in row["objects"]}
+        picture = np.asarray(Image.open(folder / row["file_name"]))
+        bare = label == ground
+        away = np.abs(picture.astype(int) - emoji.COLOURS[row["ground"]]).max(axis=-1)
+        assert (away[bare] == 0).mean() > 0.85  # the rest are the objects' soft rims
+        for each in row["objects"]:
+            assert scenes.box_of(label, each["object"]) == each["box"]
+            assert all(emoji.with_article(part["object"]) in row["text"] for part in row["objects"])
+
+
+def test_held_out_pairs_stay_out_of_training(collection):
+    _, rows = collection
+    several = [row for row in rows if len(row["objects"]) > 1]
+    for row in several:
+        assert scenes.held_out([each["object"] for each in row["objects"]]) == (row["split"] == "heldout")
+    assert {row["split"] for row in several} == {"train", "heldout"}
+
+
+def test_relations_follow_the_axis_that_parts_the_objects_most():
+    at = lambda name, x, y: {"object": name, "box": [x, y, x + 0.2, y + 0.2]}  # noqa: E731
+    text = scenes.caption([at("cat", 0.1, 0.4), at("octopus", 0.6, 0.5), at("rocket", 0.0, 0.0)], "blue")
+    assert text == "a cat left of an octopus and below a rocket on a blue background"
+
+
+def test_an_object_that_would_be_hidden_is_drawn_again(cutouts):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        _, label, objects = scenes.draw(cutouts, rng, ["cat", "dog", "pig"], "white", 64)
+        assert len(objects) == 3 and all((label == scenes.CLASSES.index(n)).any() for n in ("cat", "dog", "pig"))
+    cover = [scenes.place(cutouts["cat"], "cat", 64, 40, x, 0.5) for x in (0.4, 0.4)]
+    assert scenes.hidden(cover) == [1.0, 0.0]
+
+
+def test_the_detector_finds_what_a_scene_shows(collection, cutouts):
+    folder, rows = collection
+    detector, overlaps, agreement = Detector(cutouts), [], []
+    for row in rows[:12]:
+        found = detector(Image.open(folder / row["file_name"]).convert("RGB"))
+        assert found.ground == row["ground"]
+        boxes = {each["object"]: each["box"] for each in found.objects}
+        overlaps += [iou(boxes[o["object"]], o["box"]) if o["object"] in boxes else 0.0 for o in row["objects"]]
+        agreement.append((found.label == scene_denoiser.read_map(folder / row["map"]).numpy()).mean())
+    assert np.mean(overlaps) > 0.7 and np.mean(agreement) > 0.9
+    bare = Image.new("RGB", (64, 64), emoji.COLOURS["green"])
+    assert detector(bare).objects == () and (detector(bare).label == scenes.GROUNDS.index("green")).all()
+
+
+def test_iou():
+    assert iou([0, 0, 1, 1], [0, 0, 1, 1]) == 1 and iou([0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]) == 0
+    assert iou([0, 0, 0.5, 1], [0.25, 0, 0.75, 1]) == pytest.approx(1 / 3)
+
+
+def test_a_scene_is_told_by_class_boxes_or_map(collection):
+    folder, rows = collection
+    one = next(row for row in rows if len(row["objects"]) == 1)
+    several = next(row for row in rows if len(row["objects"]) > 1)
+    assert [next(iter(each)) for each in scene_denoiser.inputs(one, folder)] == ["class", "boxes", "map"]
+    assert [next(iter(each)) for each in scene_denoiser.inputs(several, folder)] == ["boxes", "map"]
+
+
+def _asked(classes=None, boxes=None, maps=None):
+    return argparse.Namespace(classes=classes, boxes=boxes, maps=maps)
+
+
+def test_the_command_line_becomes_inputs(tmp_path):
+    hybrid = Hybrid(
+        **{"class": ClassEmbedder(["cat", "dog"], 8), "boxes": BoxEncoder(["cat"], 8), "map": MapEncoder(2, 2)}
+    )
+    layout = [{"object": "cat", "box": [0, 0, 0.5, 0.5]}]
+    (tmp_path / "a.json").write_text(json.dumps({"objects": layout}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert conditions.inputs(_asked(), hybrid) is None
+    assert conditions.inputs(_asked(["cat", "1"]), hybrid) == [{"class": "cat"}, {"class": 1}]
+    assert conditions.inputs(_asked(["cat"]), hybrid.members["class"]) == ["cat"]
+    both = conditions.inputs(_asked(boxes=[tmp_path / "a.json"], maps=[tmp_path / "a.png"]), hybrid)
+    assert both[0]["boxes"] == layout and both[0]["map"].size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (_asked(maps=["x.png"]), "takes no --map; it is told class"),
+        (_asked(boxes=["x.json"]), "takes no --boxes"),
+    ],
+)
+def test_an_option_that_the_model_does_not_take_is_refused(asked, message):
+    with pytest.raises(ValueError, match=message):
+        conditions.inputs(asked, ClassEmbedder(2, 8))
+
+
+def test_a_file_that_holds_no_boxes_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        conditions.inputs(_asked(boxes=[tmp_path / "a.json"]), BoxEncoder(2, 8))
+    (tmp_path / "a.json").write_text("3")
+    with pytest.raises(ValueError, match="expected a list"):
+        conditions.inputs(_asked(boxes=[tmp_path / "a.json"]), BoxEncoder(2, 8))
