@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldmfast.ops import native
+from ldmfast.ops import native, triton
 from ldmfast.ops.attention import _check as check_forward
 from ldmfast.ops.attention import _expanded
 from ldmfast.ops.attention import op as forward
@@ -93,6 +93,25 @@ def _native(extension, dout, q, k, v, out, scale, mask):
 
 
 native.register(op, _native, lead=1)
+
+
+@op.backend("triton", devices={"cuda", "cpu"})
+def _triton(dout, q, k, v, out, scale, mask):
+    from ldmfast.kernels.attention_backward import attention_backward as kernel
+
+    dq, dk, dv = _outputs(q, k)
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    kernel(dout.contiguous(), q, k, v, out.contiguous(), dq, dk, dv, _expanded(mask, q, k), scale)
+    return dq, dk, dv
+
+
+_triton.refuses(triton.refuse)
+
+
+@_triton.refuses
+def _wide(dout, q, *others):
+    return f"head width D={q.shape[3]} is over 160" if q.shape[3] > 160 else None
 
 
 @forward.gradient(keeps_output=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldmfast.ops import native
+from ldmfast.ops import native, triton
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.group_norm_silu import _check as check_forward
 from ldmfast.ops.group_norm_silu import _common, _kernel_layout, _layout, _output
@@ -100,6 +100,24 @@ def _native(extension, dy, x, weight, bias, groups, eps, silu, add, scale, shift
 
 
 native.register(op, _native, lead=1)
+
+
+@op.backend("triton", devices={"cuda", "cpu"})
+def _triton(dy, x, weight, bias, groups, eps, silu, add, scale, shift):
+    from ldmfast.kernels.group_norm_silu_backward import group_norm_silu_backward as kernel
+
+    dx, sums = _output(x), _sums(x)
+    if dx.numel() == 0:
+        return dx, sums.zero_()
+    dy = dy.contiguous(memory_format=_layout(x))
+    x = _kernel_layout(x)[0]
+    (weight, bias), _ = _common(x, weight, bias)
+    (add, scale, shift), _ = _common(x, add, scale, shift)
+    kernel(dy, x, dx, sums, weight, bias, add, scale, shift, groups, eps, silu)
+    return dx, sums
+
+
+_triton.refuses(triton.refuse)
 
 
 @forward.gradient()

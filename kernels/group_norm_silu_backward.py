@@ -1,0 +1,315 @@
+"""The gradient of group_norm_silu in Triton: one launch where a group is small, else four.
+
+A program owns a tile of whole groups of one sample, as in the forward, and walks over it three times: moments, the
+channels' sums of g and g * xhat, then dx. Where a group is large the walks are launches of their own, the positions
+are split over programs, and a small launch combines the parts' sums, in a fixed order.
+Source: Wu & He 2018, section 3, differentiated; Chan et al. 1983 for the moments.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from ldmfast.kernels.group_norm_silu import BLOCK_PARTS, Configuration, _as_ncp, _load, _members, _moments
+from ldmfast.kernels.group_norm_silu import configuration as forward_configuration
+
+
+@triton.jit
+def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, offs_c, mask_c):
+    # gain and offset, [BLOCK_C]: z = xhat * gain + offset
+    gain = tl.where(mask_c, 1.0, 0.0)
+    offset = tl.zeros_like(gain)
+    if weight_ptr is not None:
+        gain = tl.load(weight_ptr + offs_c, mask_c, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        offset += tl.load(bias_ptr + offs_c, mask_c, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        scale = 1.0 + tl.load(scale_ptr + offs_c, mask_c, other=0.0).to(tl.float32)
+        gain *= scale
+        offset *= scale
+    if shift_ptr is not None:
+        offset += tl.load(shift_ptr + offs_c, mask_c, other=0.0).to(tl.float32)
+    return gain, offset
+
+
+@triton.jit
+def _terms(
+    x_ptr, dy_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, mask_p,
+    mean, rstd, gain, offset,  # [BLOCK_C]
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """xhat and g = dL/dz, [BLOCK_C, BLOCK_P]; g is zero where there is no element."""
+    x = _load(x_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p)
+    offs = lane_c[:, None] * stride_yc + lane_p[None, :] * stride_yp
+    g = tl.load(dy_ptr + offs, mask_c[:, None] & mask_p[None, :], other=0.0).to(tl.float32)
+    xhat = (x - mean[:, None]) * rstd[:, None]
+    if SILU:
+        z = xhat * gain[:, None] + offset[:, None]
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        g *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return xhat, g
+
+
+@triton.jit
+def _channel_sums(
+    x_ptr, dy_ptr, add_ptr, c, lane_c, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, length,
+    mean, rstd, gain, offset, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr,
+):  # fmt: skip
+    """Sums over the positions of g, g * xhat and xhat, [BLOCK_C] each."""
+    lane_p = tl.arange(0, BLOCK_P)
+    sum_g = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    sum_gx = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    sum_x = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for p in range(0, length, BLOCK_P):
+        mask_p = lane_p < length - p
+        xhat, g = _terms(
+            x_ptr, dy_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, mask_p,
+            mean, rstd, gain, offset, SILU,
+        )  # fmt: skip
+        sum_g += g
+        sum_gx += g * xhat
+        sum_x += xhat if EVEN_P else tl.where(mask_p[None, :], xhat, 0.0)
+        x_ptr += BLOCK_P * stride_xp
+        dy_ptr += BLOCK_P * stride_yp
+    return tl.sum(sum_g, axis=1), tl.sum(sum_gx, axis=1), tl.sum(sum_x, axis=1)
+
+
+@triton.jit
+def _write_dx(
+    x_ptr, dy_ptr, dx_ptr, add_ptr, c, lane_c, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, length,
+    mean, rstd, gain, offset, mean_g, mean_gx,  # [BLOCK_C]
+    SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd * (gain * g - mean_g - xhat * mean_gx); returns its sum over the positions, [BLOCK_C]."""
+    lane_p = tl.arange(0, BLOCK_P)
+    total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for p in range(0, length, BLOCK_P):
+        mask_p = lane_p < length - p
+        xhat, g = _terms(
+            x_ptr, dy_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, mask_p,
+            mean, rstd, gain, offset, SILU,
+        )  # fmt: skip
+        dx = rstd[:, None] * (gain[:, None] * g - mean_g[:, None] - xhat * mean_gx[:, None])
+        inside = mask_c[:, None] & mask_p[None, :]
+        total += tl.where(inside, dx, 0.0)
+        offs = lane_c[:, None] * stride_yc + lane_p[None, :] * stride_yp
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), inside)
+        x_ptr += BLOCK_P * stride_xp
+        dy_ptr += BLOCK_P * stride_yp
+        dx_ptr += BLOCK_P * stride_yp
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _from_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, eps, GROUP_SIZE: tl.constexpr):
+    # mean and 1 / std of each group, [BLOCK_G], from the parts' moments
+    offs_part = tl.arange(0, BLOCK_PARTS)
+    mask = mask_g[:, None] & (offs_part < parts)[None, :]
+    offs = (offs_g[:, None] * parts + offs_part[None, :]) * 2
+    part_mean = tl.load(moments_ptr + offs, mask, other=0.0)
+    part_m2 = tl.load(moments_ptr + offs + 1, mask, other=0.0)
+    count = tl.where(mask, tl.minimum(P - offs_part * part_length, part_length)[None, :], 0).to(tl.float32)
+    mean = tl.sum(count * part_mean, axis=1) / P
+    off = tl.where(mask, part_mean - mean[:, None], 0.0)
+    m2 = tl.sum(part_m2 + GROUP_SIZE * count * off * off, axis=1)
+    return mean, 1.0 / tl.sqrt_rn(m2 / (GROUP_SIZE * P).to(tl.float32) + eps)
+
+
+@triton.jit
+def _spread(member, groups):
+    # [BLOCK_G] of the groups -> [BLOCK_C] of their channels; a mask, so that a NaN stays in its group
+    return tl.sum(tl.where(member, groups[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def _gather(member, channels):
+    # the sum over each group's channels: [BLOCK_C] -> [BLOCK_G]
+    return tl.sum(tl.where(member, channels[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def _combine(
+    sums_ptr, parts_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd,
+    offs_g, mask_g, channels, parts, C, P, NC,
+    GROUP_SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The parts' sums to the channels' sums and each group's mean, 1 / std, mean_g and mean_gx."""
+    lane_c, offs_part = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_PARTS)
+    member = _members(lane_c, channels, GROUP_SIZE, BLOCK_G)
+    mean_g = tl.zeros([BLOCK_G], tl.float32)
+    mean_gx = tl.zeros([BLOCK_G], tl.float32)
+    inverse = 1.0 / (GROUP_SIZE * P).to(tl.float32)
+    for c in range(0, CHANNELS, BLOCK_C):
+        mask_c = c + lane_c < channels
+        gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
+        mask = (offs_part < parts)[:, None] & mask_c[None, :]
+        offs = offs_part[:, None] * C + (c + lane_c)[None, :]
+        sum_g = tl.sum(tl.load(parts_ptr + offs, mask, other=0.0), axis=0)
+        sum_gx = tl.sum(tl.load(parts_ptr + parts * NC + offs, mask, other=0.0), axis=0)
+        tl.store(sums_ptr + c + lane_c, sum_g, mask_c)
+        tl.store(sums_ptr + NC + c + lane_c, sum_gx, mask_c)
+        mean_g += _gather(member, gain * sum_g) * inverse
+        mean_gx += _gather(member, gain * sum_gx) * inverse
+    for c in range(0, CHANNELS, BLOCK_C):
+        mask_c = c + lane_c < channels
+        gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
+        mask = (offs_part < parts)[:, None] & mask_c[None, :]
+        offs = offs_part[:, None] * C + (c + lane_c)[None, :]
+        sum_g = tl.sum(tl.load(parts_ptr + offs, mask, other=0.0), axis=0)
+        sum_x = tl.sum(tl.load(parts_ptr + 2 * parts * NC + offs, mask, other=0.0), axis=0)
+        sum_dx = _spread(member, rstd) * (
+            gain * sum_g - P * _spread(member, mean_g) - sum_x * _spread(member, mean_gx)
+        )
+        tl.store(sums_ptr + 2 * NC + c + lane_c, sum_dx, mask_c)
+    tl.store(stats_ptr + offs_g * 4, mean, mask_g)
+    tl.store(stats_ptr + offs_g * 4 + 1, rstd, mask_g)
+    tl.store(stats_ptr + offs_g * 4 + 2, mean_g, mask_g)
+    tl.store(stats_ptr + offs_g * 4 + 3, mean_gx, mask_g)
+
+
+@triton.jit
+def group_norm_silu_backward_kernel(
+    dy_ptr, x_ptr, dx_ptr,  # [N, C, P]; dy and dx are dense, in the layout of x
+    sums_ptr,  # [3, N, C] float32
+    weight_ptr, bias_ptr,  # [C] or None
+    add_ptr, scale_ptr, shift_ptr,  # [N, C] or None
+    moments_ptr,  # [N, G, parts, 2] float32; this and the next two: None in one launch
+    parts_ptr,  # [3, N, parts, C] float32: the sums of g, g * xhat and xhat over a part
+    stats_ptr,  # [N, G, 4] float32: mean, 1 / std, mean_g, mean_gx
+    stride_xn, stride_xc, stride_xp, stride_add, stride_scale, stride_shift,
+    N, C, P, tiles, parts, part_length, eps,
+    STEP: tl.constexpr,  # "all" in one launch, or "moments", "sums", "combine" and "apply"
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE_GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr,
+):  # fmt: skip
+    programs = 1 if STEP == "combine" else parts  # of a tile
+    part = tl.program_id(0) % programs
+    tile = tl.program_id(0) // programs % tiles
+    n = (tl.program_id(0) // programs // tiles).to(tl.int64)
+    CHANNELS: tl.constexpr = TILE_GROUPS * GROUP_SIZE
+    c0 = tile.to(tl.int64) * CHANNELS
+    p0 = part.to(tl.int64) * part_length
+    channels = min(C - tile * CHANNELS, CHANNELS)
+    length = min(P - part * part_length, part_length)
+    stride_yc = 1 if CHANNELS_LAST else P
+    stride_yp = C if CHANNELS_LAST else 1
+    x_ptr += n * stride_xn + c0 * stride_xc + p0 * stride_xp
+    dy_ptr += n * C * P + c0 * stride_yc + p0 * stride_yp
+    dx_ptr += n * C * P + c0 * stride_yc + p0 * stride_yp
+    sums_ptr += n * C + c0
+    NC = N.to(tl.int64) * C
+    weight_ptr = weight_ptr + c0 if weight_ptr is not None else None
+    bias_ptr = bias_ptr + c0 if bias_ptr is not None else None
+    add_ptr = add_ptr + n * stride_add + c0 if add_ptr is not None else None
+    scale_ptr = scale_ptr + n * stride_scale + c0 if scale_ptr is not None else None
+    shift_ptr = shift_ptr + n * stride_shift + c0 if shift_ptr is not None else None
+    lane_c, offs_g = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_G)
+    member = _members(lane_c, channels, GROUP_SIZE, BLOCK_G)
+    mask_g = offs_g * GROUP_SIZE < channels
+    mean_g = tl.zeros([BLOCK_G], tl.float32)
+    mean_gx = tl.zeros([BLOCK_G], tl.float32)
+    if STEP != "all":
+        group = n * (C // GROUP_SIZE) + tile * TILE_GROUPS
+        moments_ptr += group * parts * 2
+        parts_ptr += n * parts * C + c0
+        stats_ptr += group * 4
+
+    if STEP == "all" or STEP == "moments":
+        mean, m2 = _moments(
+            x_ptr, add_ptr, stride_xc, stride_xp, channels, length,
+            GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P, EVEN_P,
+        )  # fmt: skip
+        rstd = 1.0 / tl.sqrt_rn(m2 / (GROUP_SIZE * P).to(tl.float32) + eps)
+        if STEP == "moments":
+            tl.store(moments_ptr + (offs_g * parts + part) * 2, mean, mask_g)
+            tl.store(moments_ptr + (offs_g * parts + part) * 2 + 1, m2, mask_g)
+    elif STEP == "apply":
+        mean = tl.load(stats_ptr + offs_g * 4, mask_g, other=0.0)
+        rstd = tl.load(stats_ptr + offs_g * 4 + 1, mask_g, other=0.0)
+        mean_g = tl.load(stats_ptr + offs_g * 4 + 2, mask_g, other=0.0)
+        mean_gx = tl.load(stats_ptr + offs_g * 4 + 3, mask_g, other=0.0)
+    else:
+        mean, rstd = _from_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, eps, GROUP_SIZE)
+    if STEP == "combine":
+        _combine(
+            sums_ptr, parts_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd,
+            offs_g, mask_g, channels, parts, C, P, NC, GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C,
+        )  # fmt: skip
+    mean_c = _spread(member, mean)
+    rstd_c = _spread(member, rstd)
+    if STEP == "all" or STEP == "sums":
+        inverse = 1.0 / (GROUP_SIZE * P).to(tl.float32)
+        for c in range(0, CHANNELS, BLOCK_C):
+            mask_c = c + lane_c < channels
+            gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
+            sum_g, sum_gx, sum_x = _channel_sums(
+                x_ptr + c * stride_xc, dy_ptr + c * stride_yc, add_ptr, c, lane_c, stride_xc, stride_xp,
+                stride_yc, stride_yp, mask_c, length, mean_c, rstd_c, gain, offset, SILU, BLOCK_C, BLOCK_P, EVEN_P,
+            )  # fmt: skip
+            if STEP == "sums":
+                to = parts_ptr + part * C + c + lane_c
+                tl.store(to, sum_g, mask_c)
+                tl.store(to + parts * NC, sum_gx, mask_c)
+                tl.store(to + 2 * parts * NC, sum_x, mask_c)
+            else:
+                tl.store(sums_ptr + c + lane_c, sum_g, mask_c)
+                tl.store(sums_ptr + NC + c + lane_c, sum_gx, mask_c)
+                mean_g += _gather(member, gain * sum_g) * inverse
+                mean_gx += _gather(member, gain * sum_gx) * inverse
+    if STEP == "all" or STEP == "apply":
+        for c in range(0, CHANNELS, BLOCK_C):
+            mask_c = c + lane_c < channels
+            gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
+            sum_dx = _write_dx(
+                x_ptr + c * stride_xc, dy_ptr + c * stride_yc, dx_ptr + c * stride_yc, add_ptr, c, lane_c,
+                stride_xc, stride_xp, stride_yc, stride_yp, mask_c, length, mean_c, rstd_c, gain, offset,
+                _spread(member, mean_g), _spread(member, mean_gx), SILU, BLOCK_C, BLOCK_P,
+            )  # fmt: skip
+            if STEP == "all":
+                tl.store(sums_ptr + 2 * NC + c + lane_c, sum_dx, mask_c)
+
+
+def configuration(n: int, channels: int, positions: int, groups: int, channels_last: bool) -> Configuration:
+    """The forward's, with at most 8 numbers a thread where 16 warps share the registers: there are three more tiles."""
+    config = forward_configuration(n, channels, positions, groups, channels_last)
+    most = max(4096 // config.block_c, 1) if config.num_warps == 16 else config.block_p
+    return replace(config, block_p=min(config.block_p, most))
+
+
+def group_norm_silu_backward(dy, x, dx, sums, weight, bias, add, scale, shift, groups, eps, silu):
+    """dx and, for each sample and channel, the sums over the positions of g, g * xhat and dx.
+
+    dy, dx             [N, C, ...] dtype of x, dense, in the layout of x
+    x                  [N, C, ...] float16 | bfloat16 | float32; unit stride in the channels or in the positions
+    sums               [3, N, C] float32, dense
+    weight, bias       [C], dense, or None                  dtype of x, or float32
+    add, scale, shift  [N, C], unit stride in C, or None    dtype of x, or float32
+
+    Deterministic. Raises NotImplementedError for strides that are neither, or pass 2^31 inside a tile.
+    """
+    if x.numel() == 0:
+        sums.zero_()
+        return
+    n, channels = x.shape[:2]
+    positions, stride_c, stride_p, channels_last = _as_ncp(x)
+    config = configuration(n, channels, positions, groups, channels_last)
+    if max(config.block_c * max(stride_c, positions), config.block_p * max(stride_p, channels)) >= 1 << 31:
+        raise NotImplementedError(f"group_norm_silu_backward: strides {x.stride()} pass 2^31 inside a tile")
+    tiles, parts = triton.cdiv(groups, config.tile_groups), triton.cdiv(positions, config.part_length)
+    scratch = (None, None, None)
+    if config.split:
+        shapes = (n, groups, parts, 2), (3, n, parts, channels), (n, groups, 4)
+        scratch = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
+    with torch.cuda.device_of(x):
+        for step in ("moments", "sums", "combine", "apply") if config.split else ("all",):
+            group_norm_silu_backward_kernel[(n * tiles * (1 if step == "combine" else parts),)](
+                dy, x, dx, sums, weight, bias, add, scale, shift, *scratch, x.stride(0), stride_c, stride_p, *rows,
+                n, channels, positions, tiles, parts, config.part_length, float(eps),
+                STEP=step, SILU=bool(silu), CHANNELS_LAST=channels_last, GROUP_SIZE=channels // groups,
+                TILE_GROUPS=config.tile_groups, BLOCK_G=triton.next_power_of_2(config.tile_groups),
+                BLOCK_C=config.block_c, BLOCK_P=config.block_p, EVEN_P=positions % config.block_p == 0,
+                num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
+                maxnreg=128 if config.num_warps == 16 else 255,  # left alone, ptxas stops at 64 for some and spills
+            )  # fmt: skip
