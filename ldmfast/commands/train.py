@@ -10,7 +10,7 @@ from ldmfast.commands.common import command
 
 
 def add(commands):
-    from ldmfast.training.config import AutoencoderConfig, DecoderConfig, DenoiserConfig, ScenesConfig
+    from ldmfast.training.config import AutoencoderConfig, DecoderConfig, DenoiserConfig, LoraConfig, ScenesConfig
 
     stages = commands.add_parser("train", help="train the autoencoder, then the denoiser")
     stages = stages.add_subparsers(title="stages", required=True, metavar="STAGE")
@@ -19,12 +19,15 @@ def add(commands):
         ("decoder", DecoderConfig, _train_decoder),
         ("denoiser", DenoiserConfig, _train_denoiser),
         ("scenes", ScenesConfig, _train_scenes),
+        ("lora", LoraConfig, _train_lora),
     ):
         text = config.__doc__.split("\n")[0]
         made = stages.add_parser(name, help=text, description=text)
         made.set_defaults(run=run, config=config)
         made.add_argument("--data", required=True, help="the folder of pictures")
-        if name != "autoencoder":
+        if name == "lora":
+            made.add_argument("--model", help="the saved pipeline to finetune (default: the shipped model)")
+        elif name != "autoencoder":
             made.add_argument("--autoencoder", required=True, help="--output of `ldmfast train autoencoder`")
         made.add_argument("--output", required=True, help="the folder for checkpoints and the finished model")
         made.add_argument("--recipe", help="a recipe's name (`ldmfast recipes`) or YAML file; options override it")
@@ -123,3 +126,14 @@ def _train_scenes(arguments):
     )  # fmt: skip
     if parallel.leave():
         print(f"{Path(arguments.output, 'pipeline')}: loss {history[-1][1]:.4f} at step {history[-1][0]}")
+
+
+def _train_lora(arguments):
+    from ldmfast.training import lora, parallel
+
+    history = lora.train(
+        arguments.data, arguments.model, arguments.output, _config(arguments),
+        restart=arguments.restart, quiet=arguments.quiet,
+    )  # fmt: skip
+    if parallel.leave():
+        print(f"{Path(arguments.output, 'pytorch_lora_weights.safetensors')}: loss {history[-1][1]:.4f}")

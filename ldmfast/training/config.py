@@ -34,7 +34,7 @@ class RunConfig:
     sample_every: int = option(0, "steps between sample grids, in OUTPUT/samples; 0 draws none")
 
     def __post_init__(self):
-        positive = ("batch", "accumulate", "learning_rate", "clip", "save_every", "log_every", "steps", "size")
+        positive = ("batch", "accumulate", "learning_rate", "clip", "save_every", "log_every", "steps", "size", "rank")
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
@@ -122,10 +122,30 @@ class ScenesConfig(DenoiserConfig):
     map_channels: int = option(8, "channels that a semantic map is brought to")
 
 
+@dataclass(frozen=True)
+class LoraConfig(RunConfig):
+    """LoRA: low-rank layers beside a finished denoiser's attention learn a new collection."""
+
+    batch: int = option(8, "latents a step, on each process and in each of `accumulate` parts")
+    steps: int = option(500, "training steps")
+    schedule: str = option("constant_with_warmup", "learning-rate schedule", SCHEDULES)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    ema: float = option(0.99, "decay of the averaged weights, which are what is saved")
+    rank: int = option(8, "rank of each layer's update")
+    alpha: float = option(0.0, "the update is scaled by alpha / rank; 0 means the rank itself, a scale of 1")
+    targets: str = option("to_q,to_k,to_v,to_out.0", "ends of the names of the layers that get one")
+    min_snr: float = option(0.0, "min-SNR-gamma loss weighting; 0 turns it off")
+    guidance_dropout: float = option(0.1, "share of captions replaced by the empty one")
+    plain_captions: float = option(0.5, "share of a picture's draws that use its first caption")
+    latents: str = option("", "a file that keeps the encoded pictures; made if it is not there, checked if it is")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+
+
 # the sections of a recipe, which are the stages of `ldmfast train`
 STAGES = {
     "autoencoder": AutoencoderConfig,
     "decoder": DecoderConfig,
     "denoiser": DenoiserConfig,
     "scenes": ScenesConfig,
+    "lora": LoraConfig,
 }

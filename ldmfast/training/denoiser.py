@@ -7,7 +7,7 @@ import torch
 
 from ldmfast import imagefile
 from ldmfast.diffusion.objective import add_noise, denoising_loss
-from ldmfast.diffusion.schedule import STEPS, alphas_cumprod, make_scheduler
+from ldmfast.diffusion.schedule import alphas_cumprod, make_scheduler
 from ldmfast.models import UNet
 from ldmfast.models.unet2d import UNet2D
 from ldmfast.pipeline import TextToImagePipeline
@@ -60,21 +60,23 @@ def learner(unet, conditioner, config):
     return torch.nn.ModuleDict({"unet": unet, "conditioner": conditioner}) if conditioner.trainable else unet
 
 
-def loss_of(unet, codes, descriptions, config):
+def loss_of(unet, codes, descriptions, config, *, alphas=None, prediction=None):
     """The step's loss as a function of the Draw that the batch, the times and the noise come from.
 
     codes  Latents;   descriptions  Told
+    alphas, prediction   of a model that has its own: cumulative products [T], and what it predicts
     """
-    alphas = alphas_cumprod(config.beta_start, config.beta_end)
+    alphas = alphas_cumprod(config.beta_start, config.beta_end) if alphas is None else alphas.double().cpu()
+    prediction = prediction or config.prediction
 
     def step(draw):
         index = draw.integers(len(codes))
         x0 = codes.draw(index, draw)
         condition = descriptions.draw(index, config, draw)
-        t, noise = draw.integers(STEPS), draw.normal(*codes.shape)
+        t, noise = draw.integers(len(alphas)), draw.normal(*codes.shape)
         alpha_t = alphas[t].to(draw.device)
         predicted = condition.predict(unet, add_noise(x0, noise, alpha_t), t.to(draw.device))
-        return denoising_loss(predicted, x0, noise, alpha_t, prediction=config.prediction, gamma=config.min_snr)
+        return denoising_loss(predicted, x0, noise, alpha_t, prediction=prediction, gamma=config.min_snr)
 
     return step
 

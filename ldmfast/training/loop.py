@@ -95,6 +95,10 @@ class Run:
         """Samples in one step of all processes."""
         return self.config.batch * self.config.accumulate * self.accelerator.num_processes
 
+    def _frozen(self):
+        """Names of the parameters that no checkpoint needs: they came from elsewhere and do not change."""
+        return {name for name, p in self.model.named_parameters() if not p.requires_grad}
+
     def draws(self):
         """The step's micro-batches on this process; together the processes cover the global batch once."""
         c, rank = self.config, self.accelerator.process_index
@@ -103,12 +107,12 @@ class Run:
 
     def state(self):
         """The checkpoint: plain values and tensors."""
-        scaler = self.accelerator.scaler
+        scaler, frozen = self.accelerator.scaler, self._frozen()
         return dict(
             step=self.step,
             config=_plain(self.config),
             global_batch=self.global_batch,
-            model=self.model.state_dict(),
+            model={name: value for name, value in self.model.state_dict().items() if name not in frozen},
             ema=self.ema.state_dict(),
             optimizer=[phase.optimizer.state_dict() for phase in self.phases],
             schedule=[phase.schedule.state_dict() for phase in self.phases],
@@ -126,7 +130,9 @@ class Run:
             other.append(f"batch * accumulate * processes was {state['global_batch']}, is {self.global_batch}")
         if other:
             raise ValueError(f"the checkpoint belongs to another configuration ({'; '.join(other)}); see --restart")
-        self.model.load_state_dict(state["model"])
+        missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
+        if unexpected or set(missing) - self._frozen():
+            raise ValueError(f"the checkpoint is another model's: only one of them has {(unexpected or missing)[0]}")
         self.ema.load_state_dict(state["ema"])
         self.ema.to(self.device)
         for phase, optimizer, schedule in zip(self.phases, state["optimizer"], state["schedule"], strict=True):

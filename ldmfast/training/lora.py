@@ -1,0 +1,51 @@
+"""LoRA finetuning: a few low-rank layers learn a new collection, the pipeline they belong to stays as it is."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ldmfast.models.lora import add_lora, save_lora
+from ldmfast.pipeline import TextToImagePipeline
+from ldmfast.training import latents, parallel, told
+from ldmfast.training.data import load_pictures
+from ldmfast.training.denoiser import grid, loss_of
+from ldmfast.training.loop import Run, fit
+
+
+def train(data, model, folder, config, *, restart=False, quiet=False):
+    """Finetune the saved pipeline `model` on the captioned folder `data`. Returns the losses.
+
+    Writes checkpoints and pytorch_lora_weights.safetensors to `folder`.
+    Raises ValueError for a pipeline whose U-Net wants more than captions (SDXL's sizes).
+    """
+    accelerator = parallel.start(config)
+    pipeline = TextToImagePipeline.from_pretrained(model)
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    if getattr(unet.config, "addition_embed_type", None):
+        raise ValueError(
+            f"train lora: {model} is told {unet.config.addition_embed_type} beside the caption, as SDXL is; models "
+            "that are told a caption alone can be finetuned here"
+        )
+    torch.manual_seed(config.seed)
+    add_lora(unet, config.rank, config.alpha or config.rank, config.targets.split(","))
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    side = unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    pictures = load_pictures(data, side, split="train", captions=True)
+    codes = latents.prepare(pictures, pipeline.vae, file=config.latents, accelerator=accelerator)
+    conditioner = pipeline.encoder
+    descriptions = told.gather(conditioner, [told.texts(row) for row in pictures.rows], accelerator.device)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    run = Run(unet, config, accelerator=accelerator)
+    step = loss_of(
+        unet, codes, descriptions, config, alphas=scheduler.alphas_cumprod, prediction=scheduler.config.prediction_type
+    )
+    history = fit(
+        run, step, Path(folder, "lora.pt"), restart=restart, quiet=quiet, sample=lambda: grid(pipeline, descriptions)
+    )
+    run.finish()
+    if run.main:
+        save_lora(unet, folder)
+        Path(folder, "lora.json").write_text(json.dumps({"model": str(model), "loss": history}, indent=1))
+    return history
