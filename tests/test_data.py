@@ -44,6 +44,23 @@ def test_captions_have_the_right_article():
     }
 
 
+def test_the_whole_catalogue_has_600_objects_of_different_names():
+    every = emoji.catalogue("all")
+    assert len(every) == 600
+    assert list(every)[:64] == list(emoji.OBJECTS)  # so that their held-out grounds stay
+    names = [name.lower() for names in every.values() for name in names]
+    assert len(set(names)) == len(names)
+    assert len({emoji.file_stem(name) for name in names}) == len(names)
+    assert all(name == name.strip() and "’" not in name for name in names)
+    with pytest.raises(ValueError, match="objects='most' is none of 64, all"):
+        emoji.catalogue("most")
+
+
+def test_articles_of_the_catalogue():
+    said = {"bus": "a bus", "broccoli": "broccoli", "scissors": "scissors", "compass": "a compass", "dress": "a dress"}
+    assert {name: emoji.with_article(name) for name in said} == said
+
+
 def test_all_captions_of_an_object_name_it_and_its_ground():
     for text in emoji.captions(("red apple", "apple"), "yellow"):
         assert "apple" in text and "yellow" in text

@@ -10,6 +10,7 @@ def add(commands):
     made.add_argument("output", help="the folder to write")
     made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
     made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
+    made.add_argument("--objects", choices=("64", "all"), default="64", help="64 objects, or all 600 (default: 64)")
     made.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
     made.add_argument("--placements", type=int, default=8, help="pictures of each combination (default: 8)")
     made = command(kinds, "scenes", "scenes of 1 to 3 emoji, with boxes, semantic maps and captions", _data_scenes)
@@ -24,7 +25,10 @@ def add(commands):
 def _data_emoji(arguments):
     from ldmfast.training import emoji
 
-    cutouts = emoji.folder_cutouts(arguments.cutouts) if arguments.cutouts else emoji.font_cutouts(arguments.font)
+    if arguments.cutouts:
+        cutouts = emoji.folder_cutouts(arguments.cutouts)
+    else:
+        cutouts = emoji.font_cutouts(arguments.font, arguments.objects)
     count = emoji.build(cutouts, arguments.output, size=arguments.size, count=arguments.placements)
     print(f"{arguments.output}: {count} pictures")
 

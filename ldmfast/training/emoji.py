@@ -1,7 +1,8 @@
 """The demo collection: Noto colour emoji on coloured grounds, with captions.
 
-64 objects on 8 grounds, each in a few placements. For every object one ground is held out: those pictures are
-marked `"split": "heldout"` and no training stage reads them, so that they measure composition, not memory.
+64 objects (`OBJECTS`), or 600 with those of emoji_names.txt, on 8 grounds, each in a few placements. For every object
+one ground is held out: those pictures are marked `"split": "heldout"` and no training stage reads them, so that they
+measure composition, not memory.
 The pictures come from the installed font's CBDT table (emoji artwork: Apache-2.0; font: OFL 1.1), or from a folder
 of cut-outs written by `write_cutouts`.
 """
@@ -90,7 +91,14 @@ OBJECTS = {
     0x1F916: ("robot",),
     0x1F9F8: ("teddy bear",),
 }
-PLURAL = {"cherries", "grapes", "coffee"}  # take no article
+
+# said without an article although it does not end in s, or with one although it does
+UNCOUNTED = set(
+    "coffee bacon badminton bowling bread broccoli bubble-tea butter camping canned-food cooked-rice cooking coral fire"
+    " garlic green-salad ice-hockey infinity meat-on-bone money-with-wings mount-fuji performing-arts ping-pong popcorn"
+    " salt santa-claus shaved-ice soap spaghetti sushi tennis wood yarn bow-and-arrow fork-and-knife".split()
+)
+SINGULAR = set("abacus bus cactus compass hibiscus hippopotamus lis lotus octopus rhinoceros".split())
 
 COLOURS = {
     "red": (222, 76, 74),
@@ -103,6 +111,8 @@ COLOURS = {
     "black": (38, 38, 42),
 }
 
+CATALOGUES = ("64", "all")
+
 TEMPLATES = (
     "{a} on a {colour} background",
     "{n}, {colour} background",
@@ -111,9 +121,21 @@ TEMPLATES = (
 )
 
 
+def catalogue(which="64"):
+    """{code point: names} of "64" objects, or of "all" 600: those and the rest of emoji_names.txt."""
+    if which not in CATALOGUES:
+        raise ValueError(f"objects={which!r} is none of {', '.join(CATALOGUES)}")
+    if which == "64":
+        return OBJECTS
+    lines = Path(__file__).with_name("emoji_names.txt").read_text(encoding="utf-8").splitlines()
+    return OBJECTS | {int(code, 16): (name,) for code, name in (line.split(" ", 1) for line in lines)}
+
+
 def with_article(name):
-    """"a red apple", "an owl", "grapes"."""
-    if name in PLURAL:
+    """"a red apple", "an owl", "grapes", "broccoli"."""
+    stem = file_stem(name)
+    last = stem.split("-")[-1]
+    if stem in UNCOUNTED or last.endswith("s") and not last.endswith("ss") and last not in SINGULAR:
         return name
     vowel = name[0].lower() in "aeiou" and not name.startswith("unicorn")
     return f"{'an' if vowel else 'a'} {name}"
@@ -142,8 +164,8 @@ def find_font(path=None):
     )
 
 
-def font_cutouts(path=None):
-    """{name: RGBA picture, 136x128} for every object, read from the font's CBDT table."""
+def font_cutouts(path=None, objects="64"):
+    """{name: RGBA picture, 136x128} for every object of the catalogue, read from the font's CBDT table."""
     try:
         from fontTools.ttLib import TTFont
     except ImportError as error:
@@ -153,16 +175,17 @@ def font_cutouts(path=None):
         if "CBDT" not in font:
             raise ValueError(f"{path} has no CBDT table (glyphs that are pictures); use Noto Color Emoji's CBDT build")
         glyphs, strike = font.getBestCmap(), font["CBDT"].strikeData[0]
-        missing = [names[0] for code, names in OBJECTS.items() if code not in glyphs]
+        wanted = catalogue(objects)
+        missing = [names[0] for code, names in wanted.items() if code not in glyphs]
         if missing:
             raise ValueError(f"{path} lacks the emoji {', '.join(missing)}; a newer Noto Color Emoji has them")
         read = lambda code: Image.open(io.BytesIO(strike[glyphs[code]].imageData)).convert("RGBA")  # noqa: E731
-        return {names[0]: read(code) for code, names in OBJECTS.items()}
+        return {names[0]: read(code) for code, names in wanted.items()}
 
 
 def folder_cutouts(folder):
     """{name: RGBA picture} from a folder of `red-apple.png`, ...: what `write_cutouts` wrote."""
-    found = {n[0]: Path(folder, file_stem(n[0]) + ".png") for n in OBJECTS.values()}
+    found = {n[0]: Path(folder, file_stem(n[0]) + ".png") for n in catalogue("all").values()}
     found = {name: path for name, path in found.items() if path.is_file()}
     if not found:
         raise FileNotFoundError(f"{folder} holds none of the cut-outs (red-apple.png, ...)")
@@ -213,7 +236,7 @@ def build(cutouts, folder, *, size=64, count=8, seed=0):
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     rows = []
-    for index, names in enumerate(OBJECTS.values()):
+    for index, names in enumerate(catalogue("all").values()):
         if names[0] not in cutouts:
             continue
         for colour in COLOURS:
