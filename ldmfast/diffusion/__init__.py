@@ -4,9 +4,13 @@ import importlib
 
 _HOMES = {
     "DDIMScheduler": "ldmfast.diffusion.ddim",
+    "DDPMScheduler": "ldmfast.diffusion.ddpm",
+    "PNDMScheduler": "ldmfast.diffusion.pndm",
+    "SAMPLERS": "ldmfast.diffusion.samplers",
     "add_noise": "ldmfast.diffusion.objective",
     "alphas_cumprod": "ldmfast.diffusion.schedule",
     "denoising_loss": "ldmfast.diffusion.objective",
+    "make_sampler": "ldmfast.diffusion.samplers",
     "make_scheduler": "ldmfast.diffusion.schedule",
 }
 __all__ = list(_HOMES)

@@ -1,0 +1,77 @@
+"""`PNDMScheduler`: diffusers' PNDMScheduler, PLMS above all, whose update is one op."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+from ldmfast import ops
+from ldmfast.diffusion.guidance import guide
+
+# Adams-Bashforth: what the newest, the one before it, ... count for, by how many outputs there are
+MULTISTEP = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+class PNDMScheduler(diffusers.PNDMScheduler):
+    """Constructed, configured, loaded and saved as diffusers' PNDMScheduler is. `step` also takes `guidance`.
+
+    With skip_prk_steps it is PLMS: the DDIM update (eta 0) of a linear multistep prediction, the first step being
+    done twice, as Heun does it. The Runge-Kutta steps of PNDM proper run as the parent's.
+    Source: Liu et al. 2022 (arXiv 2202.09778), formula 12; the sampler of Rombach et al. 2022's released code.
+    """
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+        *,
+        guidance: float | None = None,
+    ) -> SchedulerOutput | tuple:
+        """x_t [N, ...] to x_{t-1}. With `guidance`, model_output is [2N, ...], the unconditional half first.
+
+        Called once for each of `timesteps` in their order. Raises ValueError before set_timesteps.
+        """
+        if guidance is not None:  # here, and not in the op: the history keeps guided outputs, half as large
+            model_output = guide(model_output, guidance)
+        return super().step(model_output, timestep, sample, return_dict)
+
+    def step_plms(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple:
+        """The update of `step` once there is no Runge-Kutta step left."""
+        if self.num_inference_steps is None:
+            raise ValueError("the number of steps is not set: call set_timesteps first")
+        if not self.config.skip_prk_steps and len(self.ets) < 3:
+            raise ValueError("step_plms without skip_prk_steps comes after 12 Runge-Kutta steps: call step")
+        now, stride = int(timestep), self.config.num_train_timesteps // self.num_inference_steps
+        if self.counter == 1:  # the first step again, from where it began, with the mean of the slopes at both ends
+            model_output, sample = (model_output + self.ets[-1]) / 2, self.cur_sample
+            now, self.cur_sample = now + stride, None
+        else:
+            self.ets = [*self.ets[-3:], model_output]
+            self.cur_sample = sample if self.counter == 0 else self.cur_sample
+            model_output = _multistep(self.ets)
+        before = now - stride
+        alpha_prev = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
+        prev, x0 = ops.ddim_step(
+            sample, model_output, self.alphas_cumprod[now].item(), alpha_prev.item(),
+            prediction=self.config.prediction_type,
+        )  # fmt: skip
+        self.counter += 1
+        return SchedulerOutput(prev_sample=prev) if return_dict else (prev,)
+
+
+def _multistep(outputs: list[torch.Tensor]) -> torch.Tensor:
+    weights = MULTISTEP[len(outputs)]
+    total = outputs[-1] * weights[0] if len(weights) > 1 else outputs[-1]
+    for weight, output in zip(weights[1:], reversed(outputs[:-1]), strict=True):
+        total = torch.add(total, output, alpha=weight)
+    return total

@@ -1,0 +1,102 @@
+"""The denoising loop, one for every sampler, and what can be done between its steps."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from ldmfast.diffusion.guidance import guide
+
+
+@torch.no_grad()
+def sample(
+    predict, x, scheduler, times, *, guidance=None, rescale=0.0, eta=0.0, generators=None, after=None, watch=None
+):  # fmt: skip
+    """From the noisy x [N, ...] at times[0] to the clean sample [N, ...].
+
+    predict     (x [N, ...], t) -> the model's output [N, ...], or [2N, ...], unconditional half first, with guidance
+    scheduler   one of diffusers' interface, its timesteps set; ours combine the guidance in their own pass
+    times       its timesteps, or the later ones (`begin_at`)
+    guidance    scale of classifier-free guidance; None: none.    rescale  `guidance.guide`'s
+    eta         how stochastic DDIM is, 0 to 1
+    generators  N generators, one a picture, of the noise that a stochastic sampler adds
+    after       (x, i) -> x, what to make of the sample after step i
+    watch       (i, function that returns the predicted x0 [N, ...]), called after step i
+
+    Raises ValueError if the scheduler takes no eta.
+    """
+    takes = inspect.signature(scheduler.step).parameters
+    fused = guidance is not None and not rescale and "guidance" in takes
+    options = {"guidance": guidance} if fused else {}
+    if "generator" in takes:
+        options["generator"] = generators
+    if eta:
+        if "eta" not in takes:
+            raise ValueError(f"eta={eta}: {type(scheduler).__name__} takes none; eta belongs to ddim")
+        options["eta"] = eta
+    for i, t in enumerate(times):
+        seen = scheduler.scale_model_input(x, t)
+        output = predict(seen, t)
+        if guidance is not None and not fused:
+            output = guide(output, guidance, rescale)
+        result = scheduler.step(output, t, x, **options)
+        x = result.prev_sample.to(x.dtype)
+        if after:
+            x = after(x, i)
+        if watch:
+            watch(i, lambda: _x0(scheduler, result, seen, output, t, guidance if fused else None))  # noqa: B023
+    return x
+
+
+def _x0(scheduler, result, x, output, t, guidance):
+    """The predicted clean sample: what the scheduler says, else from x and the output at the schedule's time t."""
+    if (x0 := result.get("pred_original_sample")) is not None:
+        return x0
+    output = output if guidance is None else guide(output, guidance)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind == "sample":
+        return output
+    alphas = scheduler.alphas_cumprod
+    alpha = alphas[round(float(t))].item()  # Karras' times lie between the schedule's
+    a, b = alpha**0.5, (1 - alpha) ** 0.5
+    return a * x - b * output if kind == "v_prediction" else (x - b * output) / a
+
+
+def begin_at(scheduler, steps, first, device=None):
+    """The timesteps of `steps` steps without the first `first` of them, for img2img. Sets the scheduler's state.
+
+    Schedulers of order 2 have two timesteps a step; PLMS does its first step twice, wherever it begins.
+    """
+    scheduler.set_timesteps(steps, device=device)
+    times = scheduler.timesteps
+    if not first:
+        return times
+    if getattr(scheduler.config, "skip_prk_steps", False) and len(times) > steps:
+        plain = times[[0, *range(2, len(times))]][first:]
+        return torch.cat([plain[:2], plain[1:]])
+    first *= scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return times[first:]
+
+
+def starting_point(scheduler, times, noise, latents=None):
+    """x at times[0]: the noise at the scheduler's scale, or the latents [N, ...] with noise to that time's level."""
+    if latents is None:
+        return noise * scheduler.init_noise_sigma
+    return scheduler.add_noise(latents, noise, times[:1])
+
+
+def keep_known(scheduler, times, latents, noise, mask):
+    """`after` for inpainting with any model: outside of the mask, the known latents at the next time's noise level.
+
+    latents, noise [N, c, h, w]; mask [N, 1, h, w], 1 where to draw.
+    Source: Lugmayr et al. 2022 (arXiv 2201.09865), formula 8, without the resampling.
+    """
+
+    def after(x, i):
+        known = latents if i + 1 == len(times) else scheduler.add_noise(latents, noise, times[i + 1 : i + 2])
+        return torch.where(mask > 0, x, known)
+
+    return after
