@@ -14,6 +14,9 @@ from ldmfast._version import __version__
 _HOMES = {
     "AutoencoderKL": "ldmfast.models.autoencoder",
     "DDIMScheduler": "ldmfast.diffusion.ddim",
+    "DDPMScheduler": "ldmfast.diffusion.ddpm",
+    "LatentDiffusionPipeline": "ldmfast.pipeline",
+    "PNDMScheduler": "ldmfast.diffusion.pndm",
     "TextToImagePipeline": "ldmfast.pipeline",
     "UNet": "ldmfast.models.unet",
     "UNet2D": "ldmfast.models.unet2d",

@@ -1,39 +1,49 @@
-"""From a prompt to a picture: text encoder, guided denoising, one decode.
+"""From what is asked for to pictures: conditioning, guided denoising, one decode.
 
 >>> pipe = TextToImagePipeline.from_pretrained()
 >>> pipe("a red apple on a yellow background", seeds=3)[0].save("apple.png")
+>>> pipe("a pear on a blue background", sampler="dpm++", image=Image.open("apple.png"), strength=0.7)
 
-A saved pipeline is a folder in diffusers' layout (unet/, vae/, scheduler/, model_index.json) with ldmfast.json beside
-it, which names the text encoder. The text encoder itself is not copied.
+pipeline_files.py describes the folder that a pipeline is saved to, request.py what is checked of a call.
 """
 
-import copy
-import json
+from __future__ import annotations
+
+import dataclasses
 from pathlib import Path
 
-import diffusers
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
-from ldmfast.diffusion.ddim import DDIMScheduler
-from ldmfast.models import AutoencoderKL, TextEncoder, UNet
+from ldmfast.diffusion import sampling
+from ldmfast.diffusion.samplers import make_sampler
+from ldmfast.models.conditioning import Condition, Hybrid, Unconditional
+from ldmfast.models.first_stage import decode_first_stage, downsampling, encode_first_stage
+from ldmfast.pictures import to_pil
+from ldmfast.pipeline_files import load_parts, save_parts
+from ldmfast.request import Request, listed, make_canvas, seed_list
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "emoji64"
-STEPS, GUIDANCE = 25, 3.0
+STEPS, GUIDANCE, STRENGTH = 25, 3.0, 0.8
 
 
-class TextToImagePipeline:
-    """unet, vae, scheduler and encoder (a TextEncoder), all of them replaceable attributes."""
+class LatentDiffusionPipeline:
+    """A denoiser with its first stage, noise schedule and conditioner, all of them replaceable attributes.
 
-    def __init__(self, unet, vae, scheduler, encoder, *, text_encoder_name="minilm"):
-        if unet.config.cross_attention_dim != encoder.width:
-            raise ValueError(
-                f"the text encoder's states are {encoder.width} wide; "
-                f"this U-Net expects {unet.config.cross_attention_dim}"
-            )
-        self.unet, self.vae, self.scheduler, self.encoder = unet.eval(), vae.eval(), scheduler, encoder
-        self.text_encoder_name = text_encoder_name
+    unet         UNet or UNet2D
+    vae          AutoencoderKL or VQModel
+    scheduler    a diffusers scheduler: the noise schedule, and the sampler unless a call names another
+    conditioner  a Conditioner; None for a model that is told nothing
+    guidance     the scale of classifier-free guidance where a call names none
+    """
+
+    def __init__(self, unet, vae, scheduler, conditioner=None, *, guidance=GUIDANCE):
+        conditioner = Unconditional() if conditioner is None else conditioner
+        width, wanted = getattr(conditioner, "width", None), unet.config.get("cross_attention_dim")
+        if width is not None and wanted is not None and width != wanted:
+            raise ValueError(f"the text encoder's states are {width} wide; this U-Net expects {wanted}")
+        self.unet, self.vae, self.scheduler, self.conditioner = unet.eval(), vae.eval(), scheduler, conditioner
+        self.guidance = guidance
 
     @classmethod
     def from_pretrained(cls, folder=None, *, text_encoder=None, dtype=torch.float32):
@@ -42,129 +52,179 @@ class TextToImagePipeline:
         text_encoder  "minilm", a hub name or a folder, in place of the one that the pipeline names
         Raises FileNotFoundError if a part is missing, ValueError if one is damaged, OSError without a text encoder.
         """
-        folder = Path(folder or DEFAULT_MODEL)
-        for part in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
-            if not (folder / part).is_file():
-                raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no {part}")
-        extra = folder / "ldmfast.json"
-        settings = json.loads(extra.read_text()) if extra.is_file() else {}
-        name = text_encoder or settings.get("text_encoder", "minilm")
-        unet, vae = (_load(kind, folder / part, dtype) for kind, part in ((UNet, "unet"), (AutoencoderKL, "vae")))
-        encoder = TextEncoder.from_pretrained(name)
-        return cls(unet, vae, DDIMScheduler.from_pretrained(folder / "scheduler"), encoder, text_encoder_name=name)
+        return cls(**load_parts(folder or DEFAULT_MODEL, text_encoder=text_encoder, dtype=dtype))
 
     def save_pretrained(self, folder, *, dtype=None):
-        """Write diffusers' layout. `dtype` converts the weights in the files only."""
-        folder = Path(folder)
-        for name in ("unet", "vae"):
-            module = copy.deepcopy(getattr(self, name))  # a cast there and back would round the live weights
-            torch.nn.Module.to(module, dtype or module.dtype).save_pretrained(folder / name)
-            _forget_origin(folder / name / "config.json")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        (folder / "model_index.json").write_text(json.dumps(_model_index(), indent=2) + "\n")
-        (folder / "ldmfast.json").write_text(json.dumps({"text_encoder": self.text_encoder_name}) + "\n")
+        """Write the folder that `from_pretrained` reads. `dtype` converts the weights in the files only."""
+        parts = {name: getattr(self, name) for name in ("unet", "vae", "scheduler", "conditioner", "guidance")}
+        save_parts(folder, **parts, dtype=dtype)
 
     def to(self, *args, **kwargs):
         """Move (and cast) the networks, as torch.nn.Module.to does."""
-        for part in (self.unet, self.vae, self.encoder):
+        for part in (self.unet, self.vae, self.conditioner):
             part.to(*args, **kwargs)
         return self
 
-    def __call__(self, prompts, *, steps=STEPS, guidance=GUIDANCE, seeds=0, batch=16, progress=False):
-        """Draw one picture for each prompt.
+    def __call__(
+        self, inputs=None, *, steps=STEPS, guidance=None, guidance_rescale=0.0, seeds=0, batch=16, sampler=None,
+        eta=0.0, size=None, image=None, mask=None, strength=None, progress=False, on_preview=None, preview_every=5,
+    ):  # fmt: skip
+        """Draw one picture for each input.
 
-        prompts   a string, or N of them
+        inputs    a list of N of what the conditioner takes (captions, classes, ...), or one of them; for a model that
+                  is told nothing, how many pictures
+        guidance  scale of classifier-free guidance; 1 turns it off.   guidance_rescale  0 to 1: Lin et al. 2023's phi
         seeds     an int (picture i gets seeds + i) or N ints; a seed gives the same picture in any batch
-        guidance  scale of classifier-free guidance; 1 turns it off
+        sampler   a name of diffusion.samplers.SAMPLERS, a diffusers scheduler or its class; None: the model's own
+        eta       how stochastic DDIM is, 0 to 1
+        size      (width, height) in pixels; None: the image's, or what the model was trained on
+        image     a PIL picture or tensor [3, H, W] in [-1, 1], one for all or N: where to begin; for a model that
+                  takes a picture beside the latent, that picture
+        mask      where to draw anew: white in a PIL picture, 1 in a tensor [1, H, W]; the rest of image stays
+        strength  how much of the schedule is run on image, above 0 to 1; None: 0.8, with a mask 1
+        on_preview, preview_every   called every so many steps as (step, steps, PIL pictures of the predicted result)
         returns   N PIL pictures
 
-        Raises ValueError for an empty prompt, fewer than one step, or seeds that do not match the prompts.
+        Raises ValueError or TypeError naming the argument that is wrong, FloatingPointError if a picture overflows.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
-        _check(prompts, steps, guidance, seeds, batch, self.scheduler.config.num_train_timesteps)
-        pictures = []
-        starts = range(0, len(prompts), batch)
-        with tqdm(total=steps * len(starts), unit="step", disable=not progress) as bar:
+        inputs = listed(inputs, isinstance(self.conditioner, Unconditional))
+        seeds = seed_list(seeds, len(inputs))
+        if batch < 1 or preview_every < 1:
+            raise ValueError(f"batch={batch} and preview_every={preview_every} must be at least 1")
+        request = Request(
+            make_sampler(sampler, self.scheduler), steps, self._guidance(guidance), guidance_rescale, eta,
+            self._strength(strength, image, mask),
+        )  # fmt: skip
+        canvas = self.canvas(len(inputs), size, image, mask)
+        drawn, starts = [], range(0, len(inputs), batch)
+        with tqdm(unit="step", disable=not progress) as bar:
             for i in starts:
-                latents = self.denoise(prompts[i : i + batch], seeds[i : i + batch], steps, guidance, bar.update)
-                pictures += self.decode(latents)
-        return pictures
+                part = slice(i, i + batch)
+                watch = self._watcher(bar, len(starts), canvas[part], on_preview, preview_every)
+                latents = self.denoise(inputs[part], seeds[part], request, canvas[part], watch)
+                drawn += to_pil(canvas[part].paste(self.decode(latents)))
+        return drawn
+
+    def canvas(self, count, size=None, image=None, mask=None):
+        """The Canvas that `count` pictures are drawn on. Raises ValueError for sizes that do not fit."""
+        side = self.unet.config.sample_size
+        trained = (side, side) if isinstance(side, int) else tuple(side)
+        enlarged = self._pictures == ("image",)
+        factor = downsampling(self.vae)
+        return make_canvas(count, trained, factor, size=size, image=image, mask=mask, enlarged=enlarged)
 
     @torch.no_grad()
-    def denoise(self, prompts, seeds, steps, guidance, on_step=lambda: None):
-        """DDIM with guidance (Song et al. 2020; Ho & Salimans 2022). Returns latents [N, z, h, w]."""
-        device, dtype = self.unet.device, self.unet.dtype
-        guided = guidance != 1
-        prompts = ([""] * len(prompts) if guided else []) + prompts
-        states = self.encoder.states(prompts)  # [2N or N, L, E], empty ones first
-        states = states.to(device, dtype)
-        x = self.noise(seeds).to(device, dtype)
-        self.scheduler.set_timesteps(steps, device=device)
-        for t in self.scheduler.timesteps:
-            predicted = self.unet(torch.cat([x, x]) if guided else x, t, encoder_hidden_states=states).sample
-            x = self.scheduler.step(predicted, t, x, guidance=guidance if guided else None).prev_sample
-            on_step()
-        return x
+    def denoise(self, inputs, seeds, request, canvas=None, watch=None):
+        """Latents [N, z, h, w] for N inputs and seeds.   watch(i, times, function giving the predicted latents)"""
+        canvas = self.canvas(len(inputs)) if canvas is None else canvas
+        device, dtype, scheduler = self.unet.device, self.unet.dtype, request.scheduler
+        told = self.condition(inputs, canvas, request.guided).to(device, dtype)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = self._noise(generators, canvas.size).to(device, dtype)
+        times = sampling.begin_at(scheduler, request.steps, request.skipped, device)
+        known = None
+        if canvas.image is not None and not (self._pictures and not request.skipped):
+            known = encode_first_stage(self.vae, canvas.image.to(device, self.vae.dtype)).to(dtype)
+        keep = None
+        if canvas.mask is not None and not self._pictures:
+            keep = sampling.keep_known(scheduler, times, known, noise, canvas.latent_mask().to(device))
 
-    def noise(self, seeds):
-        """The starting noise [N, z, h, w], each picture's from its own generator on the CPU."""
-        side = self.unet.config.sample_size
-        shape = (self.unet.config.in_channels, side, side)
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        def predict(x, t):
+            return told.predict(self.unet, torch.cat([x, x]) if request.guided else x, t)
+
+        return sampling.sample(
+            predict, sampling.starting_point(scheduler, times, noise, known if request.skipped else None), scheduler,
+            times, guidance=request.guidance if request.guided else None, rescale=request.rescale, eta=request.eta,
+            generators=generators, after=keep, watch=watch and (lambda i, x0: watch(i, times, x0)),
+        )  # fmt: skip
+
+    def condition(self, inputs, canvas, guided):
+        """What the denoiser is told, [N]; guided, [2N] with nothing told to the first N but the canvas' pictures."""
+        told = self.conditioner(self._with_pictures(inputs, canvas))
+        if not guided:
+            return told
+        empty = self.conditioner.empty(len(inputs))
+        if self._pictures:
+            empty = dataclasses.replace(empty, concat=told.concat)
+        return Condition.cat([empty, told])
+
+    def noise(self, seeds, size=None):
+        """The starting noise [N, z, h, w] of N seeds."""
+        return self._noise([torch.Generator().manual_seed(seed) for seed in seeds], size or self.canvas(1).size)
+
+    def _noise(self, generators, size):
+        """Each picture's from its own generator, on the CPU, so that it is the same in any batch and on any device."""
+        shape = (self.vae.config.latent_channels, *size)
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents [N, z, h, w] to PIL pictures."""
-        decoded = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+        """Latents [N, z, h, w] to pictures [N, 3, H, W] in [-1, 1], not clamped, float32 on the CPU."""
+        decoded = decode_first_stage(self.vae, latents.to(self.vae.dtype)).float().cpu()
         if not torch.isfinite(decoded).all():
             raise FloatingPointError(f"the decoded picture is not finite (weights in {self.vae.dtype}); use float32")
-        pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in pixels]
+        return decoded
+
+    @property
+    def _pictures(self):
+        """What the model takes beside the latent: (), ("image",) or ("image", "mask")."""
+        return self._picture_member()[1]
+
+    def _picture_member(self):
+        """(its name in a Hybrid, or None; its `pictures`) of the conditioner that takes pictures."""
+        hybrid = isinstance(self.conditioner, Hybrid)
+        members = self.conditioner.members.items() if hybrid else [(None, self.conditioner)]
+        return next(((name, m.pictures) for name, m in members if m.pictures), (None, ()))
+
+    def _with_pictures(self, inputs, canvas):
+        """The inputs with each one's image, or image and mask, for the conditioner that takes them."""
+        name, wanted = self._picture_member()
+        if not wanted:
+            return inputs
+        told = list(canvas.image)
+        if "mask" in wanted:
+            told = [{"image": image, "mask": mask} for image, mask in zip(told, canvas.mask, strict=True)]
+        if name is None:
+            return told
+        other = next(n for n in self.conditioner.members if n != name)
+        inputs = [value if isinstance(value, dict) else {other: value} for value in inputs]
+        return [{**value, name: picture} for value, picture in zip(inputs, told, strict=True)]
+
+    def _guidance(self, guidance):
+        if not isinstance(self.conditioner, Unconditional):
+            return self.guidance if guidance is None else guidance
+        if guidance not in (None, 1):
+            raise ValueError(f"guidance={guidance}: this model is told nothing, so there is nothing to guide towards")
+        return 1.0
+
+    def _strength(self, strength, image, mask):
+        wanted = self._pictures
+        for name, value in (("image", image), ("mask", mask)):
+            if name in wanted and value is None:
+                raise ValueError(f"{name} is missing: this model takes {' and '.join(wanted)} beside the latent")
+        if wanted == ("image",) and (strength is not None or mask is not None):
+            raise ValueError("strength and mask belong to models that begin at an image; this one enlarges it")
+        if strength is not None and image is None:
+            raise ValueError(f"strength={strength} is given without image")
+        if strength is None:
+            return 1.0 if image is None or mask is not None or wanted else STRENGTH
+        return strength
+
+    def _watcher(self, bar, batches, canvas, on_preview, every):
+        """What to do after each step: move the bar, and show the predicted pictures every so often."""
+
+        def watch(i, times, x0):
+            bar.total = len(times) * batches
+            bar.update()
+            if on_preview and (i + 1) % every == 0 and i + 1 < len(times):
+                on_preview(i + 1, len(times), to_pil(canvas.paste(self.decode(x0()))))
+
+        return watch
 
 
-def _forget_origin(path):
-    """Drop the path that the part was once loaded from: it means nothing elsewhere."""
-    settings = json.loads(path.read_text())
-    settings.pop("_name_or_path", None)
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+class TextToImagePipeline(LatentDiffusionPipeline):
+    """The pipeline of a model that is told a caption; `encoder` is its TextEncoder."""
 
-
-def _load(kind, folder, dtype):
-    try:
-        return kind.from_pretrained(folder, torch_dtype=dtype)
-    except Exception as error:  # diffusers and safetensors raise many types for a damaged file
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder} could not be loaded: {reason}") from error
-
-
-def _check(prompts, steps, guidance, seeds, batch, longest):
-    if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
-        raise ValueError("the prompt is empty: say what to draw, as in 'a red apple on a yellow background'")
-    if not 1 <= steps <= longest:
-        raise ValueError(f"steps={steps} must lie between 1 and {longest}")
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance={guidance} must be a finite number, 0 or more")
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed a prompt, or a single number")
-    if any(not 0 <= seed < 2**63 for seed in seeds):
-        raise ValueError("seeds must lie between 0 and 2**63 - 1")
-    if batch < 1:
-        raise ValueError(f"batch={batch} must be at least 1")
-
-
-def _model_index():
-    """What StableDiffusionPipeline.from_pretrained(folder, text_encoder=..., tokenizer=...) reads."""
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": [None, None],
-        "tokenizer": [None, None],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    @property
+    def encoder(self):
+        return self.conditioner

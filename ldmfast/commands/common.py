@@ -1,5 +1,7 @@
 """What several commands share."""
 
+import argparse
+
 
 def command(commands, name, text, run):
     """A parser for `name` among `commands`, which calls run(arguments)."""
@@ -11,14 +13,34 @@ def command(commands, name, text, run):
 def add_model_options(command):
     command.add_argument("--model", help="a saved pipeline's folder (default: the shipped model)")
     command.add_argument("--text-encoder", help="'minilm', a hub name or a folder; default: the one trained with")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                         help="of the networks (default: float32)")  # fmt: skip
     command.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
-    command.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 turns it off (default: 3)")
+    command.add_argument("--guidance", type=float, help="guidance scale; 1 turns it off (default: the model's)")
     command.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def pipeline(arguments):
-    """The pipeline that --model and --text-encoder name."""
-    from ldmfast.pipeline import TextToImagePipeline
+def width_height(text):
+    """"96x64" -> (96, 64), and "64" -> (64, 64)."""
+    sides = text.lower().split("x")
+    if not all(side.isascii() and side.isdigit() for side in sides) or len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in pixels such as 96x64")
+    return int(sides[0]), int(sides[-1])
 
-    return TextToImagePipeline.from_pretrained(arguments.model, text_encoder=arguments.text_encoder)
+
+def pipeline(arguments):
+    """The pipeline that --model, --text-encoder, --device and --dtype name."""
+    import torch
+
+    from ldmfast.pipeline import LatentDiffusionPipeline
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    dtype = getattr(torch, arguments.dtype)
+    pipe = LatentDiffusionPipeline.from_pretrained(arguments.model, text_encoder=arguments.text_encoder, dtype=dtype)
+    return pipe.to(device)

@@ -22,13 +22,14 @@ def run(arguments):
     from ldmfast.training.evaluate import evaluate
 
     pipe = pipeline(arguments)
+    guidance = pipe.guidance if arguments.guidance is None else arguments.guidance
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data
         if data is None:
             data = Path(scratch, "emoji")
             emoji.build(emoji.font_cutouts(arguments.font), data, size=pipe.vae.config.sample_size)
         report = evaluate(
-            pipe, data, samples=arguments.samples, steps=arguments.steps, guidance=arguments.guidance,
+            pipe, data, samples=arguments.samples, steps=arguments.steps, guidance=guidance,
             seed=arguments.seed, progress=not arguments.quiet,
         )  # fmt: skip
     text = json.dumps(report, indent=2)

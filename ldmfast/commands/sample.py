@@ -1,39 +1,109 @@
-"""`ldmfast sample`: pictures from prompts."""
+"""`ldmfast sample`: pictures from prompts, and from pictures."""
 
+import contextlib
 import sys
+from pathlib import Path
 
-from ldmfast.commands.common import add_model_options, command, pipeline
+from ldmfast.commands.common import add_model_options, command, pipeline, width_height
 
 
 def add(commands):
     made = command(commands, "sample", "draw pictures from prompts", run)
-    made.add_argument("prompt", nargs="+", help="what to draw")
+    made.add_argument("prompt", nargs="*", help="what to draw; none for a model that is told nothing")
     made.add_argument("-o", "--output", required=True, help="the picture to write: .png, .jpg or .webp")
     made.add_argument("-n", "--number", type=int, default=1, help="pictures of each prompt, laid out as a grid")
     made.add_argument("--batch", type=int, default=16, help="pictures drawn at once (default: 16)")
     made.add_argument("--columns", type=int, help="columns of the grid (default: the square-most)")
-    made.add_argument("--scale", type=int, default=4, help="enlarge by this factor (default: 4; 1 keeps the pixels)")
+    made.add_argument("--scale", type=int, help="enlarge by this factor (default: to about 256 pixels)")
+    made.add_argument("--size", type=width_height, metavar="WxH", help="pixels; default: the image's or the model's")
+    _add_sampler_options(made)
+    _add_image_options(made)
     add_model_options(made)
+
+
+def _add_sampler_options(made):
+    from ldmfast.diffusion.samplers import SAMPLERS
+
+    group = made.add_argument_group("sampler")
+    group.add_argument("--sampler", choices=SAMPLERS, metavar="NAME", help=", ".join(SAMPLERS))
+    group.add_argument("--eta", type=float, default=0.0, help="how stochastic ddim is, 0 to 1 (default: 0)")
+    group.add_argument("--guidance-rescale", type=float, default=0.0, metavar="PHI",
+                       help="0 to 1: keep the contrast of the unguided prediction (default: 0)")  # fmt: skip
+    group.add_argument("--preview-every", type=int, metavar="K",
+                       help="write NAME.preview.png every K steps while it runs")  # fmt: skip
+
+
+def _add_image_options(made):
+    group = made.add_argument_group("from a picture")
+    group.add_argument("--image", metavar="FILE", help="begin at this picture; or the one that the model enlarges")
+    group.add_argument("--mask", metavar="FILE", help="draw anew where this picture is white; the rest stays")
+    group.add_argument("--strength", type=float, metavar="S",
+                       help="above 0 to 1: how much of --image is drawn anew (0.8; with --mask 1)")  # fmt: skip
 
 
 def run(arguments):
     from ldmfast import imagefile
 
-    if arguments.number < 1:
-        raise ValueError(f"--number {arguments.number} must be at least 1")
-    if arguments.scale < 1:
-        raise ValueError(f"--scale {arguments.scale} must be at least 1")
-    if arguments.columns is not None and arguments.columns < 1:
-        raise ValueError(f"--columns {arguments.columns} must be at least 1")
-    with imagefile.writing(arguments.output) as write:
-        prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.number)]
+    for name in ("number", "scale", "columns", "preview_every"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    image, mask = (_read(path, arguments.size) for path in (arguments.image, arguments.mask))
+    with imagefile.writing(arguments.output) as write, contextlib.ExitStack() as after:
         pipe = pipeline(arguments)
-        for caption in pipe.encoder.cut(arguments.prompt):
-            print(f"ldmfast: only the first {pipe.encoder.tokens} tokens count of: {caption}", file=sys.stderr)
+        asked = _inputs(arguments, pipe)
+        columns = arguments.columns or (arguments.number if len(asked) > 1 else None)
+
+        def sheet(pictures):
+            return imagefile.grid(pictures, columns, arguments.scale or max(1, 256 // max(pictures[0].size)))
+
         pictures = pipe(
-            prompts, steps=arguments.steps, guidance=arguments.guidance, seeds=arguments.seed,
-            batch=arguments.batch, progress=not arguments.quiet,
+            [each for each in asked for _ in range(arguments.number)],
+            steps=arguments.steps, guidance=arguments.guidance, guidance_rescale=arguments.guidance_rescale,
+            seeds=arguments.seed, batch=arguments.batch, sampler=arguments.sampler, eta=arguments.eta,
+            size=arguments.size, image=image, mask=mask, strength=arguments.strength, progress=not arguments.quiet,
+            on_preview=_previewer(arguments, sheet, after), preview_every=arguments.preview_every or 1,
         )  # fmt: skip
-        columns = arguments.columns or (arguments.number if len(arguments.prompt) > 1 else None)
-        write(imagefile.grid(pictures, columns, arguments.scale))
+        write(sheet(pictures))
     print(arguments.output)
+
+
+def _inputs(arguments, pipe):
+    """What the model is told, one entry a prompt."""
+    if pipe.conditioner.mode == "none":
+        if arguments.prompt:
+            raise ValueError(f"this model is told nothing: leave out {arguments.prompt[0]!r}")
+        return [None]
+    if not arguments.prompt:
+        raise ValueError("the prompt is empty: say what to draw, as in 'a red apple on a yellow background'")
+    for caption in pipe.conditioner.cut(arguments.prompt) if hasattr(pipe.conditioner, "cut") else ():
+        print(f"ldmfast: only the first {pipe.conditioner.tokens} tokens count of: {caption}", file=sys.stderr)
+    return arguments.prompt
+
+
+def _read(path, size):
+    """The picture in a file, at the size asked for; None for none."""
+    from PIL import Image
+
+    if path is None:
+        return None
+    with Image.open(path) as picture:
+        picture = picture.convert("RGB")
+    return picture.resize(size, Image.LANCZOS) if size and picture.size != size else picture
+
+
+def _previewer(arguments, sheet, after):
+    """A function that writes the pictures as they are so far, to a file that is gone once the result is there."""
+    if not arguments.preview_every:
+        return None
+    from ldmfast import imagefile
+
+    output = Path(arguments.output)
+    path = output.with_name(f"{output.stem}.preview{output.suffix}")
+    after.callback(path.unlink, missing_ok=True)
+
+    def show(step, steps, pictures):
+        with imagefile.writing(path) as write:
+            write(sheet(pictures))
+
+    return show

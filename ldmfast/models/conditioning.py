@@ -118,9 +118,12 @@ class Conditioner(nn.Module):
     mode       one of MODES
     trainable  whether its parameters are trained with the denoiser (and its forward is differentiated)
     settings   the constructor's arguments, which config.json keeps
+    pictures   what of a pipeline's image and mask it is told: ("image",) and an input is the tensor [3, H, W];
+               ("image", "mask") and an input is {"image": [3, H, W], "mask": [1, H, W]}
     """
 
     mode = "none"
+    pictures = ()
     trainable = False
 
     def __init__(self, **settings):

@@ -1,0 +1,56 @@
+"""Pictures as people have them (PIL, files, tensors) and as networks do: [N, 3, H, W] in [-1, 1]."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def picture_tensor(picture, name="image"):
+    """A PIL picture, or a tensor [3, H, W] in [-1, 1], as the latter. Raises TypeError or ValueError naming `name`."""
+    if isinstance(picture, Image.Image):
+        array = np.asarray(picture.convert("RGB"), dtype=np.float32)
+        return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+    _require_tensor(picture, name, 3)
+    if picture.numel() and (picture.min() < -1.001 or picture.max() > 1.001):
+        raise ValueError(f"{name} has values from {picture.min():.3g} to {picture.max():.3g}, expected -1 to 1")
+    return picture.float()
+
+
+def mask_tensor(mask, name="mask"):
+    """A PIL picture (white where to draw) or a tensor [1, H, W] in [0, 1], as zeros and ones [1, H, W]."""
+    if isinstance(mask, Image.Image):
+        values = torch.from_numpy(np.asarray(mask.convert("L"), dtype=np.float32) / 255)[None]
+    else:
+        _require_tensor(mask, name, 1)
+        values = mask.float()
+    values = (values >= 0.5).float()
+    if not values.any():
+        raise ValueError(f"{name} is empty: it is black everywhere, and white is where to draw")
+    return values
+
+
+def _require_tensor(value, name, channels):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a PIL picture or a tensor [{channels}, H, W]")
+    if value.ndim != 3 or value.shape[0] != channels:
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected [{channels}, H, W]")
+
+
+def for_each(value, convert, count, name):
+    """One picture for all, or `count` of them -> a tensor [count, c, H, W]. Raises ValueError if they do not fit."""
+    several = isinstance(value, list | tuple) or (isinstance(value, torch.Tensor) and value.ndim == 4)
+    tensors = [convert(each, name) for each in (value if several else [value])]
+    sizes = {tuple(t.shape[1:]) for t in tensors}
+    if len(sizes) > 1:
+        raise ValueError(f"{name}: the pictures differ in size: {', '.join(f'{w}x{h}' for h, w in sorted(sizes))}")
+    if several and len(tensors) != count:
+        raise ValueError(f"{len(tensors)} pictures as {name} for {count} inputs; give one each, or a single one")
+    return torch.stack(tensors).expand(count, -1, -1, -1)
+
+
+def to_pil(x):
+    """Pictures [N, 3, H, W] in [-1, 1] (clamped) to N PIL pictures."""
+    pixels = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in pixels]
