@@ -44,6 +44,9 @@ class LatentDiffusionPipeline:
             raise ValueError(f"the text encoder's states are {width} wide; this U-Net expects {wanted}")
         self.unet, self.vae, self.scheduler, self.conditioner = unet.eval(), vae.eval(), scheduler, conditioner
         self.guidance = guidance
+        for module in conditioner.modules() if hasattr(conditioner, "modules") else ():
+            if hasattr(module, "bind"):  # it encodes pictures with the first stage
+                module.bind(vae)
 
     @classmethod
     def from_pretrained(cls, folder=None, *, text_encoder=None, dtype=torch.float32):
@@ -109,7 +112,8 @@ class LatentDiffusionPipeline:
         """The Canvas that `count` pictures are drawn on. Raises ValueError for sizes that do not fit."""
         side = self.unet.config.sample_size
         trained = (side, side) if isinstance(side, int) else tuple(side)
-        enlarged = self._pictures == ("image",)
+        member = self._picture_member()[1]
+        enlarged = self._pictures == ("image",) and not getattr(member, "encoded", False)
         factor = downsampling(self.vae)
         return make_canvas(count, trained, factor, size=size, image=image, mask=mask, enlarged=enlarged)
 
@@ -168,21 +172,22 @@ class LatentDiffusionPipeline:
     @property
     def _pictures(self):
         """What the model takes beside the latent: (), ("image",) or ("image", "mask")."""
-        return self._picture_member()[1]
+        member = self._picture_member()[1]
+        return () if member is None else member.takes_pictures
 
     def _picture_member(self):
-        """(its name in a Hybrid, or None; its `pictures`) of the conditioner that takes pictures."""
+        """The conditioner that takes pictures, or None, after its name in a Hybrid."""
         hybrid = isinstance(self.conditioner, Hybrid)
         members = self.conditioner.members.items() if hybrid else [(None, self.conditioner)]
-        return next(((name, m.pictures) for name, m in members if m.pictures), (None, ()))
+        return next((pair for pair in members if pair[1].takes_pictures), (None, None))
 
     def _with_pictures(self, inputs, canvas):
         """The inputs with each one's image, or image and mask, for the conditioner that takes them."""
-        name, wanted = self._picture_member()
-        if not wanted:
+        name, member = self._picture_member()
+        if member is None:
             return inputs
         told = list(canvas.image)
-        if "mask" in wanted:
+        if "mask" in member.takes_pictures:
             told = [{"image": image, "mask": mask} for image, mask in zip(told, canvas.mask, strict=True)]
         if name is None:
             return told
@@ -191,10 +196,10 @@ class LatentDiffusionPipeline:
         return [{**value, name: picture} for value, picture in zip(inputs, told, strict=True)]
 
     def _guidance(self, guidance):
-        if not isinstance(self.conditioner, Unconditional):
+        if not isinstance(self.conditioner, Unconditional) and not self.conditioner.takes_pictures:
             return self.guidance if guidance is None else guidance
         if guidance not in (None, 1):
-            raise ValueError(f"guidance={guidance}: this model is told nothing, so there is nothing to guide towards")
+            raise ValueError(f"guidance={guidance}: this model is told nothing to guide towards")
         return 1.0
 
     def _strength(self, strength, image, mask):

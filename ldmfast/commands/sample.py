@@ -4,6 +4,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+from ldmfast.commands import conditions
 from ldmfast.commands.common import add_model_options, command, pipeline, width_height
 
 
@@ -18,6 +19,7 @@ def add(commands):
     made.add_argument("--size", type=width_height, metavar="WxH", help="pixels; default: the image's or the model's")
     _add_sampler_options(made)
     _add_image_options(made)
+    conditions.add_options(made)
     add_model_options(made)
 
 
@@ -69,16 +71,27 @@ def run(arguments):
 
 
 def _inputs(arguments, pipe):
-    """What the model is told, one entry a prompt."""
-    if pipe.conditioner.mode == "none":
-        if arguments.prompt:
-            raise ValueError(f"this model is told nothing: leave out {arguments.prompt[0]!r}")
+    """What the model is told, one entry a prompt, class, file of boxes or map."""
+    told, prompts = conditions.inputs(arguments, pipe.conditioner), arguments.prompt
+    if told is not None:
+        return told if not prompts else _with_prompts(told, prompts)
+    if pipe.conditioner.mode == "none" or pipe.conditioner.takes_pictures:
+        if prompts:
+            raise ValueError(f"this model takes no prompt: leave out {prompts[0]!r}")
         return [None]
-    if not arguments.prompt:
+    if not prompts:
         raise ValueError("the prompt is empty: say what to draw, as in 'a red apple on a yellow background'")
-    for caption in pipe.conditioner.cut(arguments.prompt) if hasattr(pipe.conditioner, "cut") else ():
+    for caption in pipe.conditioner.cut(prompts) if hasattr(pipe.conditioner, "cut") else ():
         print(f"ldmfast: only the first {pipe.conditioner.tokens} tokens count of: {caption}", file=sys.stderr)
-    return arguments.prompt
+    return prompts
+
+
+def _with_prompts(told, prompts):
+    """Prompts beside boxes or a map, one by one, for a model that takes both."""
+    if not all(isinstance(one, dict) for one in told) or len(prompts) not in (1, len(told)):
+        raise ValueError(f"{len(prompts)} prompts beside {len(told)} other inputs: this model cannot pair them")
+    prompts = prompts * len(told) if len(prompts) == 1 else prompts
+    return [{"text": prompt, **one} for prompt, one in zip(prompts, told, strict=True)]
 
 
 def _read(path, size):

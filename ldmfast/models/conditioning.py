@@ -118,12 +118,12 @@ class Conditioner(nn.Module):
     mode       one of MODES
     trainable  whether its parameters are trained with the denoiser (and its forward is differentiated)
     settings   the constructor's arguments, which config.json keeps
-    pictures   what of a pipeline's image and mask it is told: ("image",) and an input is the tensor [3, H, W];
-               ("image", "mask") and an input is {"image": [3, H, W], "mask": [1, H, W]}
+    takes_pictures   what of a pipeline's image and mask it is told: ("image",), an input being the tensor [3, H, W];
+                     ("image", "mask"), an input being {"image": [3, H, W], "mask": [1, H, W]}
     """
 
     mode = "none"
-    pictures = ()
+    takes_pictures = ()
     trainable = False
 
     def __init__(self, **settings):

@@ -137,12 +137,18 @@ class PictureConditioner(Conditioner):
 class MaskedImage(PictureConditioner):
     """Inpainting: the latent of the picture without what is to be painted, and the mask.
 
-    An input is {"image": [3, H, W] in [-1, 1], "mask": [1, H, W], 1 where to paint}; the masked part becomes -1
-    (black), the mask is given as -1 and 1, as the released inpainting model was trained.   channels  z + 1
+    An input is {"image": [3, H, W] in [-1, 1], "mask": [1, H, W], 1 where to paint}.   channels  z + 1
+    style  "ldm": (latent, mask), the masked part is -1 (black), the mask is -1 and 1, as inpainting_big was trained
+           "sd": (mask, latent), the masked part is 0 (grey), the mask is 0 and 1, as Stable Diffusion's were
     """
 
-    def __init__(self, channels=4):
-        super().__init__(channels)
+    takes_pictures = ("image", "mask")
+
+    def __init__(self, channels=4, *, style="ldm"):
+        if style not in ("ldm", "sd"):
+            raise ValueError(f"MaskedImage: style={style!r} is neither ldm nor sd")
+        super().__init__(channels, style=style)
+        self.style = style
 
     def forward(self, inputs):
         for value in inputs:
@@ -157,9 +163,10 @@ class MaskedImage(PictureConditioner):
                     f"MaskedImage: mask must be a tensor {wanted}; got {getattr(mask, 'shape', mask)!r:.80}"
                 )
         mask = torch.stack([(value["mask"] > 0.5).to(images.dtype) for value in inputs])
-        z = self.encode(images * (1 - mask) - mask)
+        released = self.style == "ldm"
+        z = self.encode(images * (1 - mask) - mask if released else images * (1 - mask))
         small = F.interpolate(mask.to(z), size=z.shape[2:], mode="nearest")
-        return Condition(concat=torch.cat([z, 2 * small - 1], dim=1))
+        return Condition(concat=torch.cat([z, 2 * small - 1] if released else [small, z], dim=1))
 
 
 class LowResolution(PictureConditioner):
@@ -168,6 +175,8 @@ class LowResolution(PictureConditioner):
     An input is a picture [3, h, w] in [-1, 1].   encoded  whether the first stage encodes it (then [3, H, W], enlarged)
     channels  3, or z where it is encoded.   The released bsr_sr takes the picture itself.
     """
+
+    takes_pictures = ("image",)
 
     def __init__(self, channels=3, *, encoded=False):
         super().__init__(channels, encoded=encoded)
