@@ -39,7 +39,8 @@ class LatentDiffusionPipeline:
 
     def __init__(self, unet, vae, scheduler, conditioner=None, *, guidance=GUIDANCE):
         conditioner = Unconditional() if conditioner is None else conditioner
-        width, wanted = getattr(conditioner, "width", None), unet.config.get("cross_attention_dim")
+        crosses = getattr(conditioner, "mode", "crossattn") == "crossattn"
+        width, wanted = getattr(conditioner, "width", None) if crosses else None, unet.config.get("cross_attention_dim")
         if width is not None and wanted is not None and width != wanted:
             raise ValueError(f"the text encoder's states are {width} wide; this U-Net expects {wanted}")
         self.unet, self.vae, self.scheduler, self.conditioner = unet.eval(), vae.eval(), scheduler, conditioner
