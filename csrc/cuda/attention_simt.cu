@@ -3,67 +3,12 @@
 // A block takes 64 queries and 64 output columns (kColumns); 256 threads, 4 x 4 scores each. Wider heads get one block
 // per 64 columns, each of which computes the scores again: right for any width, at D / 64 times the scores' cost. The
 // widths that a U-Net runs at every step go through attention.cu.
-#include "attention.cuh"
+#include "attention_simt.cuh"
 
 namespace ldmfast {
 namespace attention_detail {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kRows = 64, kKeys = 64, kColumns = 64, kDepth = 32;
-constexpr int kPad = 4;   // floats: rows stay 16-byte aligned, and 4 rows apart fall into other banks
-
-// [64, WIDTH] of a head as floats, zeros outside; element-wise, since strides and widths are any
-template <typename T, int WIDTH, int STRIDE>
-__device__ __forceinline__ void load_tile(float* to, const T* source, int64_t stride, int64_t from, int64_t rows,
-                                          int64_t column, int64_t columns) {
-  for (int i = threadIdx.x; i < 64 * WIDTH; i += kThreads) {
-    const int r = i / WIDTH, c = i % WIDTH;
-    const bool inside = from + r < rows && column + c < columns;
-    to[r * STRIDE + c] = inside ? to_float(source[(from + r) * stride + column + c]) : 0.0f;
-  }
-}
-
-// s[i][j]: query ty * 4 + i, key tx + 16 * j, so that a warp's reads of k spread over the banks
-template <typename T>
-__device__ __forceinline__ void scores(const AttentionArgs& a, float (&s)[4][4], float* q, float* k, const T* q_head,
-                                       const T* k_head, int64_t row, int64_t key) {
-  const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) s[i / 4][i % 4] = 0.0f;
-  for (int64_t d = 0; d < a.D; d += kDepth) {
-    __syncthreads();
-    load_tile<T, kDepth, kDepth + kPad>(q, q_head, a.stride_ql, row, a.L, d, a.D);
-    load_tile<T, kDepth, kDepth + kPad>(k, k_head, a.stride_ks, key, a.S, d, a.D);
-    __syncthreads();
-#pragma unroll 2
-    for (int e = 0; e < kDepth; e += 4) {
-      float x[4][4], y[4][4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        load_vector(q + (ty * 4 + i) * (kDepth + kPad) + e, x[i]);
-        load_vector(k + (tx + 16 * i) * (kDepth + kPad) + e, y[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-          for (int f = 0; f < 4; ++f) s[i][j] += x[i][f] * y[j][f];
-    }
-  }
-}
-
-__device__ __forceinline__ float row_max(float v) {     // over the 16 lanes of a row
-#pragma unroll
-  for (int mask = 8; mask > 0; mask >>= 1) v = fmaxf(v, shuffle_xor(v, mask));
-  return v;
-}
-__device__ __forceinline__ float row_sum(float v) {
-#pragma unroll
-  for (int mask = 8; mask > 0; mask >>= 1) v += shuffle_xor(v, mask);
-  return v;
-}
+using namespace simt;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) attention_simt_kernel(const __grid_constant__ Params p) {
@@ -84,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_simt_kernel(const __gri
 
   for (int64_t key = 0; key < a.S; key += kKeys) {
     float s[4][4];
-    scores(a, s, q, k, q_head, k_head, row, key);
+    scores<T>(s, q, k, {q_head, a.stride_ql, a.L}, {k_head, a.stride_ks, a.S}, row, key, a.D);
     load_tile<T, kColumns, kColumns>(v, v_head, a.stride_vs, key, a.S, column, a.D);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -10,10 +10,6 @@
 namespace ldmfast {
 namespace group_norm {
 
-template <typename T> __device__ __forceinline__ void reset(const Place& w, Storage<T>& s) {
-  for (int g = threadIdx.x; g < w.groups; g += kThreads) store(s.moments + 4 * g, {0.0f, 0.0f, 0.0f, 0.0f});
-}
-
 template <typename T, int V, bool CL>
 __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constant__ Params p) {
   Storage<T> s(p);
@@ -38,30 +34,6 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
   __syncthreads();
   apply<T, V, CL, true>(p, w, slab, s);
   if (p.clustered) cluster_wait();   // the others may still read this block's moments
-}
-
-// workspace: [N, groups, tiles * slices, 4]
-__device__ __forceinline__ float* moments_of(const Params& p, const Place& w, int g) {
-  return p.a.workspace + (w.n * p.a.groups + w.group + g) * (p.tiles * p.slices) * 4;
-}
-
-template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(kThreads, 2) statistics_kernel(const __grid_constant__ Params p) {
-  Storage<T> s(p);
-  const Place w = locate(p);
-  reset(w, s);
-  for (int at = w.begin; at < w.end; at += p.slab_extent) {
-    const Slab<V, CL> slab(p, w, at);
-    stage(p, w, slab, s);
-    load_coefficients(p, w, slab, s);
-    cp_async_wait<0>();
-    __syncthreads();
-    slab_moments(p, w, slab, s);
-    __syncthreads();
-  }
-  __syncthreads();
-  for (int g = threadIdx.x; g < w.groups; g += kThreads)
-    store(moments_of(p, w, g) + (w.tile * p.slices + w.slice) * 4, s.load(g));
 }
 
 template <typename T, int V, bool CL>

@@ -117,6 +117,34 @@ __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, co
   }
 }
 
+template <typename T> __device__ __forceinline__ void reset(const Place& w, Storage<T>& s) {
+  for (int g = threadIdx.x; g < w.groups; g += kThreads) store(s.moments + 4 * g, {0.0f, 0.0f, 0.0f, 0.0f});
+}
+
+// workspace: [N, groups, tiles * slices, 4]
+__device__ __forceinline__ float* moments_of(const Params& p, const Place& w, int g) {
+  return p.a.workspace + (w.n * p.a.groups + w.group + g) * (p.tiles * p.slices) * 4;
+}
+
+template <typename T, int V, bool CL>
+__global__ void __launch_bounds__(kThreads, 2) statistics_kernel(const __grid_constant__ Params p) {
+  Storage<T> s(p);
+  const Place w = locate(p);
+  reset(w, s);
+  for (int at = w.begin; at < w.end; at += p.slab_extent) {
+    const Slab<V, CL> slab(p, w, at);
+    stage(p, w, slab, s);
+    load_coefficients(p, w, slab, s);
+    cp_async_wait<0>();
+    __syncthreads();
+    slab_moments(p, w, slab, s);
+    __syncthreads();
+  }
+  __syncthreads();
+  for (int g = threadIdx.x; g < w.groups; g += kThreads)
+    store(moments_of(p, w, g) + (w.tile * p.slices + w.slice) * 4, s.load(g));
+}
+
 // s.pivot, s.rest, s.rstd of each group of the bundle, from `parts` moments read by part(g, i)
 template <typename T, typename F>
 __device__ __forceinline__ void finish(const Params& p, const Place& w, Storage<T>& s, int parts, F&& part) {

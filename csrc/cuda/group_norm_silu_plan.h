@@ -99,9 +99,8 @@ inline bool fuse(Plan& plan, const Shape& s, int64_t slices, int64_t limit) {
   return storage_bytes(plan.params) <= size_t(limit) && plan.params.slab_extent == plan.params.slice_extent;
 }
 
-// Without a device: what the workspace must hold for any; a device with clusters needs no more than that.
-inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device) {
-  const Shape s = shape_of(a);
+// what both plans begin with
+inline Plan plan_of(const GroupNormSiluArgs& a, const Shape& s) {
   Plan plan{};
   plan.vector = static_cast<int>(s.vector);
   plan.params.a = a;
@@ -112,6 +111,28 @@ inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device) {
   plan.params.tile_channels = static_cast<int>(s.width);
   plan.params.extent = static_cast<int>(s.extent);
   plan.params.row_vectors = a.channels_last ? 1 : static_cast<int>(a.P / s.vector);
+  return plan;
+}
+
+inline void split(Plan& plan, const Shape& s, int64_t most_slices = INT32_MAX) {
+  plan.fused = false;
+  const int64_t wanted = ceil_div(kManyBlocks, s.tasks), most = ceil_div(s.bytes, kSmallSlab);
+  const int64_t slices = wanted < most ? wanted : most;
+  cut(plan, s, slices < most_slices ? slices : most_slices, kSmallSlab);
+}
+
+// Two launches in any case, with at most most_parts moments a group (no fewer than its tiles)
+inline Plan make_split_plan(const GroupNormSiluArgs& a, int64_t most_parts = INT32_MAX) {
+  const Shape s = shape_of(a);
+  Plan plan = plan_of(a, s);
+  split(plan, s, most_parts / s.tiles);
+  return plan;
+}
+
+// Without a device: what the workspace must hold for any; a device with clusters needs no more than that.
+inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device) {
+  const Shape s = shape_of(a);
+  Plan plan = plan_of(a, s);
   const bool enough = s.tasks >= kFewBlocks;
   plan.fused = true;
   if (enough && fuse(plan, s, 1, kPlainLimit)) return plan;
@@ -124,9 +145,7 @@ inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device) {
     plan.params.clustered = false;
   }
   if (s.bytes <= kSmallSlab && fuse(plan, s, 1, kPlainLimit)) return plan;
-  plan.fused = false;
-  const int64_t wanted = ceil_div(kManyBlocks, s.tasks), most = ceil_div(s.bytes, kSmallSlab);
-  cut(plan, s, wanted < most ? wanted : most, kSmallSlab);
+  split(plan, s);
   return plan;
 }
 }  // namespace group_norm

@@ -1,0 +1,104 @@
+// The gradient of group_norm_silu: how the work is cut, and what one element becomes. Kernels: group_norm_silu_backward.cu.
+//
+// Channels_last: a block takes whole pixels, or a tile of their channels, and a thread keeps its channels, so that its
+// sums stay in registers. Contiguous: a warp takes a stretch of one channel.
+#pragma once
+#include "group_norm_silu_block.cuh"
+
+namespace ldmfast {
+namespace group_norm_backward {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kStretch = 1024;   // contiguous: elements of a channel a warp takes
+constexpr int kStats = 5;
+
+struct Params {
+  GroupNormSiluBackwardArgs a;
+  const float* moments;   // [N, groups, moment_parts, 4], from group_norm::statistics_kernel
+  float* stats;           // [N, groups, kStats]: mean and what is left of it, 1 / std; the means of d and of d * xhat
+  float* parts;           // [3, N, slices, C]: a slice's sums of g, of g * xhat and of xhat
+  int moment_parts;
+  int slices, slice;      // of the P pixels; pixels a slice
+  int columns, tiles;     // channels_last: vectors a tile of channels, tiles
+};
+
+// What a channel of one sample needs: xhat = (x + center) * rstd + rest, z = xhat * gain + offset (see Affine)
+struct Channel { float center, rstd, rest, gain, offset; };
+__device__ __forceinline__ Channel channel_of(const Params& p, int64_t n, int64_t c) {
+  const GroupNormSiluBackwardArgs& a = p.a;
+  const float* stats = p.stats + (n * a.groups + c / (a.C / a.groups)) * kStats;
+  const float add = a.add ? load_as_float(a.add, n * a.stride_add + c, a.mod_dtype) : 0.0f;
+  const float scale = a.scale ? 1.0f + load_as_float(a.scale, n * a.stride_scale + c, a.mod_dtype) : 1.0f;
+  const float shift = a.shift ? load_as_float(a.shift, n * a.stride_shift + c, a.mod_dtype) : 0.0f;
+  const float2 center = group_norm::exact_sum(add, -stats[0]);
+  Channel channel;
+  channel.center = center.x;
+  channel.rstd = stats[2];
+  channel.rest = (center.y - stats[1]) * stats[2];
+  channel.gain = (a.weight ? load_as_float(a.weight, c, a.param_dtype) : 1.0f) * scale;
+  channel.offset = (a.bias ? load_as_float(a.bias, c, a.param_dtype) : 0.0f) * scale + shift;
+  return channel;
+}
+
+// xhat and g = dy * act'(z) of V neighbours: of V channels, or of one
+template <typename T, int V, bool CL>
+__device__ __forceinline__ void terms(const Params& p, const Channel (&channel)[CL ? V : 1], int64_t x, int64_t y,
+                                      float (&xhat)[V], float (&g)[V]) {
+  load_vector(static_cast<const T*>(p.a.x) + x, xhat);
+  load_vector(static_cast<const T*>(p.a.dy) + y, g);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const Channel& c = channel[CL ? j : 0];
+    xhat[j] = (xhat[j] + c.center) * c.rstd + c.rest;
+    if (p.a.silu) {
+      const float z = xhat[j] * c.gain + c.offset, sigmoid = fast_reciprocal(one_plus_exp(-z));
+      g[j] *= sigmoid * (1.0f + z * (1.0f - sigmoid));
+    }
+  }
+}
+
+// This thread's place: its sample, first channel, slice, and which of the slice's pixels or vectors are its own
+template <int V, bool CL> struct Place {
+  int64_t n, c;
+  int slice, first, end, step;   // pixels
+  bool active;
+  __device__ __forceinline__ explicit Place(const Params& p) {
+    if constexpr (CL) {
+      unsigned id = blockIdx.x;
+      slice = id % unsigned(p.slices);
+      id /= unsigned(p.slices);
+      const int tile = id % unsigned(p.tiles), rows = kThreads / unsigned(p.columns);
+      n = id / unsigned(p.tiles);
+      c = (int64_t(tile) * p.columns + threadIdx.x % unsigned(p.columns)) * V;
+      const int row = threadIdx.x / unsigned(p.columns);
+      active = row < rows && c < p.a.C;
+      first = slice * p.slice + row;
+      step = rows;
+    } else {
+      const int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+      slice = static_cast<int>(unit % p.slices);
+      n = unit / p.slices / p.a.C;
+      c = unit / p.slices % p.a.C;
+      active = n < p.a.N;
+      first = slice * p.slice + threadIdx.x % 32 * V;
+      step = 32 * V;
+    }
+    const int64_t stop = int64_t(slice + 1) * p.slice;
+    end = static_cast<int>(stop < p.a.P ? stop : p.a.P);
+  }
+  __device__ __forceinline__ void channels(const Params& p, Channel (&channel)[CL ? V : 1]) const {
+#pragma unroll
+    for (int j = 0; j < (CL ? V : 1); ++j) channel[j] = channel_of(p, n, c + j);
+  }
+  // f(offset into x, offset into dy and dx)
+  template <typename F> __device__ __forceinline__ void each(const Params& p, F&& f) const {
+    const GroupNormSiluBackwardArgs& a = p.a;
+    for (int i = first; i < end; i += step) {
+      if constexpr (CL) f(n * a.stride_xn + i * a.stride_xp + c, (n * a.P + i) * a.C + c);
+      else f(n * a.stride_xn + c * a.stride_xc + i, (n * a.C + c) * a.P + i);
+    }
+  }
+};
+}  // namespace group_norm_backward
+}  // namespace ldmfast
