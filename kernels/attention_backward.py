@@ -7,7 +7,7 @@ Source: Dao 2023 (FlashAttention-2), algorithm 2.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -276,7 +276,8 @@ def configurations(d: int, itemsize: int, mask_rows: bool) -> dict[str, Configur
         size = 32 if d <= 64 and not mask_rows else 16
         return dict.fromkeys(("statistics", "keys", "queries"), Configuration(size, size, 8, 1))
     step = 64 if d <= 64 else 32
-    keys = queries = Configuration(64, step // 2 if mask_rows else step, 4, 2)
+    queries = Configuration(64, step // 2 if mask_rows else step, 4, 2)
+    keys = replace(queries, block_step=16) if d > 128 else queries
     statistics = Configuration(64, step, 4, 2)
     return {"statistics": statistics, "keys": keys, "queries": queries}
 

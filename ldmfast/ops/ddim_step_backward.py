@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldmfast.ops import native
+from ldmfast.ops import native, triton
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.ddim_step import _check as check_forward
 from ldmfast.ops.ddim_step import _empty, _layout, _ready
@@ -95,6 +95,22 @@ def _native(extension, dprev, dx0, sample, model_output, coefficients, table, gu
 
 
 native.register(op, _native, lead=2)
+
+
+@op.backend("triton", devices={"cuda", "cpu"})
+def _triton(dprev, dx0, sample, model_output, coefficients, table, guidance, noise, clip):
+    from ldmfast.kernels.ddim_step_backward import ddim_step_backward as kernel
+
+    gradients = _outputs(sample, model_output, noise)
+    if sample.numel():
+        sample, model_output, dprev, dx0 = _ready(sample, model_output, dprev, dx0)
+        table = None if table is None else table.contiguous()
+        dnoise = None if noise is None else gradients[2]
+        kernel(dprev, dx0, sample, model_output, *gradients[:2], dnoise, coefficients, table, guidance, clip)
+    return gradients
+
+
+_triton.refuses(triton.refuse)
 
 
 @forward.gradient()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldmfast.ops import native
+from ldmfast.ops import native, triton
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.registry import Op
 from ldmfast.ops.timestep_mlp import _check as check_forward
@@ -77,6 +77,21 @@ def _native(extension, dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_
 
 
 native.register(op, _native, lead=2)
+
+
+@op.backend("triton", devices={"cuda", "cpu"})
+def _triton(dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+    from ldmfast.kernels.timestep_mlp_backward import timestep_mlp_backward as kernel
+
+    gradients = _outputs(w1, w2)
+    if dout.numel() == 0 or w1.numel() == 0:
+        return tuple(gradient.zero_() for gradient in gradients)
+    t, freqs, w1, b1, w2, _ = _ready(t, w1, b1, w2, None, dim, downscale_freq_shift, max_period)
+    kernel(dout.contiguous(), t, freqs, w1, b1, w2, *gradients, flip_sin_to_cos)
+    return gradients
+
+
+_triton.refuses(triton.refuse)
 
 
 @forward.gradient()
