@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timing import Row, add_row, device, measure, measure_in_turn, name_of
 
 from ldmfast import ops
-from ldmfast.ops.registry import OPS
+from ldmfast.ops.registry import BACKWARD_OPS, OPS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BACKENDS = ("cpu", "triton", "cuda")
@@ -179,3 +179,51 @@ def test_op(benchmark, case, dtype, backend):
         EAGER.add(shape)
         add_row(benchmark, Row(case.op, "eager", case.shape, name_of(dtype), eager, amount, case.unit, roof))
     add_row(benchmark, Row(case.op, backend, case.shape, name_of(dtype), seconds, amount, case.unit, roof, eager))
+
+
+BACKWARD = (
+    group_norm(2, 320, 64, "contiguous"),
+    group_norm(2, 320, 64, "last"),
+    group_norm(2, 1280, 8, "last", (BF16,)),
+    attention(1, 4096, 4096, 8, 40),
+    attention(1, 4096, 77, 8, 40),
+    attention(1, 1024, 1024, 8, 80),
+    attention(1, 256, 256, 8, 160),
+    timestep(2, 320, 1280),
+)
+BACKWARD_PARAMS = [pytest.param(case, dtype, backend, id=f"backward-{case.label}-{name_of(dtype)}-{backend}")
+                   for case in BACKWARD for dtype in case.dtypes for backend in BACKENDS]  # fmt: skip
+# of the forward's bytes or operations: 3 reads and writes for 2; 5 products for 2; the weights' gradients, too
+SHARE = {"group_norm_silu": 1.5, "attention": 2.5, "timestep_mlp": 2.0}
+
+
+@pytest.mark.parametrize("case, dtype, backend", BACKWARD_PARAMS)
+def test_backward(benchmark, case, dtype, backend):
+    """The gradient alone: ours, the backward op; eager's, autograd through a graph that is kept."""
+    torch.manual_seed(0)
+    args, kwargs = case.make(dtype)
+    op, backward = OPS[case.op], BACKWARD_OPS[f"{case.op}_backward"]
+    arguments = op.normalise(*args, **kwargs)
+    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    out = case.eager(*leaves, **kwargs)
+    grad = torch.randn_like(out)
+    wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
+    inputs = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    if case.op == "attention":  # eager's output is [N, H, L, D]; ours is one of the inputs
+        inputs = [grad.transpose(1, 2).contiguous(), *inputs[:3], op.run(*inputs, None), *inputs[3:]]
+    else:
+        inputs = [grad, *inputs]
+    found = backward.backends.get(backend)
+    reason = "has no such kernel" if found is None else found.refusal(inputs)
+    if reason:
+        pytest.skip(f"{backward.name}: {backend}: {reason}")
+    seconds, eager = measure_in_turn(
+        benchmark, lambda: backward.run(*inputs, backend),
+        lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True),
+    )  # fmt: skip
+    amount, shape = case.amount(dtype) * SHARE[case.op], (backward.name, case.shape, name_of(dtype))
+    roof = ROOFS.get((case.unit, dtype)) if case.unit == "TFLOP/s" else None
+    if shape not in EAGER:
+        EAGER.add(shape)
+        add_row(benchmark, Row(backward.name, "eager", case.shape, name_of(dtype), eager, amount, case.unit, roof))
+    add_row(benchmark, Row(backward.name, backend, case.shape, name_of(dtype), seconds, amount, case.unit, roof, eager))

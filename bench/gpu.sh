@@ -28,6 +28,8 @@ $PYTHON bench/resources.py --arch 90 --json "$OUT/resources.json" || red="$red r
 stage "numbers and contract, every backend"
 timeout 150 $PYTHON -m pytest -q --maxfail=20 tests/test_ops_numbers.py -k "(cuda and not host) or triton" \
   || red="$red numbers"
+timeout 150 $PYTHON -m pytest -q --maxfail=20 tests/test_backward.py -k "(cuda and not host) or triton" \
+  || red="$red gradients"
 timeout 90 $PYTHON -m pytest -q tests/test_ops_contract.py || red="$red contract"
 
 stage "compute-sanitizer"

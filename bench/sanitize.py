@@ -1,4 +1,4 @@
-"""Runs every small case of every op in the CUDA backend once, for compute-sanitizer:
+"""Runs every small case of every op and of its gradient in the CUDA backend once, for compute-sanitizer:
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize.py
 """
@@ -28,7 +28,12 @@ def main() -> int:
         for dtype in DTYPES:
             with torch.device("cuda"):
                 args, kwargs = case.make(dtype)
-            getattr(ops, case.op)(*args, **kwargs, backend="cuda")
+            leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+            for leaf in leaves:
+                leaf.requires_grad_(leaf is not kwargs.get("mask"))  # a mask's gradient is the reference's
+            out = getattr(ops, case.op)(*args, **kwargs, backend="cuda")
+            outputs = out if isinstance(out, tuple) else (out,)
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
             ran += 1
     torch.cuda.synchronize()
     print(f"{ran} calls")

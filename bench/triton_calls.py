@@ -26,6 +26,12 @@ def group_norm_silu():
                 yield _name(list(x.shape), dtype, layout), (x, x, row, row, rows, rows, rows, 32, 1e-5, True)
 
 
+def group_norm_silu_backward():
+    """The forward's shapes."""
+    for label, (x, _, *others) in group_norm_silu():
+        yield label, (x, x, x, _empty(3, *x.shape[:2]), *others)
+
+
 def attention():
     """Self- and cross-attention of every tile that configuration() can choose, with each kind of mask."""
     cases = [(4096, 4096, 40), (4096, 77, 40), (1024, 1024, 64), (1024, 1024, 80), (4096, 4096, 80)]
@@ -39,6 +45,13 @@ def attention():
                 masks["added mask"] = _empty(2, 8, length, keys, dtype=dtype)
             for name, mask in masks.items():
                 yield _name(list(q.shape), "x", keys, dtype, name), (q, k, k, q, mask, d**-0.5)
+
+
+def attention_backward():
+    """The forward's shapes up to the widest head that it has."""
+    for label, (q, k, v, out, mask, scale) in attention():
+        if q.shape[3] <= 160:
+            yield label, (q, q, k, v, out, q, k, k, mask, scale)
 
 
 def timestep_mlp():
@@ -61,4 +74,23 @@ def ddim_step():
             yield name + " noise table clip", (x, output, x, x, x, None, table, 7.5, 1.0)
 
 
-CALLS = {call.__name__: call for call in (group_norm_silu, attention, timestep_mlp, ddim_step)}
+def timestep_mlp_backward():
+    """SD1.5's, for four timesteps."""
+    for dtype in FLOATS:
+        w1, w2, bias = _empty(1280, 320, dtype=dtype), _empty(1280, 1280, dtype=dtype), _empty(1280, dtype=dtype)
+        dout = _empty(4, 1280, dtype=dtype)
+        yield _name([4], "320 -> 1280", dtype), (dout, _empty(4), _empty(160), w1, bias, w2, w1, bias, w2, bias, True)
+
+
+def ddim_step_backward():
+    """A latent, guided: plain, and with everything."""
+    for dtype in FLOATS:
+        x, output = (_empty(n, 4, 64, 64, dtype=dtype) for n in (2, 4))
+        name = _name(list(x.shape), dtype, "guided")
+        yield name, (x, x, x, output, x, output, None, [0.5] * 7, None, 7.5, None)
+        yield name + " noise table clip", (x, x, x, output, x, output, x, None, _empty(2, 7), 7.5, 1.0)
+
+
+FORWARD = (group_norm_silu, attention, timestep_mlp, ddim_step)
+BACKWARD = (group_norm_silu_backward, attention_backward, timestep_mlp_backward, ddim_step_backward)
+CALLS = {call.__name__: call for call in FORWARD + BACKWARD}
