@@ -34,13 +34,18 @@ void block(const DdimStepArgs& d, const Step& s, int64_t begin, int64_t end) {
   T *out = (T*)d.prev, *out_x0 = (T*)d.x0;
   VecF prev, x0;
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    step<kGuided, kClipped, kNoise>(s, load(sample + i), load(mu + i), kGuided ? load(mc + i) : VecF{},
-                                    kNoise ? load(noise + i) : VecF{}, prev, x0);
-    store(out + i, prev);
-    store(out_x0 + i, x0);
+  for (; i + kPair <= end; i += kPair) {
+    VecF x[2], u[2], c[2] = {}, w[2] = {}, p[2], z[2];
+    load_pair(sample + i, x[0], x[1]);
+    load_pair(mu + i, u[0], u[1]);
+    if (kGuided) load_pair(mc + i, c[0], c[1]);
+    if (kNoise) load_pair(noise + i, w[0], w[1]);
+    for (int j = 0; j < 2; ++j) step<kGuided, kClipped, kNoise>(s, x[j], u[j], c[j], w[j], p[j], z[j]);
+    store_pair(out + i, p[0], p[1]);
+    store_pair(out_x0 + i, z[0], z[1]);
   }
-  if (const int64_t n = end - i; n > 0) {
+  for (; i < end; i += kLanes) {
+    const int64_t n = min64(kLanes, end - i);
     step<kGuided, kClipped, kNoise>(s, load_first(sample + i, n), load_first(mu + i, n),
                                     kGuided ? load_first(mc + i, n) : VecF{},
                                     kNoise ? load_first(noise + i, n) : VecF{}, prev, x0);

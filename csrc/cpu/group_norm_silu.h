@@ -36,6 +36,8 @@ float added(const GroupNormSiluArgs& g, int64_t n, int64_t c) {
   return g.add ? load_scalar(g.add, g.mod_dtype, n * g.stride_add + c) : 0.0f;
 }
 
+float plain_nan(double x) { return x == x ? (float)x : __builtin_nanf(""); }  // as store_pair_near wants it
+
 template <bool kExponent>
 Affine affine(const GroupNormSiluArgs& g, double group_mean, double group_rstd, int64_t n, int64_t c) {
   double a = group_rstd, b = 0.0;
@@ -48,7 +50,7 @@ Affine affine(const GroupNormSiluArgs& g, double group_mean, double group_rstd, 
   }
   if (g.shift) b += load_scalar(g.shift, g.mod_dtype, n * g.stride_shift + c);
   const double mean = group_mean - added(g, n, c);
-  if (kExponent) return {0.0f, (float)(-kLog2e * a), (float)(-kLog2e * (b - mean * a))};
+  if (kExponent) return {0.0f, plain_nan(-kLog2e * a), plain_nan(-kLog2e * (b - mean * a))};
   return {(float)mean, (float)a, (float)(b - (mean - (float)mean) * a)};
 }
 
@@ -56,6 +58,11 @@ template <class T, bool kSilu> LDMFAST_INLINE VecF apply(VecF x, VecF mean, VecF
   if (kFastSilu<T, kSilu>) return silu_of_exponent<AccuracyOf<T>::value>(x * a + b);
   VecF y = (x - mean) * a + b;
   return kSilu ? silu<AccuracyOf<T>::value>(y) : y;
+}
+
+template <class T, bool kSilu> LDMFAST_INLINE void write_pair(T* y, VecF u, VecF v) {
+  if (kFastSilu<T, kSilu>) return store_pair_near(y, u, v);
+  store_pair(y, u, v);
 }
 
 struct Plan {
@@ -201,7 +208,7 @@ void write_block(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_
       load_pair(x + c, u, v);
       u = apply<T, kSilu>(u, load(mean + c), load(a + c), load(b + c));
       v = apply<T, kSilu>(v, load(mean + c + kLanes), load(a + c + kLanes), load(b + c + kLanes));
-      store_pair(y + c, u, v);
+      write_pair<T, kSilu>(y + c, u, v);
     }
     for (; c < g.C; c += kLanes) {
       const int64_t w = min64(kLanes, g.C - c);

@@ -45,16 +45,35 @@ LDMFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; 
 
 LDMFAST_INLINE VecF splat(float x) { return x - VecF{}; }
 LDMFAST_INLINE VecU splat_u(uint32_t x) { return x - VecU{}; }
-LDMFAST_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }  // b if either is NaN
+#if defined(__AVX2__) && !defined(__AVX512F__)  // which the compiler does not make of a comparison and a choice
+LDMFAST_INLINE VecF vmax(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }  // b if either is NaN
+LDMFAST_INLINE VecF vmin(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }  // likewise
+#else
+LDMFAST_INLINE VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
+LDMFAST_INLINE VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+#endif
+
+LDMFAST_INLINE bool any_nan(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0;
+#else
+  for (int i = 0; i < kLanes; ++i) if (a[i] != a[i] || b[i] != b[i]) return true;
+  return false;
+#endif
+}
 
 // ---- conversions; to 16 bits with round-to-nearest-even ----
 
 LDMFAST_INLINE VecF from_bits(VecH h, BFloat16) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }
 
-LDMFAST_INLINE VecU rounded_bits(VecF x) {  // the upper 16 bits are the bfloat16
-  VecU u = (VecU)x;
-  VecU r = u + 0x7fffu + ((u >> 16) & 1u);
-  return (VecU)(x == x ? (VecI)r : (VecI)(u | 0x00400000u));
+// the upper 16 bits are the bfloat16
+LDMFAST_INLINE VecU rounded_number(VecF x) { return (VecU)x + 0x7fffu + (((VecU)x >> 16) & 1u); }  // not for NaN
+LDMFAST_INLINE VecU rounded_bits(VecF x) {
+  return (VecU)(x == x ? (VecI)rounded_number(x) : (VecI)((VecU)x | 0x00400000u));
 }
 
 LDMFAST_INLINE VecH to_bits(VecF x, BFloat16) {
@@ -175,6 +194,13 @@ template <> inline __attribute__((always_inline)) void add_pair(const BFloat16* 
   a = (VecF)_mm512_dpbf16_ps((__m512)a, x, (__m512bh)_mm512_set1_epi16(0x3f80));  // times one, and exact
 }
 #endif
+LDMFAST_INLINE VecU join_halves(VecU even, VecU odd) {  // the upper 16 bits of both
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (VecU)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
+#else
+  return (even >> 16) | (odd & 0xffff0000u);
+#endif
+}
 template <class T> LDMFAST_INLINE void store_pair(T* p, VecF a, VecF b) {
   store(p, a);
   store(p + kLanes, b);
@@ -187,10 +213,22 @@ template <> inline __attribute__((always_inline)) void store_pair(BFloat16* p, V
   __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
   VecU u = (VecU)_mm512_permutexvar_epi16((__m512i)order, halves);
 #else
-  VecU u = (rounded_bits(even) >> 16) | (rounded_bits(odd) & 0xffff0000u);
+  VecU e = rounded_number(even), o = rounded_number(odd);
+  if (__builtin_expect(any_nan(even, odd), 0)) e = rounded_bits(even), o = rounded_bits(odd);
+  VecU u = join_halves(e, o);
 #endif
   memcpy(p, &u, sizeof u);
 }
+
+// store_pair for results that are approximate anyway: a tie goes away from zero, and a NaN's lower half must be zero
+// (what the processor makes itself, or reads from bfloat16). 4 operations instead of 14.
+template <class T> LDMFAST_INLINE void store_pair_near(T* p, VecF a, VecF b) { store_pair(p, a, b); }
+#if !defined(__AVX512BF16__)
+template <> inline __attribute__((always_inline)) void store_pair_near(BFloat16* p, VecF even, VecF odd) {
+  VecU u = join_halves((VecU)even + 0x8000u, (VecU)odd + 0x8000u);
+  memcpy(p, &u, sizeof u);
+}
+#endif
 
 LDMFAST_INLINE float to_float(float x) { return x; }
 LDMFAST_INLINE float to_float(BFloat16 x) { return ((VecF)splat_u((uint32_t)x.bits << 16))[0]; }
