@@ -22,6 +22,7 @@ _HOMES = {
     "UNet2D": "ldmfast.models.unet2d",
     "VQModel": "ldmfast.models.vq",
     "explain": "ldmfast.ops",
+    "load": "ldmfast.loading",
     "optimize": "ldmfast.dropin",
     "use_backend": "ldmfast.ops",
 }

@@ -8,6 +8,7 @@
     ldmfast sample "a cat on a blue background" --model run/pipeline -o cat.png
     ldmfast evaluate --model run/pipeline --data pictures/
     ldmfast recipes
+    ldmfast convert model.ckpt model/
     ldmfast doctor
 
 A mistake in what was asked is answered with one sentence and exit code 2.
@@ -41,11 +42,11 @@ def main(argv=None):
 
 
 def parser():
-    from ldmfast.commands import data, evaluate, sample, train
+    from ldmfast.commands import convert, data, evaluate, sample, train
 
     top = argparse.ArgumentParser("ldmfast", description="Latent diffusion with fused kernels.")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for family in (sample, evaluate, train, data):
+    for family in (sample, evaluate, train, data, convert):
         family.add(commands)
     commands.add_parser("doctor", help="what is installed, what runs here, and whether it computes right")
     return top

@@ -1,6 +1,7 @@
 """What several commands share."""
 
 import argparse
+from pathlib import Path
 
 
 def command(commands, name, text, run):
@@ -42,5 +43,20 @@ def pipeline(arguments):
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = getattr(torch, arguments.dtype)
+    if arguments.model and (Path(arguments.model).is_file() or Path(arguments.model, "text_encoder").is_dir()):
+        return _stable_diffusion(arguments.model, arguments.text_encoder, dtype).to(device)
     pipe = LatentDiffusionPipeline.from_pretrained(arguments.model, text_encoder=arguments.text_encoder, dtype=dtype)
     return pipe.to(device)
+
+
+def _stable_diffusion(path, text_encoder, dtype):
+    """A released file, or a folder with its own text encoder."""
+    from ldmfast.loading import load
+    from ldmfast.pipeline import LatentDiffusionPipeline
+
+    if text_encoder is not None:
+        raise ValueError(f"--text-encoder {text_encoder}, but {path} has an encoder of its own")
+    pipe = load(path, dtype=dtype)
+    if not isinstance(pipe, LatentDiffusionPipeline):
+        raise ValueError(f"{path} is a {type(pipe).__name__}: draw with ldmfast.load({str(path)!r})(...) in Python")
+    return pipe

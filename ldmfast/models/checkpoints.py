@@ -21,6 +21,8 @@ _KINDS = (  # a name in the table, and what a file with it is
     ("lora", "a LoRA; load the base model, then pipe.load_lora_weights"),
     ("controlnet_cond_embedding", "a ControlNet; load it with diffusers' ControlNetModel"),
     ("transformer_blocks.0.attn.", "a transformer (SD3 or Flux), not a U-Net"),
+    ("joint_blocks.0.", "a transformer (SD3), not a U-Net"),
+    ("double_blocks.0.", "a transformer (Flux), not a U-Net"),
     ("text_model.", "a text encoder; load it with transformers"),
     ("quantize.embedding.weight", "an autoencoder with a codebook; use VQModel"),
     ("decoder.up_blocks.", "an autoencoder; use AutoencoderKL"),
@@ -56,13 +58,20 @@ def shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in table.items()}
 
 
-def _not_safetensors(start: bytes) -> str | None:
+def not_weights(start: bytes) -> str | None:
+    """What a file of weights turns out to be, from its first bytes; None if it may be one."""
     text = start.lstrip().lower()
     if text.startswith((b"<html", b"<!doctype", b"<?xml")):
         return f"starts with `{text[:5].decode()}`: a failed download (a web page was saved in place of the file)"
     if text.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the weights; run `git lfs pull`"
-    if start.startswith((b"PK", b"\x80")):
+    return None
+
+
+def _not_safetensors(start: bytes) -> str | None:
+    if problem := not_weights(start):
+        return problem
+    if start.startswith((b"PK", b"\x80")) and start[8:9] != b"{":  # a table's length may begin with the same bytes
         return "is a pickle (.bin or .ckpt), not a safetensors file"
     return None if len(start) >= 8 else f"has only {len(start)} bytes; download it again"
 

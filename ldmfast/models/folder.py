@@ -1,0 +1,202 @@
+"""A `Model` (parts.py) as a folder in diffusers' layout, and back, with every tensor as it is.
+
+unet/ vae/ text_encoder/ conditioner/ scheduler/    the parts: config.json and a safetensors file each
+model_index.json, ldmfast.json                      what pipelines read
+released.safetensors, released.json                 what a released file held beside them, and how to go back
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+
+from ldmfast.models import parts
+from ldmfast.models.parts import CONDITION, FIRST_STAGE, UNET, Model, Part
+from ldmfast.models.weights import part_weights, read_weights
+
+REST, RECORD = "released.safetensors", "released.json"
+CARRIED = "ldmfast."  # before the tensors of parts that the released layout has no place for
+_NETWORKS = ("unet", "vae", "")
+
+
+def write_folder(model: Model, folder: Path) -> None:
+    """Write the parts; the folder appears whole or not at all. Raises ValueError if it exists."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; name another, or remove it")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    carried, rest = _carried(model.rest)
+    for where, part in model.parts.items():
+        place = partial / where
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.json").write_text(json.dumps(part.config, indent=2) + "\n")
+        if tensors := part.tensors | carried.pop(where, {}):
+            stem = "diffusion_pytorch_model" if where in _NETWORKS else "model"
+            save(tensors, place / f"{stem}.safetensors")
+    if model.schedule is not None:
+        (partial / "scheduler").mkdir()
+        (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(model.schedule, indent=2) + "\n")
+        (partial / "model_index.json").write_text(json.dumps(model_index(model), indent=2) + "\n")
+        (partial / "ldmfast.json").write_text(json.dumps(_pipeline_settings(model), indent=2) + "\n")
+    for where, tensors in carried.items():
+        (partial / where).mkdir(exist_ok=True)
+        save(tensors, partial / where / "model.safetensors")
+    if rest:
+        save(rest, partial / REST)
+    (partial / RECORD).write_text(parts.record_text(model.record))
+    for name, text in model.record.get("configs", {}).items():  # the very files that the parts once came with
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_text(text)
+    partial.rename(folder)
+
+
+def _carried(rest: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """({part: its tensors} of those that a released file carried along, what else there is)"""
+    parts_of, others = {}, {}
+    for name, value in rest.items():
+        if name.startswith(CARRIED):
+            where, _, key = name.removeprefix(CARRIED).partition("/")
+            parts_of.setdefault(where, {})[key] = value
+        else:
+            others[name] = value
+    return parts_of, others
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None) -> None:
+    """Write a safetensors file; tensors that share memory are written each for itself."""
+    seen, own = set(), {}
+    for name, value in tensors.items():
+        value = value.contiguous()
+        at = value.untyped_storage().data_ptr()
+        own[name] = value.clone() if at in seen else value
+        seen.add(at)
+    partial = path.with_name(path.name + ".partial")
+    save_file(own, partial, metadata={"format": "pt", **(metadata or {})})
+    partial.rename(path)
+
+
+def model_index(model: Model) -> dict:
+    """What a diffusers pipeline of these parts would save."""
+    kind = pipeline_class(model)
+    index = {"_class_name": kind or "LatentDiffusionPipeline", "_diffusers_version": diffusers.__version__}
+    index["scheduler"] = ["diffusers", model.schedule["_class_name"]]
+    for where, part in model.parts.items():
+        if where in _NETWORKS:
+            index[where] = ["diffusers", part.config["_class_name"]]
+        elif where.startswith("text_encoder"):
+            index[where] = ["transformers", part.config["architectures"][0]]
+            index[where.replace("text_encoder", "tokenizer")] = [None, None]
+    if kind and kind.startswith("StableDiffusion") and "XL" not in kind:
+        index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+        index["requires_safety_checker"] = False
+    return index
+
+
+def pipeline_class(model: Model) -> str | None:
+    """diffusers' pipeline for these parts, or None where only ldmfast has one."""
+    if "unet" not in model.parts or not any(where.startswith("text_encoder") for where in model.parts):
+        return None
+    channels = model.parts["unet"].config["in_channels"]
+    if "text_encoder_2" in model.parts:
+        if "text_encoder" not in model.parts:
+            return "StableDiffusionXLImg2ImgPipeline"
+        return {4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"}.get(channels)
+    kinds = {4: "", 9: "Inpaint", 8: "InstructPix2Pix", 5: "Depth2Img"}
+    return f"StableDiffusion{kinds[channels]}Pipeline" if channels in kinds else None
+
+
+def _pipeline_settings(model: Model) -> dict:
+    stage, conditioner = model.parts.get("vae"), model.parts.get("conditioner")
+    settings = {"first_stage": stage and stage.config["_class_name"]}
+    return {**settings, "conditioner": conditioner.config["_class_name"] if conditioner else "TextEncoder"}
+
+
+def read_folder(folder: Path) -> Model:
+    """Read a diffusers folder: a pipeline's, or one network's. `missing` names what its parts should hold and do not.
+
+    Raises ValueError for a part of another kind or a damaged file, FileNotFoundError for a folder that is neither.
+    """
+    if not (folder / "config.json").is_file() and not (folder / "unet" / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no diffusers folder: it has neither unet/config.json nor config.json")
+    alone = (folder / "config.json").is_file()
+    record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+    record = {"ema": False, "shapes": {}, "names": [], "legacy": True, **record}
+    record["prefixes"] = record.get("prefixes") or _canonical_prefixes(folder, alone)
+    rest = read_weights(folder / REST)[0] if (folder / REST).is_file() else {}
+    model = Model(record["names"], {}, None, rest, record)
+    names = [""] if alone else sorted(p.parent.name for p in folder.glob("*/config.json"))
+    for where in names:
+        _read_part(model, folder, where)
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    if not alone:
+        if not schedule.is_file():
+            raise FileNotFoundError(f"{folder} has no scheduler/scheduler_config.json: its noise schedule is not known")
+        model.schedule = json.loads(schedule.read_text())
+    return model
+
+
+def _canonical_prefixes(folder: Path, alone: bool) -> dict[str, str]:
+    """Where the parts go in a released file, for a folder that did not come from one."""
+    if alone:
+        return {"": UNET if "UNet" in _config(folder)["_class_name"] else ""}
+    places = {"unet": UNET, "vae": FIRST_STAGE, "conditioner": CONDITION}
+    two, first = (folder / "text_encoder_2").is_dir(), folder / "text_encoder"
+    if first.is_dir():
+        if two:
+            places["text_encoder"] = "conditioner.embedders.0.transformer."
+        else:
+            openclip = _config(first).get("hidden_act") == "gelu"
+            places["text_encoder"] = CONDITION + ("model." if openclip else "transformer.")
+    if two:
+        places["text_encoder_2"] = f"conditioner.embedders.{1 if first.is_dir() else 0}.model."
+    return {where: prefix for where, prefix in places.items() if (folder / where).is_dir()}
+
+
+def _config(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+
+
+def _read_part(model: Model, folder: Path, where: str) -> None:
+    """Add a part, or, where the released layout has no place for it, its tensors to the rest."""
+    tensors, _ = part_weights(folder / where)
+    prefix = model.record["prefixes"].get(where)
+    if prefix is None:
+        model.rest |= {f"{CARRIED}{where}/{name}": value for name, value in tensors.items()}
+        if tensors:
+            model.notes.append(f"{len(tensors)} tensors of {where}, which the released layout has no place for")
+        return
+    part = part_of(_config(folder / where), where, prefix, model.record, tensors)
+    wanted = {key for entry in part.entries for key in entry.keys}
+    strays = sorted(set(tensors) - wanted)
+    if strays:
+        model.notes.append(f"{len(strays)} tensors in {where} (unknown to its class: {', '.join(strays[:3])})")
+    model.rest |= {f"{CARRIED}{where}/{name}": tensors.pop(name) for name in strays}
+    for key, shape in (part.shapes or {}).items():
+        if key in tensors and tuple(tensors[key].shape) != shape:
+            raise ValueError(f"{folder / where}: {key} has shape {tuple(tensors[key].shape)}, its config says {shape}")
+    part.tensors = tensors
+    model.missing += sorted(f"{where}.{name}".removeprefix(".") for name in wanted - set(tensors))
+    model.parts[where] = part
+
+
+def part_of(config: dict, where: str, prefix: str, record: dict, tensors: dict) -> Part:
+    """The part of a folder, with the table that leads to a released file."""
+    if where == "unet" or "UNet" in config.get("_class_name", ""):
+        return parts.unet_part(config, prefix, record["legacy"])
+    if where in _NETWORKS:
+        return parts.first_stage_part(config, prefix)
+    if where.startswith("text_encoder"):
+        bare = {name for name in tensors if name.startswith("embeddings.")}
+        if bare:
+            raise ValueError(f"{where}: its weights lack the prefix text_model.; save it with an older transformers")
+        layout = "openclip" if prefix.endswith("model.") else "clip"
+        return parts.text_part(config, layout, prefix)
+    return parts.conditioner_part(config)
