@@ -127,3 +127,9 @@ def test_the_command(home, tmp_path, capsys):
     where = ["--data", str(home / "pictures"), "--model", str(home / "model"), "--output", str(tmp_path)]
     assert cli.main(["train", "lora", *where, *options]) == 0
     assert (tmp_path / NAME).is_file() and NAME in capsys.readouterr().out
+    sample = ["sample", "a lemon", "--model", str(home / "model"), "--steps", "1", "--quiet", "-o"]
+    drawn = {}
+    for name, scale in (("plain", []), ("with", ["--lora", f"{tmp_path}:40"])):
+        assert cli.main([*sample, str(tmp_path / f"{name}.png"), *scale]) == 0
+        drawn[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert drawn["plain"] != drawn["with"]

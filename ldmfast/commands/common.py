@@ -14,6 +14,8 @@ def command(commands, name, text, run):
 def add_model_options(command):
     command.add_argument("--model", help="a saved pipeline's folder (default: the shipped model)")
     command.add_argument("--text-encoder", help="'minilm', a hub name or a folder; default: the one trained with")
+    command.add_argument("--lora", action="append", default=[], type=_lora, metavar="FILE[:SCALE]",
+                         help="add this LoRA, as `ldmfast train lora` writes it; may be given again")  # fmt: skip
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                          help="of the networks (default: float32)")  # fmt: skip
@@ -31,8 +33,17 @@ def width_height(text):
     return int(sides[0]), int(sides[-1])
 
 
+def _lora(text):
+    """"FILE" or "FILE:0.8" -> (file, scale)."""
+    file, colon, scale = text.rpartition(":")
+    try:
+        return (file, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def pipeline(arguments):
-    """The pipeline that --model, --text-encoder, --device and --dtype name."""
+    """The pipeline that --model, --text-encoder, --lora, --device and --dtype name."""
     import torch
 
     from ldmfast.pipeline import LatentDiffusionPipeline
@@ -46,6 +57,10 @@ def pipeline(arguments):
     if arguments.model and (Path(arguments.model).is_file() or Path(arguments.model, "text_encoder").is_dir()):
         return _stable_diffusion(arguments.model, arguments.text_encoder, dtype).to(device)
     pipe = LatentDiffusionPipeline.from_pretrained(arguments.model, text_encoder=arguments.text_encoder, dtype=dtype)
+    if arguments.lora:
+        from ldmfast.models.lora import load_lora
+
+        load_lora(pipe.unet, *arguments.lora)
     return pipe.to(device)
 
 

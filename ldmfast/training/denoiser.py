@@ -10,7 +10,7 @@ from ldmfast.diffusion.objective import add_noise, denoising_loss
 from ldmfast.diffusion.schedule import alphas_cumprod, make_scheduler
 from ldmfast.models import UNet
 from ldmfast.models.unet2d import UNet2D
-from ldmfast.pipeline import TextToImagePipeline
+from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.training import checkpoint, latents, parallel, told
 from ldmfast.training.autoencoder import load as load_autoencoder
 from ldmfast.training.data import load_pictures
@@ -103,7 +103,7 @@ def train(
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(learner(unet, conditioner, config), config, accelerator=accelerator)
     scheduler = make_scheduler(config.beta_start, config.beta_end, config.prediction)
-    pipeline = TextToImagePipeline(unet, vae, scheduler, conditioner)
+    pipeline = LatentDiffusionPipeline(unet, vae, scheduler, conditioner)
     history = fit(
         run, loss_of(unet, codes, descriptions, config), Path(folder, "denoiser.pt"), restart=restart, quiet=quiet,
         sample=lambda: grid(pipeline, descriptions),

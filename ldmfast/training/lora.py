@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ldmfast.models.lora import add_lora, save_lora
-from ldmfast.pipeline import TextToImagePipeline
+from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.training import latents, parallel, told
 from ldmfast.training.data import load_pictures
 from ldmfast.training.denoiser import grid, loss_of
@@ -20,7 +20,7 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     Raises ValueError for a pipeline whose U-Net wants more than captions (SDXL's sizes).
     """
     accelerator = parallel.start(config)
-    pipeline = TextToImagePipeline.from_pretrained(model)
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     if getattr(unet.config, "addition_embed_type", None):
         raise ValueError(
@@ -34,7 +34,7 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     side = unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     pictures = load_pictures(data, side, split="train", captions=True)
     codes = latents.prepare(pictures, pipeline.vae, file=config.latents, accelerator=accelerator)
-    conditioner = pipeline.encoder
+    conditioner = pipeline.conditioner
     descriptions = told.gather(conditioner, [told.texts(row) for row in pictures.rows], accelerator.device)
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(unet, config, accelerator=accelerator)
