@@ -146,12 +146,16 @@ class LatentDiffusionPipeline:
     def condition(self, inputs, canvas, guided):
         """What the denoiser is told, [N]; guided, [2N] with nothing told to the first N but the canvas' pictures."""
         told = self.conditioner(self._with_pictures(inputs, canvas))
+        if told.text_embeds is not None:  # SDXL is told the sizes too: before cropping, where cropped, drawn
+            height, width = (side * downsampling(self.vae) for side in canvas.size)
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+            told = dataclasses.replace(told, time_ids=sizes.expand(len(inputs), -1).to(told.text_embeds))
         if not guided:
             return told
         empty = self.conditioner.empty(len(inputs))
         if self._pictures:
             empty = dataclasses.replace(empty, concat=told.concat)
-        return Condition.cat([empty, told])
+        return Condition.cat([dataclasses.replace(empty, time_ids=told.time_ids), told])
 
     def noise(self, seeds, size=None):
         """The starting noise [N, z, h, w] of N seeds."""

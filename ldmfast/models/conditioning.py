@@ -24,6 +24,7 @@ HOMES = {
     "Unconditional": "ldmfast.models.conditioning",
     "Hybrid": "ldmfast.models.conditioning",
     "TextEncoder": "ldmfast.models.conditioning_text",
+    "TwoTextEncoders": "ldmfast.models.conditioning_sdxl",
     "ClassEmbedder": "ldmfast.models.conditioning_tokens",
     "BoxEncoder": "ldmfast.models.conditioning_tokens",
     "LayoutEncoder": "ldmfast.models.conditioning_transformer",
@@ -42,12 +43,16 @@ class Condition:
     context_mask  [N, S] bool   False where a token is padding
     concat        [N, c, h, w]  joined to the latent along channels; [N, c, 1, 1] is spread over it
     label         [N] int64 or [N, E]   passed as class_labels ("adm")
+    text_embeds   [N, P]        a pooled text state, and
+    time_ids      [N, 6]        the picture's sizes, both passed as added_cond_kwargs (SDXL)
     """
 
     context: torch.Tensor | None = None
     context_mask: torch.Tensor | None = None
     concat: torch.Tensor | None = None
     label: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
 
     def parts(self):
         """{name: tensor} of the parts that are there."""
@@ -95,9 +100,12 @@ class Condition:
             x = torch.cat([x, hint.expand(-1, -1, *x.shape[2:]) if hint.shape[2:] == (1, 1) else hint], dim=1)
         if not hasattr(unet.config, "cross_attention_dim"):  # UNet2DModel takes nothing but a label
             return unet(x, t, class_labels=self.label).sample
-        mask = {} if self.context_mask is None else {"encoder_attention_mask": self.context_mask}
+        more = {} if self.context_mask is None else {"encoder_attention_mask": self.context_mask}
+        if self.text_embeds is not None:
+            added = {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
+            more["added_cond_kwargs"] = {k: v.to(x.device, x.dtype) for k, v in added.items() if v is not None}
         context = None if self.context is None else self.context.to(x.device, x.dtype)
-        return unet(x, t, encoder_hidden_states=context, class_labels=self.label, **mask).sample
+        return unet(x, t, encoder_hidden_states=context, class_labels=self.label, **more).sample
 
 
 def _same_size(tensors):
