@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import diffusers
 import torch
 
 from ldmfast.diffusion.guidance import guide
@@ -96,7 +97,15 @@ def keep_known(scheduler, times, latents, noise, mask):
     """
 
     def after(x, i):
-        known = latents if i + 1 == len(times) else scheduler.add_noise(latents, noise, times[i + 1 : i + 2])
+        known = latents if i + 1 == len(times) else _noised(scheduler, latents, noise, times[i + 1])
         return torch.where(mask > 0, x, known)
 
     return after
+
+
+def _noised(scheduler, latents, noise, t):
+    """The latents with noise to the level of the step at t, which comes next."""
+    if isinstance(scheduler, diffusers.KDPM2DiscreteScheduler) and not scheduler.state_in_first_order:
+        # every other step stands between two levels, which its add_noise does not know of
+        return latents + noise * scheduler.sigmas_interpol[scheduler.step_index].to(noise)
+    return scheduler.add_noise(latents, noise, t[None])
