@@ -13,7 +13,7 @@ from ldmfast.commands import conditions
 from ldmfast.models.conditioning import Hybrid
 from ldmfast.models.conditioning_spatial import MapEncoder
 from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder
-from ldmfast.training import emoji, scene_denoiser, scenes
+from ldmfast.training import emoji, evaluate_scenes, scene_denoiser, scenes
 from ldmfast.training.detect import Detector, iou
 
 CUTOUTS = Path(__file__).parent / "data" / "emoji"
@@ -84,6 +84,52 @@ def test_the_detector_finds_what_a_scene_shows(collection, cutouts):
     assert np.mean(overlaps) > 0.7 and np.mean(agreement) > 0.9
     bare = Image.new("RGB", (64, 64), emoji.COLOURS["green"])
     assert detector(bare).objects == () and (detector(bare).label == scenes.GROUNDS.index("green")).all()
+
+
+class Obeying:
+    """Draws what it is told by looking it up; told nothing that it knows, a bare ground."""
+
+    vae = argparse.Namespace(config=argparse.Namespace(sample_size=64))
+
+    def __init__(self, folder, rows, cutouts, deaf=()):
+        names = list(scenes.OBJECTS)
+        self.conditioner = Hybrid(
+            **{
+                "class": ClassEmbedder(names, 8),
+                "boxes": BoxEncoder(names, 8),
+                "map": MapEncoder(len(scenes.CLASSES), 2),
+            }
+        )
+        self.folder, self.rows, self.cutouts, self.deaf = folder, rows, cutouts, deaf
+
+    def __call__(self, inputs, **settings):
+        return [self.one(*next(iter(told.items()))) for told in inputs]
+
+    def one(self, kind, value):
+        if kind in self.deaf:
+            return Image.new("RGB", (64, 64), emoji.COLOURS["blue"])
+        if kind == "class":
+            picture, _, _ = scenes.draw(self.cutouts, np.random.default_rng(0), [value], "green", 64)
+            return Image.fromarray(picture)
+        read = {
+            "boxes": lambda row: row["objects"],
+            "map": lambda row: scene_denoiser.read_map(self.folder / row["map"]),
+        }
+        row = next(row for row in self.rows if np.array_equal(read[kind](row), value))
+        return Image.open(self.folder / row["file_name"])
+
+
+def test_scores_tell_a_model_that_obeys_from_one_that_does_not(collection, cutouts):
+    folder, rows = collection
+    report = evaluate_scenes.evaluate(Obeying(folder, rows, cutouts), folder, cutouts, samples=4)
+    assert report["class"]["retrieved"] == 1
+    for split in ("train", "heldout"):
+        assert report[split]["boxes"] == report[split]["scenes themselves"]["boxes"]
+        assert report[split]["boxes"]["iou"] > 0.6 and report[split]["map"]["agreement"] > 0.9
+    deaf = Obeying(folder, rows, cutouts, deaf=("class", "boxes", "map"))
+    report = evaluate_scenes.evaluate(deaf, folder, cutouts, samples=2)
+    assert report["class"]["retrieved"] == 0 == report["train"]["boxes"]["iou"]
+    assert report["train"]["map"]["objects_agreement"] == 0
 
 
 def test_iou():

@@ -9,8 +9,9 @@ from ldmfast.commands.common import add_model_options, command, pipeline
 
 
 def add(commands):
-    made = command(commands, "evaluate", "score a model: PSNR, SSIM, retrieval", run)
-    made.add_argument("--data", help="a labelled collection (default: the emoji, built from the installed font)")
+    made = command(commands, "evaluate", "score a model: PSNR, SSIM, retrieval; classes, boxes, maps", run)
+    made.add_argument("--data", help="a labelled collection (default: emoji or scenes, built from the font)")
+    made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
     made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
     made.add_argument("--samples", type=int, default=128, help="samples for each split (default: 128)")
     made.add_argument("--output", help="also write the figures to this JSON file")
@@ -18,20 +19,26 @@ def add(commands):
 
 
 def run(arguments):
-    from ldmfast.training import emoji
+    from ldmfast.commands.conditions import takes
+    from ldmfast.training import emoji, scenes
     from ldmfast.training.evaluate import evaluate
+    from ldmfast.training.evaluate_scenes import evaluate as evaluate_scenes
 
     pipe = pipeline(arguments)
-    guidance = pipe.guidance if arguments.guidance is None else arguments.guidance
+    composed = bool(takes(pipe.conditioner))
+    settings = dict(
+        samples=arguments.samples, steps=arguments.steps, seed=arguments.seed, progress=not arguments.quiet,
+        guidance=pipe.guidance if arguments.guidance is None else arguments.guidance,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        data = arguments.data
-        if data is None:
-            data = Path(scratch, "emoji")
-            emoji.build(emoji.font_cutouts(arguments.font), data, size=pipe.vae.config.sample_size)
-        report = evaluate(
-            pipe, data, samples=arguments.samples, steps=arguments.steps, guidance=guidance,
-            seed=arguments.seed, progress=not arguments.quiet,
-        )  # fmt: skip
+        data, cutouts = arguments.data or Path(scratch, "pictures"), None
+        if composed or not arguments.data:
+            folder, font = arguments.cutouts, arguments.font
+            cutouts = emoji.folder_cutouts(folder) if folder else emoji.font_cutouts(font)
+        if not arguments.data:
+            size = pipe.vae.config.sample_size
+            scenes.build(cutouts, data, size=size, count=1000) if composed else emoji.build(cutouts, data, size=size)
+        report = evaluate_scenes(pipe, data, cutouts, **settings) if composed else evaluate(pipe, data, **settings)
     text = json.dumps(report, indent=2)
     if arguments.output:
         partial = Path(arguments.output + ".partial")
