@@ -45,6 +45,13 @@ class Conditioning:
         }
 
 
+def recomputed(m: nn.Module, function, *args):
+    """function(*args); while gradient checkpointing is on in `m`, it runs again in the backward pass."""
+    if m.gradient_checkpointing and torch.is_grad_enabled():
+        return m._gradient_checkpointing_func(function, *args)
+    return function(*args)
+
+
 def resnet(m: ResnetBlock2D, x: torch.Tensor, cond: Conditioning, size: tuple[int, int] | None = None) -> torch.Tensor:
     """GroupNorm, SiLU, conv; time; GroupNorm, SiLU, conv; plus the input. One that resamples does so to both, first."""
     if obstacle(m):
@@ -132,7 +139,7 @@ def transformer(m: Transformer2DModel, x: torch.Tensor, cond: Conditioning) -> t
     h = tokens(group_norm(m.norm, x, silu=False))
     h = m.proj_in(h) if m.use_linear_projection else pointwise(m.proj_in, h, size)
     for block in m.transformer_blocks:
-        h = transformer_block(block, h, cond)
+        h = recomputed(m, transformer_block, block, h, cond)
     h = m.proj_out(h) if m.use_linear_projection else pointwise(m.proj_out, h, size)
     return image(h, size) + x
 
@@ -174,13 +181,13 @@ def down_block(m: nn.Module, x: torch.Tensor, cond: Conditioning, residual: torc
         return m(hidden_states=x, temb=cond.temb, **cond.for_attention(), **extra)
     skips = []
     for i, layer in enumerate(m.resnets):
-        x = resnet(layer, x, cond)
+        x = recomputed(m, resnet, layer, x, cond)
         if crosses:
-            x = transformer(m.attentions[i], x, cond)
+            x = transformer(m.attentions[i], x, cond)  # recomputes each of its blocks
             if residual is not None and i == len(m.resnets) - 1:
                 x = x + residual
         elif type(m) is AttnDownBlock2D:
-            x = image_attention(m.attentions[i], x, cond)
+            x = recomputed(m, image_attention, m.attentions[i], x, cond)
         skips.append(x)
     for layer in m.downsamplers or ():
         x = resample(layer, x, cond)
@@ -194,11 +201,11 @@ def mid_block(m: nn.Module, x: torch.Tensor, cond: Conditioning) -> torch.Tensor
     crosses = has_cross_attention(m)
     if obstacle(m):
         return m(x, cond.temb, **cond.for_attention()) if crosses else m(x, cond.temb)
-    x = resnet(m.resnets[0], x, cond)
+    x = recomputed(m, resnet, m.resnets[0], x, cond)
     for attn, layer in zip(m.attentions, m.resnets[1:], strict=True):
         if attn is not None:
             x = transformer(attn, x, cond) if crosses else image_attention(attn, x, cond)
-        x = resnet(layer, x, cond)
+        x = recomputed(m, resnet, layer, x, cond)
     return x
 
 
@@ -209,11 +216,11 @@ def up_block(m: nn.Module, x: torch.Tensor, skips: tuple, cond: Conditioning, si
         extra = cond.for_attention() if crosses else {}
         return m(hidden_states=x, temb=cond.temb, res_hidden_states_tuple=skips, upsample_size=size, **extra)
     for i, layer in enumerate(m.resnets):
-        x = resnet(layer, torch.cat([x, skips[-1 - i]], dim=1), cond)
+        x = recomputed(m, resnet, layer, torch.cat([x, skips[-1 - i]], dim=1), cond)
         if crosses:
-            x = transformer(m.attentions[i], x, cond)
+            x = transformer(m.attentions[i], x, cond)  # recomputes each of its blocks
         elif type(m) is AttnUpBlock2D:
-            x = image_attention(m.attentions[i], x, cond)
+            x = recomputed(m, image_attention, m.attentions[i], x, cond)
     for layer in m.upsamplers or ():
         x = resample(layer, x, cond, size)
     return x

@@ -74,7 +74,7 @@ def _transformer_block(m: BasicTransformerBlock) -> str | None:
 
 
 def _transformer(m: Transformer2DModel) -> str | None:
-    return _checkpointed(m) if m.is_input_continuous else "its input is not continuous"
+    return None if m.is_input_continuous else "its input is not continuous"
 
 
 def _resnet(m: ResnetBlock2D) -> str | None:
@@ -93,7 +93,7 @@ def _resample(m: Downsample2D | Upsample2D) -> str | None:
 def _up_block(m: nn.Module) -> str | None:
     if any(getattr(m, name, None) for name in ("s1", "s2", "b1", "b2")):
         return "FreeU is on"
-    return _checkpointed(m)
+    return None
 
 
 # Every module that a function of ours stands in for: the condition under which it can, beyond being unmodified.
@@ -111,12 +111,12 @@ _LIMITS: dict[type, Callable] = {
     ResnetBlock2D: _resnet,
     Downsample2D: _resample,
     Upsample2D: _resample,
-    DownBlock2D: _checkpointed,
-    CrossAttnDownBlock2D: _checkpointed,
-    AttnDownBlock2D: _checkpointed,
-    ResnetDownsampleBlock2D: _checkpointed,
-    UNetMidBlock2D: _checkpointed,
-    UNetMidBlock2DCrossAttn: _checkpointed,
+    DownBlock2D: _no_limit,
+    CrossAttnDownBlock2D: _no_limit,
+    AttnDownBlock2D: _no_limit,
+    ResnetDownsampleBlock2D: _no_limit,
+    UNetMidBlock2D: _no_limit,
+    UNetMidBlock2DCrossAttn: _no_limit,
     UpBlock2D: _up_block,
     CrossAttnUpBlock2D: _up_block,
     AttnUpBlock2D: _up_block,
