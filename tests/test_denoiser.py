@@ -1,0 +1,166 @@
+"""What the denoiser's training offers beside the loop: kept latents, measured scaling, joint encoders, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ldmfast.models.conditioning import Unconditional
+from ldmfast.models.conditioning_tokens import ClassEmbedder
+from ldmfast.pipeline import LatentDiffusionPipeline
+from ldmfast.training import autoencoder, checkpoint, denoiser, emoji, latents, parallel, told
+from ldmfast.training.config import AutoencoderConfig, DenoiserConfig
+from ldmfast.training.data import load_pictures
+from ldmfast.training.loop import Run, fit
+
+CUTOUTS = Path(__file__).parent / "data" / "emoji"
+CONFIG = DenoiserConfig(
+    steps=4, batch=4, channels=(16, 32), attention=(0, 1), groups=8, head_width=16, warmup=1, save_every=2, log_every=2,
+    precision="fp32", device="cpu", condition="none",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Pictures and a first stage with random weights."""
+    home = tmp_path_factory.mktemp("denoiser")
+    few = {name: emoji.folder_cutouts(CUTOUTS)[name] for name in ("lemon", "rocket")}
+    emoji.build(few, home / "pictures", size=16, count=1)
+    shape = AutoencoderConfig(steps=1, batch=2, size=16, channels=(8, 16), groups=4, warmup=0, precision="fp32")
+    autoencoder.train(home / "pictures", home, shape, quiet=True)
+    return home
+
+
+@pytest.fixture
+def pictures(home):
+    return load_pictures(home / "pictures", 16, split="train")
+
+
+def prepare(pictures, vae, **options):
+    return latents.prepare(pictures, vae, accelerator=parallel.start(CONFIG), **options)
+
+
+def test_latents_are_kept_and_checked(home, pictures, tmp_path, monkeypatch):
+    vae, file = autoencoder.load(home), tmp_path / "kept" / "latents.safetensors"
+    fresh, made = prepare(pictures, vae), prepare(pictures, vae, file=str(file))
+    monkeypatch.setattr(latents, "encode", lambda *_: pytest.fail("they were encoded again"))
+    again = prepare(pictures, vae, file=str(file))
+    assert torch.equal(fresh.mean, made.mean)
+    assert torch.equal(made.mean, again.mean) and torch.equal(made.std, again.std)
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    with pytest.raises(ValueError, match="made from other pictures; remove it"):
+        prepare(pictures.where(object="lemon"), vae, file=str(file))
+    vae.quant_conv.bias.data += 1
+    with pytest.raises(ValueError, match="made from other first-stage weights"):
+        prepare(pictures, vae, file=str(file))
+    file.write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="holds no latents"):
+        prepare(pictures, vae, file=str(file))
+
+
+def test_measured_scaling_gives_deviation_1_and_is_undone_in_decoding(home, pictures):
+    vae = autoencoder.load(home)
+    vae.quant_conv.weight.data[:4] *= 7
+    codes = prepare(pictures, vae, scale="std")
+    noisy = codes.mean + codes.std * torch.randn(codes.mean.shape)
+    assert abs(noisy.std() - 1) < 0.05
+    plain = prepare(pictures, vae, scale="config")  # the factor is the first stage's from now on
+    assert torch.equal(plain.mean, codes.mean) and abs(vae.config.scaling_factor - 1) > 0.1
+
+
+def test_an_encoder_trained_jointly_is_saved_with_the_pipeline(home, tmp_path):
+    encoder = ClassEmbedder(["lemon", "rocket"], 16)
+    before = encoder.embedding.weight.clone()
+    config = dataclasses.replace(CONFIG, guidance_dropout=0.5)
+    denoiser.train(
+        home / "pictures", home, tmp_path, config, conditioner=encoder, describe=lambda row: [row["object"]], quiet=True
+    )
+    assert "conditioner.embedding.weight" in checkpoint.load(tmp_path / "denoiser.pt")["model"]
+    assert (encoder.embedding.weight != before).any(dim=1).all()  # both classes and the empty one
+    pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert torch.allclose(pipeline.conditioner.embedding.weight, encoder.embedding.weight, rtol=1e-3)
+    assert pipeline(["rocket"], steps=1)[0].size == (16, 16)
+
+
+def test_an_unconditional_denoiser_reports_as_it_trains(home, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = dataclasses.replace(CONFIG, tensorboard=True, sample_every=2)
+    history = denoiser.train(home / "pictures", home, tmp_path, config, quiet=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"loss", "lr", "grad_norm", "samples_per_second"} <= set(events.Tags()["scalars"])
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [tuple(entry) for entry in history]
+    assert [e.step for e in events.Images("samples")] == [2, 4]
+    names = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert names == ["step-000002.png", "step-000004.png"]
+    with Image.open(tmp_path / "samples" / names[0]) as sheet:
+        assert sheet.size[0] > 4 * 16 and sheet.size == Image.open(tmp_path / "samples" / names[1]).size
+    # drawing them changes nothing
+    other = denoiser.train(home / "pictures", home, tmp_path / "other", CONFIG, quiet=True)
+    assert other == history
+
+
+def test_tensorboard_that_is_missing_is_explained(home, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = dataclasses.replace(CONFIG, tensorboard=True)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        denoiser.train(home / "pictures", home, tmp_path, config, quiet=True)
+
+
+def bare(config, path, spoil=None):
+    """A run on random latents, without pictures."""
+    mean = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    unet = denoiser.build(config, 4, 8, None)
+    described = told.gather(Unconditional(), [[None]] * 8)
+    step = denoiser.loss_of(unet, latents.Latents(mean, torch.zeros_like(mean)), described, config)
+    run = Run(denoiser.learner(unet, Unconditional(), config), config)
+    return run, fit(run, spoil(step) if spoil else step, path, quiet=True)
+
+
+def test_ctrl_c_lets_the_step_finish(tmp_path):
+    def spoil(step):
+        def interrupted(draw):
+            if draw.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(draw)
+
+        return interrupted
+
+    with pytest.raises(KeyboardInterrupt):
+        bare(CONFIG, tmp_path / "run.pt", spoil)
+    assert checkpoint.load(tmp_path / "run.pt")["step"] == 3
+    _, resumed = bare(CONFIG, tmp_path / "run.pt")
+    _, whole = bare(CONFIG, tmp_path / "whole.pt")
+    assert resumed == whole  # the history, too: its entry's losses are kept with the checkpoint
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path):
+    config = dataclasses.replace(CONFIG, gradient_checkpointing=True)
+    run, history = bare(config, tmp_path / "a.pt")
+    _, plain = bare(CONFIG, tmp_path / "b.pt")
+    assert run.model.is_gradient_checkpointing and run.model.explain() == []
+    assert torch.allclose(torch.tensor(history), torch.tensor(plain), rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_forward_runs_in_the_precision_asked_for(precision, tmp_path):
+    seen = set()
+
+    def spoil(step):
+        def watched(draw):
+            seen.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return step(draw)
+
+        return watched
+
+    run, _ = bare(dataclasses.replace(CONFIG, precision=precision), tmp_path / "run.pt", spoil)
+    assert {enabled for enabled, _ in seen} == {precision == "bf16"} and all(d is torch.bfloat16 for _, d in seen)
+    assert all(p.dtype is torch.float32 for p in run.model.parameters())
