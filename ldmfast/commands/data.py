@@ -20,6 +20,13 @@ def add(commands):
     made.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
     made.add_argument("--count", type=int, default=6000, help="scenes; one in ten is held out (default: 6000)")
     made.add_argument("--seed", type=int, default=0, help="seed of the arrangements (default: 0)")
+    made = command(kinds, "photos", "crops of the photographs that are installed, split by photograph", _data_photos)
+    made.add_argument("output", help="the folder to write")
+    made.add_argument("--photos", help="a folder of photographs to use in place of the installed ones")
+    made.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
+    made.add_argument("--crops", type=int, default=120, help="crops of each photograph (default: 120)")
+    made.add_argument("--heldout", type=float, default=0.2, help="share of photographs held out (default: 0.2)")
+    made.add_argument("--seed", type=int, default=0, help="seeds the split and the crops (default: 0)")
 
 
 def _data_emoji(arguments):
@@ -39,3 +46,13 @@ def _data_scenes(arguments):
     cutouts = emoji.folder_cutouts(arguments.cutouts) if arguments.cutouts else emoji.font_cutouts(arguments.font)
     count = scenes.build(cutouts, arguments.output, count=arguments.count, size=arguments.size, seed=arguments.seed)
     print(f"{arguments.output}: {count} scenes")
+
+
+def _data_photos(arguments):
+    from ldmfast.training import photos
+
+    count = photos.build(
+        photos.collect(arguments.photos), arguments.output, size=arguments.size, count=arguments.crops,
+        heldout=arguments.heldout, seed=arguments.seed,
+    )  # fmt: skip
+    print(f"{arguments.output}: {count} crops; their authors and licences are in metadata.jsonl")
