@@ -1,21 +1,22 @@
-"""Stage 1: train the autoencoder, then standardise its latents and export it in diffusers' layout."""
+"""Stage 1: train the first stage, KL or VQ, then standardise its latents and export it in diffusers' layout."""
 
 import json
 from pathlib import Path
 
 import torch
 
-from ldmfast.models import AutoencoderKL
-from ldmfast.training import checkpoint, losses
+from ldmfast.models import AutoencoderKL, VQModel
+from ldmfast.training import checkpoint, codebook, losses
 from ldmfast.training.data import Pictures, load_pictures
 from ldmfast.training.loop import Run, fit
+from ldmfast.training.objective import FirstStage
 
 
 def build(config):
-    """A fresh AutoencoderKL: one halving fewer than config.channels has entries (three entries: f = 4)."""
+    """A fresh AutoencoderKL or VQModel: one halving fewer than config.channels has entries (three entries: f = 4)."""
     torch.manual_seed(config.seed)
     n = len(config.channels)
-    model = AutoencoderKL(
+    shared = dict(
         down_block_types=("DownEncoderBlock2D",) * n,
         up_block_types=("UpDecoderBlock2D",) * n,
         block_out_channels=tuple(config.channels),
@@ -26,6 +27,12 @@ def build(config):
         scaling_factor=1.0,
         force_upcast=False,
     )
+    if config.family == "vq":
+        model = VQModel(**shared, num_vq_embeddings=config.codebook)
+        # diffusers keeps an old slip by default, which weighs the codebook's term in place of the commitment
+        model.quantize.legacy, model.quantize.beta = False, config.commitment
+        return model
+    model = AutoencoderKL(**shared)
     with torch.no_grad():
         model.quant_conv.bias[config.latent_channels :] = -6.0  # log variance: no noise drowns the first steps
     return model
@@ -36,33 +43,67 @@ def load(folder):
     home = Path(folder, "vae")
     if not (home / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no vae/; train it first: ldmfast train autoencoder --output {folder}")
-    return AutoencoderKL.from_pretrained(home, torch_dtype=torch.float32).eval()
+    name = json.loads((home / "config.json").read_text())["_class_name"]
+    family = VQModel if name == "VQModel" else AutoencoderKL
+    return family.from_pretrained(home, torch_dtype=torch.float32).eval()
 
 
-def loss_of(model, pictures, config):
-    """The step's loss as a function of the Draw that the batch and the latent noise come from."""
+def loss_of(model, pictures, config, books=()):
+    """The step's losses as a function of the Draw that the batch and the latent noise come from.
+
+    model   FirstStage
+    books   where a VQ model's dead codes are re-seeded: the codebook and its average
+    """
 
     def step(draw):
         x = pictures.batch(draw.integers(len(pictures)))
-        x = torch.where(draw.uniform(1, 1, 1) < 0.5, x.flip(-1), x).to(draw.device)
-        posterior = model.encode(x).latent_dist
-        noise = draw.normal(*posterior.mean.shape[1:])
-        decoded = model.decode(posterior.mean + posterior.std * noise).sample
-        kl = config.kl_weight * losses.kl(posterior)
-        return kl + losses.reconstruction(x, decoded, ssim_weight=config.ssim_weight)
+        x = torch.where(draw.uniform(1, 1, 1) < 0.5, x.flip(-1), x)
+        if config.crop:
+            x = _cropped(x, config.crop, draw)
+        x = x.to(draw.device)
+        return model.losses_of(x, draw, books() if callable(books) else list(books))
 
     return step
 
 
+def _cropped(x, side, draw):
+    """A square of `side` pixels at a random place of each picture [N, 3, H, W]."""
+    tops, lefts = (draw.integers(length - side + 1).tolist() for length in x.shape[2:])
+    parts = [p[:, top : top + side, left : left + side] for p, top, left in zip(x, tops, lefts, strict=True)]
+    return torch.stack(parts)
+
+
 @torch.no_grad()
 def encode_all(model, pictures, batch=64):
-    """Posterior mean and standard deviation of every picture: two float32 [N, z, h, w]."""
-    parts = [model.encode(pictures.batch(slice(i, i + batch))).latent_dist for i in range(0, len(pictures), batch)]
+    """Posterior mean and standard deviation of every picture: two float32 [N, z, h, w], not scaled.
+
+    A VQModel's are its latents before the codebook, and 0.
+    """
+    if isinstance(model, VQModel):
+        mean = torch.cat([model.encode(pictures.batch(slice(i, i + batch))).latents for i in _starts(pictures, batch)])
+        return mean, torch.zeros_like(mean)
+    parts = [model.encode(pictures.batch(slice(i, i + batch))).latent_dist for i in _starts(pictures, batch)]
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+
+
+def _starts(pictures, batch):
+    return range(0, len(pictures), batch)
 
 
 @torch.no_grad()
 def standardise(model, mean, std):
+    """Make the latents of mean 0 and deviation 1 for a denoiser; a VQModel's only of deviation 1 over all channels.
+
+    Its distances to the codes would not survive a scale a channel, so it keeps one number: scaling_factor.
+    mean, std [z]
+    """
+    if isinstance(model, VQModel):
+        model.register_to_config(scaling_factor=1 / std.square().mean().sqrt().item())
+    else:
+        _standardise_posterior(model, mean, std)
+
+
+def _standardise_posterior(model, mean, std):
     """Fold z -> (z - mean) / std, one pair a channel, into the 1x1 convolutions on either side of the latent.
 
     The pictures stay the same; the latents get mean 0 and deviation 1, so that scaling_factor is 1 and no channel
@@ -78,15 +119,33 @@ def standardise(model, mean, std):
 
 
 @torch.no_grad()
-def score(model, pictures, batch=64):
-    """Mean PSNR (dB) and SSIM of the reconstructions."""
-    found = []
-    for i in range(0, len(pictures), batch):
+def score(model, pictures, batch=64, scorer=None):
+    """Mean PSNR (dB) and SSIM of the reconstructions, the `scorer`'s distance, and how a codebook is used.
+
+    scorer  a distance of training/perceptual.py, reported under its name; None leaves it out
+    """
+    found, counts = [], 0
+    for i in _starts(pictures, batch):
         x = pictures.batch(slice(i, i + batch))
-        y = model.decode(model.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-        found.append(torch.stack([losses.psnr(y, x), losses.ssim(y, x)]))
-    psnr, ssim = torch.cat(found, dim=1).mean(dim=1).tolist()
-    return {"psnr": round(psnr, 2), "ssim": round(ssim, 4)}
+        y, index = reconstruct(model, x)
+        found.append(torch.stack([losses.psnr(y, x), losses.ssim(y, x), *([scorer(x, y)] if scorer else [])]))
+        counts = counts + torch.bincount(index, minlength=model.quantize.n_e) if index is not None else counts
+    values = torch.cat(found, dim=1).mean(dim=1).tolist()
+    report = {"psnr": round(values[0], 2), "ssim": round(values[1], 4)}
+    if scorer:
+        report[scorer.name] = round(values[2], 4)
+    if isinstance(model, VQModel):
+        report |= {name: round(value, 4) for name, value in codebook.use(counts).items()}
+    return report
+
+
+@torch.no_grad()
+def reconstruct(model, x):
+    """(reconstructions of x [N, 3, H, W] clamped to [-1, 1], indices of the codes [N h w] or None)."""
+    if isinstance(model, VQModel):
+        codes, _, index = model.quantise(model.encode(x).latents)
+        return model.decode_quantised(codes).clamp(-1, 1), index
+    return model.decode(model.encode(x).latent_dist.mode()).sample.clamp(-1, 1), None
 
 
 def sample_of(pictures, count, seed):
@@ -95,20 +154,36 @@ def sample_of(pictures, count, seed):
     return Pictures(pictures.pixels[keep], tuple(pictures.rows[i] for i in keep.tolist()))
 
 
+def books_of(run):
+    """The codebook [K, c] and its average, where a run of a VQModel keeps them; [] for a KL model."""
+    if run.model.codebook is None:
+        return []
+    weight = run.model.vae.quantize.embedding.weight
+    place = next(i for i, parameter in enumerate(run.average) if parameter is weight)
+    return [weight.data, run.ema.shadow_params[place]]
+
+
 def train(data, folder, config, *, restart=False, quiet=False):
     """Train on the folder `data`, write checkpoints and the finished `vae/` to `folder`. Returns the metrics."""
     pictures = load_pictures(data, config.size, split="train")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    run = Run(build(config), config)
-    step = loss_of(run.model, pictures, config)
+    stage = FirstStage(build(config), config)
+    run = Run(stage, config, phases=stage.phases())
+    step = loss_of(stage, pictures, config, lambda: books_of(run))
     history = fit(run, step, Path(folder, "autoencoder.pt"), restart=restart, quiet=quiet)
-    model = run.finish().cpu()
+    model = run.finish().vae.cpu()
     if not run.main:
         return {"loss": history}
     pictures = sample_of(pictures, 512, config.seed)
     latents, _ = encode_all(model, pictures)
     standardise(model, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
-    metrics = {"trained": score(model, pictures), "loss": history}
+    metrics = {
+        "trained": score(model, pictures),
+        "perceptual": stage.perceptual.name if stage.perceptual is not None else "none",
+        "adversarial": config.adversarial,
+        "steps": config.steps,
+        "loss": history,
+    }
     model = model.half() if config.export == "fp16" else model
     checkpoint.replace_folder(Path(folder, "vae"), model.save_pretrained)
     Path(folder, "autoencoder.json").write_text(json.dumps(metrics, indent=1))

@@ -5,6 +5,7 @@ Every field is also an option of `ldmfast train ...` (`save_every` is `--save-ev
 
 from dataclasses import dataclass, field, fields
 
+PERCEPTUAL = ("none", "auto", "lpips-vgg", "squeezenet1.1", "efficientnet-lite0", "ms-ssim")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -50,17 +51,48 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig(RunConfig):
-    """Stage 1: pictures to latents and back, L1 + SSIM + KL."""
+    """Stage 1: pictures to latents and back. By default L1 + SSIM + KL; see training/objective.py for the rest."""
 
     batch: int = option(8, "pictures a step")
     steps: int = option(1300, "training steps")
     size: int = option(64, "pictures are trained at this many pixels a side")
+    crop: int = option(0, "train on random crops of this many pixels a side; 0: on whole pictures")
     channels: tuple = option((32, 64, 96), "channels at each resolution; one halving fewer than there are entries")
     layers: int = option(1, "residual blocks at each resolution")
     groups: int = option(8, "groups of GroupNorm; with a channel a group the ground's colour is lost")
     latent_channels: int = option(4, "channels of the latent")
+    family: str = option("kl", "regulariser of the latent: a KL term, or a codebook (vq)", ("kl", "vq"))
+    codebook: int = option(1024, "vq: codes in the codebook")
+    codebook_weight: float = option(1.0, "vq: weight of the codebook and commitment terms")
+    commitment: float = option(0.25, "vq: weight of the commitment within them")
+    revive_every: int = option(50, "vq: steps after which a code that was never chosen is re-seeded; 0 never does")
     kl_weight: float = option(3e-4, "weight of the KL term (mean over latent elements)")
     ssim_weight: float = option(0.2, "weight of 1 - SSIM")
+    perceptual: str = option("none", "perceptual distance in the loss; auto is the best that is installed", PERCEPTUAL)
+    perceptual_weight: float = option(1.0, "weight of the perceptual distance")
+    lpips: str = option("", "weights of LPIPS-VGG: VGG16's file and the heads' file, with a comma between them")
+    logvar: str = option("fixed", "learned: divide the reconstruction by exp(logvar), and add it", ("fixed", "learned"))
+    adversarial: float = option(0.0, "weight of the patch discriminator's term, before the adaptive one; 0: none")
+    adversarial_start: int = option(0, "first step that the discriminator takes part in")
+    discriminator_channels: int = option(64, "channels after the discriminator's first convolution")
+    discriminator_layers: int = option(3, "convolutions of stride 2 in the discriminator")
+    discriminator_rate: float = option(0.0, "peak learning rate of the discriminator; 0: as the autoencoder's")
+
+    def __post_init__(self):
+        super().__post_init__()
+        f = 2 ** max(len(self.channels) - 1, 0)
+        for name in ("size", "crop"):
+            if not self.channels or getattr(self, name) % f:
+                got = f"{name}={getattr(self, name)}"
+                raise ValueError(f"{got} is not divisible by f={f}, which channels={self.channels} amounts to")
+        if not 0 <= self.crop <= self.size:
+            raise ValueError(f"crop={self.crop} must lie between 0 and size={self.size}")
+        for name in ("codebook", "discriminator_channels", "discriminator_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("revive_every", "adversarial", "adversarial_start", "perceptual_weight", "discriminator_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""The patch discriminator of stage 1: hinge losses, a delayed start, and the adaptive weight.
+
+Source: Isola et al. 2017 (the network), Esser et al. 2021, equation 7 (the weight), Rombach et al. 2022, appendix G.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Discriminator(nn.Sequential):
+    """Pictures [N, 3, H, W] to one logit a patch [N, 1, h, w]: convolutions of 4x4, batch norm, leaky ReLU.
+
+    channels  width after the first convolution; it doubles with each layer, to 8 times that at most
+    layers    convolutions of stride 2
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3):
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        parts = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, layers + 1):
+            stride = 2 if i < layers else 1
+            parts += [
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(widths[i]),
+                nn.LeakyReLU(0.2),
+            ]
+        super().__init__(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.apply(_initialise)
+
+    def smallest(self) -> int:
+        """The least side of a picture that leaves a logit."""
+        strides = [part.stride[0] for part in self if isinstance(part, nn.Conv2d)]
+        return 3 * 2 ** strides.count(2)
+
+
+def _initialise(m: nn.Module) -> None:
+    if isinstance(m, nn.Conv2d):
+        nn.init.normal_(m.weight, 0.0, 0.02)
+    elif isinstance(m, nn.BatchNorm2d):
+        nn.init.normal_(m.weight, 1.0, 0.02)
+
+
+def hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """The discriminator's loss: (mean relu(1 - D(x)) + mean relu(1 + D(y))) / 2, a scalar."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+
+def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """clamp(|d nll| / (|d g| + 1e-4), 0, 1e4), gradients at `last`, the decoder's last weight. A constant scalar."""
+    of_nll, of_g = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (nll, g))
+    return (of_nll / (of_g + 1e-4)).clamp(0, 1e4).detach()
+
+
+def generator_loss(discriminator: Discriminator, decoded: torch.Tensor) -> torch.Tensor:
+    """What the first stage is told: -mean D(y), a scalar."""
+    return -discriminator(decoded).float().mean()
+
+
+def discriminator_loss(discriminator: Discriminator, pictures: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+    """`hinge` of pictures and their reconstructions [N, 3, H, W]; no gradient goes to the latter."""
+    return hinge(discriminator(pictures), discriminator(decoded.detach()))

@@ -1,0 +1,118 @@
+"""The loss of stage 1, with everything in it that learns or counts beside the model.
+
+    (L1 + ssim + perceptual) / exp(logvar) + logvar  +  KL or codebook term  +  adaptive weight * adversarial term
+
+Every term is a mean over elements. Rombach et al. sum over a picture instead; that scales the whole loss by the number
+of its values, which Adam does not see, and the weight of the KL term by latent elements / picture elements: their 1e-6
+at f = 8 and 4 channels is 2e-8 here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ldmfast.training import adversarial, losses, perceptual
+from ldmfast.training.codebook import Codebook, flat
+from ldmfast.training.draw import mixed
+from ldmfast.training.loop import Phase
+
+
+class FirstStage(nn.Module):
+    """A first stage in training: `vae`, and what learns or counts beside it.
+
+    Its losses come from `losses_of`, one for each of `phases()`. `perceptual` is the distance in use, or None.
+    Raises ValueError where the pictures are too small for the discriminator.
+    """
+
+    def __init__(self, vae, config):
+        super().__init__()
+        self.vae, self.config = vae, config
+        self.logvar = nn.Parameter(torch.zeros(())) if config.logvar == "learned" else None
+        self.discriminator = self._discriminator() if config.adversarial else None
+        self.codebook = Codebook(config.codebook) if config.family == "vq" else None
+        # its weights are not ours to train, average or save: not a submodule
+        distance = perceptual.make(config.perceptual, config.lpips) if config.perceptual != "none" else None
+        self.__dict__["perceptual"] = distance
+        self.revived_at = -1
+
+    def _discriminator(self):
+        c = self.config
+        net = adversarial.Discriminator(c.discriminator_channels, c.discriminator_layers)
+        side, least = c.crop or c.size, net.smallest()
+        if side < least:
+            raise ValueError(f"{side} pixels: a discriminator of {c.discriminator_layers} layers needs {least}")
+        return net.to(memory_format=torch.channels_last)
+
+    def phases(self) -> list[Phase]:
+        """The networks that follow losses of their own, in the order in which `losses_of` yields them."""
+        phases = [Phase("loss", list(self.vae.parameters()))]
+        if self.logvar is not None:
+            phases.append(Phase("logvar", [self.logvar], weight_decay=0.0, betas=(0.5, 0.9)))
+        if self.discriminator is not None:
+            rate = self.config.discriminator_rate or None
+            weights = list(self.discriminator.parameters())
+            phases.append(Phase("discriminator", weights, learning_rate=rate, weight_decay=0.0, betas=(0.5, 0.9)))
+        return phases
+
+    def losses_of(self, pictures, draw, books):
+        """Yield a scalar for each phase; None for a discriminator that has not started.
+
+        pictures  [B, 3, H, W] in [-1, 1]
+        draw      the step's random draws; the terms are logged there
+        books     the codebook [K, c] and its average, in which dead codes are re-seeded; empty for a KL model
+        """
+        c = self.config
+        autoencode = self._through_posterior if self.codebook is None else self._through_codebook
+        decoded, regulariser = autoencode(pictures, draw, books)
+        reconstruction = self._reconstruction(pictures, decoded, draw)
+        nll = reconstruction if self.logvar is None else losses.nll(reconstruction, self.logvar.detach())
+        started = self.discriminator is not None and draw.step >= c.adversarial_start
+        total = nll + regulariser
+        if started:
+            g = adversarial.generator_loss(self.discriminator, decoded)
+            weight = adversarial.adaptive_weight(nll, g, self.vae.decoder.conv_out.weight)
+            draw.log("generator", g)
+            draw.log("adaptive_weight", weight)
+            total = total + c.adversarial * weight * g
+        yield total
+        if self.logvar is not None:
+            draw.log("logvar", self.logvar)
+            yield losses.nll(reconstruction.detach(), self.logvar)
+        if self.discriminator is not None:
+            yield adversarial.discriminator_loss(self.discriminator, pictures, decoded) if started else None
+
+    def _reconstruction(self, pictures, decoded, draw):
+        c = self.config
+        reconstruction = losses.reconstruction(pictures, decoded, ssim_weight=c.ssim_weight)
+        if self.perceptual is not None:
+            distance = self.perceptual.to(pictures.device)(pictures, decoded).mean()
+            draw.log(self.perceptual.name, distance)
+            reconstruction = reconstruction + c.perceptual_weight * distance
+        draw.log("reconstruction", reconstruction)
+        return reconstruction
+
+    def _through_posterior(self, pictures, draw, books):
+        posterior = self.vae.encode(pictures).latent_dist
+        noise = draw.normal(*posterior.mean.shape[1:])
+        kl = losses.kl(posterior)
+        draw.log("kl", kl)
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, self.config.kl_weight * kl
+
+    def _through_codebook(self, pictures, draw, books):
+        latents = self.vae.encode(pictures).latents.float()
+        if self._revives(draw.step):
+            revived = self.codebook.revive(flat(latents.detach()), books, mixed(self.config.seed, draw.step))
+            draw.log("revived_codes", revived)
+        codes, loss, index = self.vae.quantise(latents)
+        self.codebook.count(index)
+        draw.log("codebook", loss)
+        return self.vae.decode_quantised(codes), self.config.codebook_weight * loss
+
+    def _revives(self, step):
+        """At the first step, which seeds the whole book from the data, then at every `revive_every`th until the last
+        fifth of the training, so that every code has time to settle; once a step."""
+        c = self.config
+        due = c.revive_every and step % c.revive_every == 0 and step <= 0.8 * c.steps and step != self.revived_at
+        self.revived_at = step
+        return bool(due)
