@@ -42,11 +42,11 @@ def main(argv=None):
 
 
 def parser():
-    from ldmfast.commands import convert, data, evaluate, sample, train
+    from ldmfast.commands import convert, data, evaluate, first_stages, sample, train
 
     top = argparse.ArgumentParser("ldmfast", description="Latent diffusion with fused kernels.")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for family in (sample, evaluate, train, data, convert):
+    for family in (sample, evaluate, first_stages, train, data, convert):
         family.add(commands)
     commands.add_parser("doctor", help="what is installed, what runs here, and whether it computes right")
     return top

@@ -98,7 +98,8 @@ def standardise(model, mean, std):
     mean, std [z]
     """
     if isinstance(model, VQModel):
-        model.register_to_config(scaling_factor=1 / std.square().mean().sqrt().item())
+        variance = std.square().mean() + mean.var(unbiased=False)  # of all values together
+        model.register_to_config(scaling_factor=1 / variance.sqrt().item())
     else:
         _standardise_posterior(model, mean, std)
 

@@ -1,0 +1,68 @@
+"""The table of first stages: what each keeps of pictures that it was never trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ldmfast.models import VQModel
+from ldmfast.models.first_stage import downsampling
+from ldmfast.training import perceptual
+from ldmfast.training.autoencoder import load, sample_of, score
+from ldmfast.training.data import load_pictures
+
+
+def evaluate(folders, data, *, split="heldout", size=None, count=512, seed=0, scorer=None) -> dict:
+    """Score the first stage in each of `folders` (what `ldmfast train autoencoder --output` wrote).
+
+    split   of the collection `data`; `count` of its pictures at most
+    size    pixels a side; None: what each model says it was made for
+    scorer  a distance of training/perceptual.py. None: `make_scorer`, which must suit every model: one that was
+            trained with the scoring network is refused, for it would be marked by its own teacher.
+    Returns {"split", "pictures", "distance", "rows": [...]}. Raises ValueError, FileNotFoundError.
+    """
+    scorer = scorer or perceptual.make_scorer()
+    rows = []
+    for folder in folders:
+        model, trained = load(folder), _training(folder)
+        if trained.get("perceptual") == scorer.name:
+            raise ValueError(f"{folder} was trained with {scorer.name}; score it with another distance")
+        pictures = sample_of(load_pictures(data, size or model.config.sample_size, split=split), count, seed)
+        rows.append(_row(folder, model, trained) | score(model, pictures, scorer=scorer))
+    return {"split": split, "pictures": len(pictures), "distance": scorer.name, "rows": rows}
+
+
+def _training(folder) -> dict:
+    """How it was trained, where its folder says so."""
+    path = Path(folder, "autoencoder.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _row(folder, model, trained) -> dict:
+    vq = isinstance(model, VQModel)
+    return {
+        "name": Path(folder).name,
+        "family": "vq" if vq else "kl",
+        "f": downsampling(model),
+        "channels": model.config.latent_channels,
+        "codes": model.config.num_vq_embeddings if vq else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_with": trained.get("perceptual", "unknown"),
+        "adversarial": trained.get("adversarial"),
+        "steps": trained.get("steps"),
+    }
+
+
+def markdown(report: dict) -> str:
+    """The report as a table."""
+    distance = report["distance"]
+    head = f"| | f | latent | discriminator | PSNR dB | SSIM | {distance} distance | codes used | perplexity |"
+    lines = [head, "|" + " --- |" * 9]
+    for row in report["rows"]:
+        latent = f"{row['channels']} channels" + (f", {row['codes']} codes" if row["codes"] else "")
+        use = f"{row['used']:.0%} | {row['perplexity']:.0f}" if row["codes"] else "- | -"
+        lines.append(
+            f"| {row['name']} | {row['f']} | {latent} | {'on' if row['adversarial'] else 'off'} | {row['psnr']:.2f} | "
+            f"{row['ssim']:.3f} | {row[distance]:.4f} | {use} |"
+        )
+    return "\n".join(lines)
