@@ -15,7 +15,7 @@ from ldmfast import cli
 from ldmfast.diffusion.schedule import make_scheduler
 from ldmfast.models import AutoencoderKL, TextEncoder, UNet
 from ldmfast.models.lora import NAME, load_lora
-from ldmfast.pipeline import TextToImagePipeline
+from ldmfast.pipeline import LatentDiffusionPipeline, TextToImagePipeline
 from ldmfast.training import checkpoint, denoiser, emoji, lora
 from ldmfast.training.config import DenoiserConfig, LoraConfig
 
@@ -120,6 +120,15 @@ def test_another_networks_lora_is_refused(home, trained, tmp_path):
     other.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="not a safetensors file"):
         load_lora(unet_of(home), other)
+
+
+def test_a_model_that_takes_no_caption_is_refused(home, tmp_path):
+    shape = DenoiserConfig(channels=(16, 32), attention=(0, 1), groups=8, head_width=16)
+    vae = AutoencoderKL.from_pretrained(home / "model" / "vae")
+    unet = denoiser.build(shape, 4, 4, None)
+    LatentDiffusionPipeline(unet, vae, make_scheduler(0.0015, 0.0195)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="told what Unconditional takes"):
+        lora.train(home / "pictures", tmp_path / "model", tmp_path, CONFIG, quiet=True)
 
 
 def test_the_command(home, tmp_path, capsys):

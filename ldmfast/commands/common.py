@@ -55,8 +55,11 @@ def pipeline(arguments):
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = getattr(torch, arguments.dtype)
     if arguments.model and (Path(arguments.model).is_file() or Path(arguments.model, "text_encoder").is_dir()):
-        return _stable_diffusion(arguments.model, arguments.text_encoder, dtype).to(device)
-    pipe = LatentDiffusionPipeline.from_pretrained(arguments.model, text_encoder=arguments.text_encoder, dtype=dtype)
+        pipe = _stable_diffusion(arguments.model, arguments.text_encoder, dtype)
+    else:
+        pipe = LatentDiffusionPipeline.from_pretrained(
+            arguments.model, text_encoder=arguments.text_encoder, dtype=dtype
+        )
     if arguments.lora:
         from ldmfast.models.lora import load_lora
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from ldmfast.loading import load
+from ldmfast.models.conditioning import TextEncoder
 from ldmfast.models.lora import add_lora, save_lora
 from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.training import latents, parallel, told
@@ -17,16 +19,11 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     """Finetune the saved pipeline `model` on the captioned folder `data`. Returns the losses.
 
     Writes checkpoints and pytorch_lora_weights.safetensors to `folder`.
-    Raises ValueError for a pipeline whose U-Net wants more than captions (SDXL's sizes).
+    Raises ValueError for a model that is told something else than a caption, or more (SDXL).
     """
     accelerator = parallel.start(config)
-    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    pipeline = _told_a_caption(model)
     unet, scheduler = pipeline.unet, pipeline.scheduler
-    if getattr(unet.config, "addition_embed_type", None):
-        raise ValueError(
-            f"train lora: {model} is told {unet.config.addition_embed_type} beside the caption, as SDXL is; models "
-            "that are told a caption alone can be finetuned here"
-        )
     torch.manual_seed(config.seed)
     add_lora(unet, config.rank, config.alpha or config.rank, config.targets.split(","))
     if config.gradient_checkpointing:
@@ -49,3 +46,13 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
         save_lora(unet, folder)
         Path(folder, "lora.json").write_text(json.dumps({"model": str(model), "loss": history}, indent=1))
     return history
+
+
+def _told_a_caption(model):
+    """The pipeline of a saved folder, a released file, or None: the shipped model."""
+    pipeline = load(model) if model else LatentDiffusionPipeline.from_pretrained()
+    conditioner = getattr(pipeline, "conditioner", None)
+    if not isinstance(conditioner, TextEncoder):
+        told = "more than a caption" if conditioner is None else f"what {type(conditioner).__name__} takes"
+        raise ValueError(f"train lora: {model} is told {told}; models that are told a caption can be finetuned here")
+    return pipeline
