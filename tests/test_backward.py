@@ -40,7 +40,7 @@ def gradients(call, op, arguments, grads):
     for i in chosen:
         leaves[i].requires_grad_()
     outputs = tuples(call(*leaves))
-    return torch.autograd.grad(outputs, [leaves[i] for i in chosen], grads)
+    return torch.autograd.grad(outputs, [leaves[i] for i in chosen], grads, allow_unused=True, materialize_grads=True)
 
 
 @functools.lru_cache(maxsize=4)

@@ -20,6 +20,11 @@ namespace ldmfast {
   void ddim_step(const DdimStepArgs&);                           \
   size_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs&);  \
   void group_norm_silu_backward(const GroupNormSiluBackwardArgs&);              \
+  size_t attention_backward_workspace(const AttentionBackwardArgs&);            \
+  void attention_backward(const AttentionBackwardArgs&);                        \
+  size_t timestep_mlp_backward_workspace(const TimestepMlpBackwardArgs&);       \
+  void timestep_mlp_backward(const TimestepMlpBackwardArgs&);                   \
+  void ddim_step_backward(const DdimStepBackwardArgs&);                         \
   }
 LDMFAST_DECLARE(generic)
 #if defined(LDMFAST_X86)
@@ -45,12 +50,19 @@ struct Isa {
   decltype(&generic::ddim_step) ddim_step;
   decltype(&generic::group_norm_silu_backward_workspace) group_norm_silu_backward_workspace;
   decltype(&generic::group_norm_silu_backward) group_norm_silu_backward;
+  decltype(&generic::attention_backward_workspace) attention_backward_workspace;
+  decltype(&generic::attention_backward) attention_backward;
+  decltype(&generic::timestep_mlp_backward_workspace) timestep_mlp_backward_workspace;
+  decltype(&generic::timestep_mlp_backward) timestep_mlp_backward;
+  decltype(&generic::ddim_step_backward) ddim_step_backward;
 };
 
 #define LDMFAST_ISA_ENTRY(isa, runs_here)                                                                       \
   {#isa, runs_here, isa::group_norm_silu_workspace, isa::group_norm_silu, isa::attention_workspace,             \
    isa::attention, isa::timestep_mlp_workspace, isa::timestep_mlp, isa::ddim_step,        \
-   isa::group_norm_silu_backward_workspace, isa::group_norm_silu_backward}
+   isa::group_norm_silu_backward_workspace, isa::group_norm_silu_backward,                                \
+   isa::attention_backward_workspace, isa::attention_backward, isa::timestep_mlp_backward_workspace,            \
+   isa::timestep_mlp_backward, isa::ddim_step_backward}
 
 #if defined(LDMFAST_X86)
 // the compiler's built-in also asks the operating system whether it saves the wider registers
@@ -117,5 +129,16 @@ size_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs& args)
 void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args, const Launch&) {
   active().group_norm_silu_backward(args);
 }
+size_t attention_backward_workspace(const AttentionBackwardArgs& args) {
+  return active().attention_backward_workspace(args);
+}
+void attention_backward(const AttentionBackwardArgs& args, const Launch&) { active().attention_backward(args); }
+size_t timestep_mlp_backward_workspace(const TimestepMlpBackwardArgs& args) {
+  return active().timestep_mlp_backward_workspace(args);
+}
+void timestep_mlp_backward(const TimestepMlpBackwardArgs& args, const Launch&) {
+  active().timestep_mlp_backward(args);
+}
+void ddim_step_backward(const DdimStepBackwardArgs& args, const Launch&) { active().ddim_step_backward(args); }
 
 }  // namespace ldmfast

@@ -1,31 +1,13 @@
 // Sinusoid, linear, SiLU, linear. Traffic: both weights once for every 4 samples.
 // Source: Vaswani et al. 2017, section 3.5 (the sinusoid); Ho et al. 2020 (its use for the timestep).
-#include <math.h>
-
 #include "exponential.h"
+#include "sinusoid.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
 constexpr int64_t kSerial = 128 * 1024;  // products below which waking threads costs more than it gives
-
-template <class T> LDMFAST_INLINE float rounded(float x) {
-  T stored[kLanes];
-  store(stored, splat(x));
-  return load(stored)[0];
-}
-
-// row[dim] = the sinusoid of t, rounded to T as the layers' input, in the order of load_pair
-template <class T> void sinusoid(const TimestepMlpArgs& m, float t, float* row) {
-  const int64_t half = m.dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float angle = t * m.freqs[i], s = sinf(angle), c = cosf(angle);
-    row[slot<T>(i, m.dim)] = rounded<T>(m.flip_sin_to_cos ? c : s);
-    row[slot<T>(half + i, m.dim)] = rounded<T>(m.flip_sin_to_cos ? s : c);
-  }
-  if (m.dim % 2) row[slot<T>(m.dim - 1, m.dim)] = 0.0f;
-}
 
 // out[k] = weight [depth] . x[k, depth] for kCount samples
 template <class T, int kCount> void dots(const T* weight, const float* x, int64_t depth, float* out) {
@@ -64,7 +46,10 @@ template <class T> void run(const TimestepMlpArgs& m) {
 #pragma omp parallel if (m.N * (m.dim + m.E) * m.F > kSerial)
   {
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < m.N; ++n) sinusoid<T>(m, m.t[n], embedded + n * m.dim);
+    for (int64_t n = 0; n < m.N; ++n) {  // in the order of load_pair
+      sinusoid<T>(m.t[n], m.freqs, m.dim, m.flip_sin_to_cos, embedded + n * m.dim,
+                  [&](int64_t i) { return slot<T>(i, m.dim); });
+    }
 #pragma omp for schedule(static)
     for (int64_t f = 0; f < m.F; ++f) {
       const float bias = m.b1 ? load_scalar(m.b1, m.dtype, f) : 0.0f;
