@@ -110,7 +110,7 @@ def test_training_through_the_command_line(tmp_path, capsys):
     assert cli.main(denoiser) == 0
     picture = str(tmp_path / "a.png")
     assert cli.main(["sample", "a lemon", "--model", run + "/pipeline", "-o", picture, "--steps", "1", "--quiet"]) == 0
-    assert Image.open(picture).size == (64, 64)
+    assert Image.open(picture).size == (256, 256)
     capsys.readouterr()
     Path(run, "denoiser.pt").write_bytes(b"not a checkpoint")
     assert cli.main(denoiser) == 2
