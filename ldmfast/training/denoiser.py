@@ -117,6 +117,7 @@ def train(
 def grid(pipeline, descriptions):
     """A PIL picture of SHOWN samples, of inputs spread evenly over those trained on; the same seeds each time."""
     chosen = torch.linspace(0, len(descriptions.inputs) - 1, SHOWN).long().tolist()
+    pipeline.to(pipeline.unet.device)  # a first stage whose latents were kept has not run yet
     return imagefile.grid(pipeline([descriptions.inputs[i] for i in chosen], seeds=0), None, 1)
 
 
