@@ -20,7 +20,8 @@ demo: .venv/built
 
 test: .venv/built .venv/tools host-kernels
 	$(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_ops_numbers.py -k "triton"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_backward.py tests/test_ops_numbers.py \
+		-k "triton"
 	$(BIN)/python bench/resources.py --only cuda  # Triton's are compiled by tests/test_triton.py
 
 bench: .venv/built .venv/tools

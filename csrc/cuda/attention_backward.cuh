@@ -1,5 +1,5 @@
-// attention_backward: what its kernels share. attention_backward.cu: 16-bit inputs on tensor cores, up to a head width of
-// 160. attention_backward_simt.cu: everything else.
+// attention_backward: what its kernels share. attention_backward.cu: 16-bit inputs on tensor cores, up to a head width
+// of 160. attention_backward_simt.cu: everything else.
 //
 // Three launches, without atomics: 1 each query's largest score, the inverse of its sum, and delta = sum_d dout * out,
 // to the workspace; 2 dk and dv, a block a tile of keys; 3 dq, a block a tile of queries. The weights are recomputed as

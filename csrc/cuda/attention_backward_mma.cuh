@@ -18,7 +18,7 @@ template <typename T_, int D_> struct BackwardConfig {
   static constexpr int kStride = (kColumns | 1) * 8;      // an odd number of 16-byte units: no bank conflict
   static constexpr int kSteps16 = D / 16;
   static constexpr bool kTail = D % 16 != 0;
-  static constexpr bool kKeep = D <= 40;                  // the warp's rows stay in registers; wider ones are read again
+  static constexpr bool kKeep = D <= 40;                  // the warp's rows stay in registers, or are read again
   static constexpr int kBlocks = D <= 40 ? 3 : 2;         // a multiprocessor
   static constexpr size_t kShared = (2 * kOwn + 4 * kTile) * kStride * sizeof(T) + 2 * 3 * kTile * sizeof(float);
 };

@@ -1,7 +1,7 @@
 // The gradient of attention for float32 inputs and for heads wider than 160, with plain multiply-adds.
 //
-// As attention_simt.cu: a block takes 64 rows of one side and 64 columns of the width, and walks over tiles of 64 rows of
-// the other side; wider heads get one block per 64 columns, each of which computes the weights again.
+// As attention_simt.cu: a block takes 64 rows of one side and 64 columns of the width, and walks over tiles of 64 rows
+// of the other side; wider heads get one block per 64 columns, each of which computes the weights again.
 #include "attention_backward.cuh"
 #include "attention_simt.cuh"
 
@@ -131,7 +131,8 @@ __device__ __forceinline__ void write(const Work<T>& w, const AttentionArgs& a, 
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t r = w.row + ty * 4 + i, c = w.column + tx * 4 + j;
-      if (r < rows && c < a.D) static_cast<T*>(to)[((w.n * rows + r) * a.H + w.h) * a.D + c] = from_float<T>(sum[i][j] * factor);
+      if (r < rows && c < a.D)
+        static_cast<T*>(to)[((w.n * rows + r) * a.H + w.h) * a.D + c] = from_float<T>(sum[i][j] * factor);
     }
 }
 

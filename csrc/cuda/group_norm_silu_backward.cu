@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ Params p) {
   const GroupNormSiluBackwardArgs& a = p.a;
   float* warp_sums = reinterpret_cast<float*>(shared_memory());   // [2, kWarps]
-  const int64_t width = a.C / a.groups, n = blockIdx.x / unsigned(a.groups), first = blockIdx.x % unsigned(a.groups) * width;
+  const int64_t width = a.C / a.groups, n = blockIdx.x / unsigned(a.groups);
+  const int64_t first = blockIdx.x % unsigned(a.groups) * width;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* sums = a.sums + n * a.C;
   float d = 0.0f, dx = 0.0f;
@@ -153,7 +154,7 @@ int64_t most_parts(const GroupNormSiluBackwardArgs& a) {
   return parts > narrow ? parts : narrow;
 }
 
-// pixels a slice, from the shape alone: [2, 320, 64, 64] channels_last has 256 slices of 32 pixels for 6 rows of threads
+// pixels a slice, from the shape alone: [2, 320, 64, 64] channels_last has 2 x 256 slices of 16 for 6 rows of threads
 int64_t slice_of(const GroupNormSiluBackwardArgs& a) {
   if (!a.channels_last) return kStretch;
   const int64_t slice = ceil_div(a.P * a.N, kBlocks);

@@ -1,4 +1,5 @@
-// The gradient of group_norm_silu: how the work is cut, and what one element becomes. Kernels: group_norm_silu_backward.cu.
+// The gradient of group_norm_silu: how the work is cut, and what one element becomes. group_norm_silu_backward.cu has
+// the kernels.
 //
 // Channels_last: a block takes whole pixels, or a tile of their channels, and a thread keeps its channels, so that its
 // sums stay in registers. Contiguous: a warp takes a stretch of one channel.

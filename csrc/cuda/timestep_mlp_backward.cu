@@ -1,7 +1,7 @@
-// The gradient of the time embedding with regard to its weights and biases; see TimestepMlpBackwardArgs for the formulas.
+// The gradient of the time embedding with regard to its weights and biases; TimestepMlpBackwardArgs has the formulas.
 //
-// Five launches, bound by reading the weights and writing their gradients: 320 -> 1280 -> 1280 in 16 bits is 8.2 MB, 2.7
-// us at 3 TB/s, so most of the time is that of the launches. Everything between is float32 in the workspace.
+// Five launches, bound by reading the weights and writing their gradients: 320 -> 1280 -> 1280 in 16 bits is 8.2 MB,
+// 2.7 us at 3 TB/s, so most of the time is that of the launches. Everything between is float32 in the workspace.
 #include "launch.cuh"
 
 namespace ldmfast {
