@@ -15,9 +15,10 @@ from PIL import Image
 from ldmfast.models.conditioning import Unconditional
 from ldmfast.models.conditioning_tokens import ClassEmbedder
 from ldmfast.pipeline import LatentDiffusionPipeline
-from ldmfast.training import autoencoder, checkpoint, denoiser, emoji, latents, parallel, told
+from ldmfast.training import autoencoder, checkpoint, denoiser, emoji, latents, parallel, shown, told
 from ldmfast.training.config import AutoencoderConfig, DenoiserConfig
 from ldmfast.training.data import load_pictures
+from ldmfast.training.draw import Draw
 from ldmfast.training.loop import Run, fit
 
 CUTOUTS = Path(__file__).parent / "data" / "emoji"
@@ -87,6 +88,38 @@ def test_an_encoder_trained_jointly_is_saved_with_the_pipeline(home, tmp_path):
     pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     assert torch.allclose(pipeline.conditioner.embedding.weight, encoder.embedding.weight, rtol=1e-3)
     assert pipeline(["rocket"], steps=1)[0].size == (16, 16)
+
+
+@pytest.mark.parametrize("condition", ["class", "transformer", "inpainting", "super-resolution"])
+def test_every_condition_trains_draws_and_is_saved(condition, home, tmp_path):
+    config = dataclasses.replace(CONFIG, condition=condition, steps=2, sample_every=2, width=16, text_layers=1)
+    assert denoiser.train(home / "pictures", home, tmp_path, config, quiet=True)[-1][0] == 2
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-000002.png"]
+    pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    picture = torch.zeros(3, 16, 16)
+    asked = {
+        "class": dict(inputs="rocket"),
+        "transformer": dict(inputs="a rocket on a red background"),
+        "inpainting": dict(image=picture, mask=torch.ones(1, 16, 16)),
+        "super-resolution": dict(image=picture[:, :8, :8]),
+    }[condition]
+    assert pipeline(**asked, steps=1)[0].size == (16, 16)
+
+
+def test_a_class_that_is_missing_is_named(home, tmp_path):
+    config = dataclasses.replace(CONFIG, condition="class", class_key="species")
+    with pytest.raises(ValueError, match="has no 'species' in metadata.jsonl; --class-key"):
+        denoiser.train(home / "pictures", home, tmp_path, config, quiet=True)
+
+
+def test_masks_are_rectangles_of_a_quarter_to_three_quarters():
+    masks = shown.rectangles(Draw(0, 0, 0, 64), (32, 16))
+    assert masks.shape == (64, 1, 32, 16) and set(masks.unique().tolist()) == {0.0, 1.0}
+    for axis, length in ((3, 32), (2, 16)):
+        sides = masks.amax(dim=axis).flatten(1).sum(dim=1) / length
+        assert sides.min() > 0.15 and sides.max() < 0.85 and sides.max() - sides.min() > 0.3
+    filled = masks.amax(dim=3).flatten(1).sum(1) * masks.amax(dim=2).flatten(1).sum(1)
+    assert torch.equal(filled, masks.flatten(1).sum(1))
 
 
 def test_an_unconditional_denoiser_reports_as_it_trains(home, tmp_path):

@@ -6,6 +6,7 @@ Every field is also an option of `ldmfast train ...` (`save_every` is `--save-ev
 from dataclasses import dataclass, field, fields
 
 PERCEPTUAL = ("none", "auto", "lpips-vgg", "squeezenet1.1", "efficientnet-lite0", "ms-ssim")
+CONDITIONS = ("text", "transformer", "class", "inpainting", "super-resolution", "none")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -35,7 +36,8 @@ class RunConfig:
     sample_every: int = option(0, "steps between sample grids, in OUTPUT/samples; 0 draws none")
 
     def __post_init__(self):
-        positive = ("batch", "accumulate", "learning_rate", "clip", "save_every", "log_every", "steps", "size", "rank")
+        positive = ("batch", "accumulate", "learning_rate", "clip", "save_every", "log_every", "steps")
+        positive += ("size", "rank", "width", "text_layers")
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
@@ -124,8 +126,13 @@ class DenoiserConfig(RunConfig):
     min_snr: float = option(5.0, "min-SNR-gamma loss weighting; 0 turns it off")
     guidance_dropout: float = option(0.1, "share of captions replaced by the empty one")
     plain_captions: float = option(0.5, "share of a picture's draws that use its first caption")
-    condition: str = option("text", "what the denoiser is told", ("text", "none"))
-    text_encoder: str = option("minilm", "'minilm', a hub name or a folder")
+    condition: str = option(
+        "text", "what the denoiser is told: text by a frozen encoder or a transformer trained with it, ...", CONDITIONS
+    )
+    text_encoder: str = option("minilm", "text: 'minilm', a hub name or a folder")
+    class_key: str = option("object", "class: the key of metadata.jsonl that holds it")
+    width: int = option(128, "class, transformer: channels of the tokens")
+    text_layers: int = option(2, "transformer: how many layers")
     latents: str = option("", "a file that keeps the encoded pictures; made if it is not there, checked if it is")
     latent_scale: str = option(
         "config", "scale latents by the first stage's factor, or by 1 / their measured deviation", ("config", "std")

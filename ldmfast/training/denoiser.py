@@ -9,9 +9,10 @@ from ldmfast import imagefile
 from ldmfast.diffusion.objective import add_noise, denoising_loss
 from ldmfast.diffusion.schedule import alphas_cumprod, make_scheduler
 from ldmfast.models import UNet
+from ldmfast.models.first_stage import downsampling
 from ldmfast.models.unet2d import UNet2D
 from ldmfast.pipeline import LatentDiffusionPipeline
-from ldmfast.training import checkpoint, latents, parallel, told
+from ldmfast.training import checkpoint, latents, parallel, shown, told
 from ldmfast.training.autoencoder import load as load_autoencoder
 from ldmfast.training.data import load_pictures
 from ldmfast.training.loop import Run, fit
@@ -63,7 +64,7 @@ def learner(unet, conditioner, config):
 def loss_of(unet, codes, descriptions, config, *, alphas=None, prediction=None):
     """The step's loss as a function of the Draw that the batch, the times and the noise come from.
 
-    codes  Latents;   descriptions  Told
+    codes  Latents;   descriptions  Told or Shown
     alphas, prediction   of a model that has its own: cumulative products [T], and what it predicts
     """
     alphas = alphas_cumprod(config.beta_start, config.beta_end) if alphas is None else alphas.double().cpu()
@@ -92,13 +93,16 @@ def train(
     """
     accelerator = parallel.start(config)
     vae = load_autoencoder(autoencoder)
-    if conditioner is None:
-        conditioner, describe = told.make(config)
-    pictures = load_pictures(data, vae.config.sample_size, split="train", captions=describe is told.texts)
-    codes = latents.prepare(
-        pictures, vae, file=config.latents, scale=config.latent_scale, accelerator=accelerator
-    )
-    descriptions = told.gather(conditioner, [describe(row) for row in pictures.rows], accelerator.device)
+    captions = conditioner is None and config.condition in ("text", "transformer")
+    pictures = load_pictures(data, vae.config.sample_size, split="train", captions=captions)
+    codes = latents.prepare(pictures, vae, file=config.latents, scale=config.latent_scale, accelerator=accelerator)
+    if conditioner is None and config.condition in ("inpainting", "super-resolution"):
+        conditioner = shown.make(config.condition, codes.shape[0]).bind(vae)
+        descriptions = shown.Shown(conditioner, pictures, downsampling(vae))
+    else:
+        if conditioner is None:
+            conditioner, describe = told.make(config, pictures.rows)
+        descriptions = told.gather(conditioner, [describe(row) for row in pictures.rows], accelerator.device)
     unet = unet or network(config, codes.shape, conditioner)
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(learner(unet, conditioner, config), config, accelerator=accelerator)
@@ -115,10 +119,9 @@ def train(
 
 
 def grid(pipeline, descriptions):
-    """A PIL picture of SHOWN samples, of inputs spread evenly over those trained on; the same seeds each time."""
-    chosen = torch.linspace(0, len(descriptions.inputs) - 1, SHOWN).long().tolist()
+    """A PIL picture of SHOWN samples; the same inputs and seeds each time."""
     pipeline.to(pipeline.unet.device)  # a first stage whose latents were kept has not run yet
-    return imagefile.grid(pipeline([descriptions.inputs[i] for i in chosen], seeds=0), None, 1)
+    return imagefile.grid(pipeline(**descriptions.sheet(SHOWN), seeds=0), None, 1)
 
 
 def export(pipeline, folder, config, history):

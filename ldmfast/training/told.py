@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ldmfast.models.conditioning import Condition, Conditioner, TextEncoder, Unconditional
+from ldmfast.models.conditioning import Condition, Conditioner, Unconditional
+from ldmfast.models.conditioning_text import TOKENS, TextEncoder
+from ldmfast.models.conditioning_tokens import ClassEmbedder
+from ldmfast.models.conditioning_transformer import TransformerText
 
 
 def texts(row):
@@ -16,10 +19,22 @@ def nothing(row):
     return [None]
 
 
-def make(config):
-    """(conditioner, the function from a row to the inputs that describe it) that `config` asks for."""
+def make(config, rows):
+    """(conditioner, the function from a row to the inputs that describe it) that config.condition names.
+
+    Raises ValueError naming the row that has no class.
+    """
     if config.condition == "text":
         return TextEncoder.from_pretrained(config.text_encoder), texts
+    torch.manual_seed(config.seed)
+    if config.condition == "transformer":
+        return TransformerText(config.width, layers=config.text_layers, tokens=TOKENS, heads=4, head_width=32), texts
+    if config.condition == "class":
+        key = config.class_key
+        bare = next((row["file_name"] for row in rows if not isinstance(row.get(key), str)), None)
+        if bare:
+            raise ValueError(f"{bare} has no {key!r} in metadata.jsonl; --class-key names the field with the class")
+        return ClassEmbedder(sorted({row[key] for row in rows}), config.width), lambda row: [row[key]]
     return Unconditional(), nothing
 
 
@@ -45,6 +60,10 @@ class Told:
         if not self.conditions.parts():
             return self.conditions
         return self.conditions[chosen].dropped(dropped, self.nothing).to(draw.device, torch.float32)
+
+    def sheet(self, count):
+        """A pipeline's arguments for `count` samples: inputs spread evenly over those trained on."""
+        return dict(inputs=[self.inputs[i] for i in torch.linspace(0, len(self.inputs) - 1, count).long().tolist()])
 
 
 @torch.no_grad()
