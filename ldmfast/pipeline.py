@@ -146,6 +146,7 @@ class LatentDiffusionPipeline:
     def condition(self, inputs, canvas, guided):
         """What the denoiser is told, [N]; guided, [2N] with nothing told to the first N but the canvas' pictures."""
         told = self.conditioner(self._with_pictures(inputs, canvas))
+        self._check_fit(told.concat, canvas)
         if told.text_embeds is not None:  # SDXL is told the sizes too: before cropping, where cropped, drawn
             height, width = (side * downsampling(self.vae) for side in canvas.size)
             sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
@@ -156,6 +157,18 @@ class LatentDiffusionPipeline:
         if self._pictures:
             empty = dataclasses.replace(empty, concat=told.concat)
         return Condition.cat([dataclasses.replace(empty, time_ids=told.time_ids), told])
+
+    def _check_fit(self, concat, canvas):
+        """Raises ValueError if the U-Net cannot take the latents with `concat` [N, c, h, w] or None beside them."""
+        own, joined = self.vae.config.latent_channels, 0 if concat is None else concat.shape[1]
+        if own + joined != self.unet.config.in_channels:
+            raise ValueError(
+                f"this U-Net takes {self.unet.config.in_channels} channels; the latents have {own} and what it is told "
+                f"beside them {joined}"
+            )
+        if joined and tuple(concat.shape[2:]) not in ((1, 1), tuple(canvas.size)):
+            (h, w), (height, width) = concat.shape[2:], canvas.size
+            raise ValueError(f"what is told beside the latents is {w}x{h}, the latents are {width}x{height}")
 
     def noise(self, seeds, size=None):
         """The starting noise [N, z, h, w] of N seeds."""

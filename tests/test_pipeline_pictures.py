@@ -15,7 +15,7 @@ from ldmfast.diffusion.samplers import SAMPLERS, make_sampler
 from ldmfast.models import AutoencoderKL
 from ldmfast.models.conditioning import Hybrid
 from ldmfast.models.conditioning_sdxl import TwoTextEncoders
-from ldmfast.models.conditioning_spatial import LowResolution, MaskedImage
+from ldmfast.models.conditioning_spatial import LowResolution, MapEncoder, MaskedImage
 from ldmfast.models.conditioning_tokens import ClassEmbedder
 from ldmfast.models.first_stage import encode_first_stage
 from ldmfast.models.unet2d import UNet2D
@@ -213,6 +213,15 @@ def test_super_resolution():
         pipe(None, steps=1, image=small, strength=0.5)
     with pytest.raises(ValueError, match="image is 6x5 pixels; for size 32x32 it must be 8x8"):
         pipe(None, steps=1, image=small, size=(32, 32))
+
+
+def test_what_is_told_beside_the_latents_must_fit():
+    pipe = told_nothing(7, MapEncoder(2, 3, stages=2))
+    assert pipe([torch.zeros(16, 16, dtype=torch.int64)], steps=1, guidance=2.0)[0].size == (16, 16)
+    with pytest.raises(ValueError, match="what is told beside the latents is 2x4, the latents are 4x4"):
+        pipe([torch.zeros(16, 8, dtype=torch.int64)], steps=1)
+    with pytest.raises(ValueError, match="takes 4 channels; the latents have 4 and what it is told beside them 3"):
+        told_nothing(4, MapEncoder(2, 3, stages=2))([torch.zeros(16, 16, dtype=torch.int64)], steps=1)
 
 
 def test_a_model_that_is_told_nothing():

@@ -81,9 +81,7 @@ def test_ddpm_with_other_settings(config):
     for scheduler in (stock, ours):
         scheduler.set_timesteps(5)
     for t in stock.timesteps:
-        wanted, got = (
-            s.step(output, t, x, generator=torch.Generator().manual_seed(3)) for s in (stock, ours)
-        )
+        wanted, got = (s.step(output, t, x, generator=torch.Generator().manual_seed(3)) for s in (stock, ours))
         for each in ("prev_sample", "pred_original_sample"):
             assert (got[each] - wanted[each]).norm() <= 1e-6 * wanted[each].norm(), (each, t)
 
