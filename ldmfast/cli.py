@@ -9,6 +9,7 @@
     ldmfast evaluate --model run/pipeline --data pictures/
     ldmfast recipes
     ldmfast convert model.ckpt model/
+    ldmfast study run/study
     ldmfast doctor
 
 A mistake in what was asked is answered with one sentence and exit code 2.
@@ -42,11 +43,11 @@ def main(argv=None):
 
 
 def parser():
-    from ldmfast.commands import convert, data, evaluate, first_stages, sample, train
+    from ldmfast.commands import convert, data, evaluate, first_stages, sample, study, train
 
     top = argparse.ArgumentParser("ldmfast", description="Latent diffusion with fused kernels.")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for family in (sample, evaluate, first_stages, train, data, convert):
+    for family in (sample, evaluate, first_stages, train, data, convert, study):
         family.add(commands)
     commands.add_parser("doctor", help="what is installed, what runs here, and whether it computes right")
     return top

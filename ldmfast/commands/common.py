@@ -1,6 +1,7 @@
 """What several commands share."""
 
 import argparse
+import ast
 from pathlib import Path
 
 
@@ -23,6 +24,15 @@ def add_model_options(command):
     command.add_argument("--guidance", type=float, help="guidance scale; 1 turns it off (default: the model's)")
     command.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def numbers(text):
+    """"64,128" -> (64, 128)."""
+    try:
+        value = ast.literal_eval(f"({text},)")
+        return tuple(int(n) for n in value)
+    except (ValueError, SyntaxError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 64,128") from None
 
 
 def width_height(text):

@@ -1,12 +1,11 @@
 """`ldmfast train`: the autoencoder, its decoder again, the denoiser; `ldmfast recipes`."""
 
 import argparse
-import ast
 import dataclasses
 import json
 from pathlib import Path
 
-from ldmfast.commands.common import command
+from ldmfast.commands.common import command, numbers
 
 
 def add(commands):
@@ -47,21 +46,12 @@ def _add_config_options(made, config):
                 help=f"{f.metadata['help']} (default: {'on' if f.default else 'off'})", default=argparse.SUPPRESS,
             )  # fmt: skip
             continue
-        kind = _numbers if isinstance(f.default, tuple) else type(f.default)
+        kind = numbers if isinstance(f.default, tuple) else type(f.default)
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         group.add_argument(
             "--" + f.name.replace("_", "-"), dest="config_" + f.name, type=kind, choices=f.metadata["choices"],
             help=f"{f.metadata['help']} (default: {default})", metavar=f.name.upper(), default=argparse.SUPPRESS,
         )  # fmt: skip
-
-
-def _numbers(text):
-    """"64,128" -> (64, 128)."""
-    try:
-        value = ast.literal_eval(f"({text},)")
-        return tuple(int(n) for n in value)
-    except (ValueError, SyntaxError, TypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 64,128") from None
 
 
 def _config(arguments):

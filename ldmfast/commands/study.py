@@ -1,0 +1,54 @@
+"""`ldmfast study`: pixels against latents, as a table and one HTML file."""
+
+import dataclasses
+from pathlib import Path
+
+from ldmfast.commands.common import command, numbers
+
+
+def add(commands):
+    made = command(commands, "study", "train the same denoiser on pixels and latents and compare", run)
+    made.add_argument("output", help="the folder for the table, study.html and what was trained")
+    made.add_argument("--data", help="a captioned collection (default: 64 emoji, built from the installed font)")
+    made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
+    made.add_argument("--first-stages", help="a folder with f4/, f8/, f16/ already trained, each with its vae/")
+    made.add_argument("--full", action="store_true", help="hours instead of minutes: longer training, more samples")
+    made.add_argument("--seconds", type=float, help="training time of each denoiser")
+    made.add_argument("--first-stage-steps", type=int, help="training steps of each first stage")
+    made.add_argument("--factors", type=numbers, help="which f, as in 1,4,8,16")
+    made.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(arguments):
+    from ldmfast.training import study, study_report
+
+    config = _config(arguments, study)
+    data = arguments.data or _emoji(Path(arguments.output, "pictures"), arguments.font, config.size)
+    report = study.run(
+        data, arguments.output, config, first_stages=arguments.first_stages, quiet=arguments.quiet
+    )
+    for claim in report["claims"]:
+        print(f"{'held' if claim['held'] else 'did not hold'}: {claim['claim']} ({claim['figures']})")
+    print(study_report.write(report, arguments.output))
+
+
+def _config(arguments, study):
+    given = {"seconds": arguments.seconds, "first_stage_steps": arguments.first_stage_steps}
+    if arguments.factors:
+        given["factors"] = arguments.factors
+        unknown = sorted(set(given["factors"]) - {1, *study.LATENT_CHANNELS})
+        if unknown:
+            raise ValueError(f"--factors: {unknown[0]} is none of 1, 4, 8, 16")
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if name != "factors" and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+    return dataclasses.replace(study.FULL if arguments.full else study.QUICK, **given)
+
+
+def _emoji(folder, font, size):
+    from ldmfast.training import emoji
+
+    if not folder.is_dir():
+        emoji.build(emoji.font_cutouts(font), folder, size=size, count=4)
+    return folder
