@@ -47,6 +47,7 @@ def test_sample_lays_out_a_grid(tmp_path):
         (["sample", PROMPT, "-o", "{tmp}/a.png", "--model", "{tmp}"], "is not a saved pipeline"),
         (["evaluate", "--data", "{tmp}/none", "--quiet"], "not a folder of pictures"),
         (["evaluate", "--data", "{tmp}", "--samples", "0"], "samples=0"),
+        (["evaluate", "--data", "{tmp}", "--inception", "{tmp}/none.pt"], "none.pt: no such file"),
         (["evaluate", "--font", "{tmp}/none.ttf"], "apt-get install fonts-noto-color-emoji"),
         (["data", "emoji", "{tmp}/new", "--cutouts", "{tmp}"], "holds none of the cut-outs"),
         (["train", "autoencoder", "--data", "{tmp}", "--output", "{tmp}"], "holds no pictures"),
@@ -93,7 +94,7 @@ def test_evaluate_prints_its_figures(tmp_path, capsys):
     assert report == json.loads(capsys.readouterr().out)
     for split in ("train", "heldout"):
         assert report[split]["reconstruction"]["psnr"] > 15
-        assert set(report[split]["retrieval"]) == {"object", "colour", "all"}
+        assert set(report[split]["retrieval"]) == {"object", "colour", "all", "all, R@5"}
 
 
 def test_training_through_the_command_line(tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldmfast.training import metrics
+from ldmfast.training import evaluate, metrics
 
 
 @pytest.fixture
@@ -103,3 +103,13 @@ def test_bad_features_are_refused(sets):
         metrics.kid(sets[0], sets[1][:, :4])
     with pytest.raises(ValueError, match="k=9 needs more than 9"):
         metrics.precision_recall(*sets, k=9)
+
+
+def test_distances_of_samples_from_pictures():
+    draw = torch.Generator().manual_seed(0)
+    real, other = (torch.randint(0, 256, (12, 3, 4, 4), generator=draw, dtype=torch.uint8) for _ in range(2))
+    extractors = {"flat": lambda x: x.flatten(1), "inception": lambda x: x.mean(dim=(2, 3))}
+    same, apart = (evaluate.distances(pixels, real, extractors) for pixels in (real, other // 4))
+    assert same["flat"]["precision"] == same["flat"]["recall"] == 1.0 and same["inception"]["fid"] == 0
+    assert apart["flat"]["kid"] > same["flat"]["kid"] and apart["inception"]["fid"] > 0.1
+    assert set(same["flat"]) == {"kid", "precision", "recall"}

@@ -14,6 +14,9 @@ def add(commands):
     made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
     made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
     made.add_argument("--samples", type=int, default=128, help="samples for each split (default: 128)")
+    made.add_argument("--objects", choices=("64", "all"), default="64", help="the emoji to build (default: 64)")
+    made.add_argument("--distances", action="store_true", help="also KID, precision, recall")
+    made.add_argument("--inception", metavar="FILE", help="also FID: Inception's weights as TorchScript")
     made.add_argument("--output", help="also write the figures to this JSON file")
     add_model_options(made)
 
@@ -34,14 +37,28 @@ def run(arguments):
         data, cutouts = arguments.data or Path(scratch, "pictures"), None
         if composed or not arguments.data:
             folder, font = arguments.cutouts, arguments.font
-            cutouts = emoji.folder_cutouts(folder) if folder else emoji.font_cutouts(font)
+            cutouts = emoji.folder_cutouts(folder) if folder else emoji.font_cutouts(font, arguments.objects)
         if not arguments.data:
             size = pipe.vae.config.sample_size
             scenes.build(cutouts, data, size=size, count=1000) if composed else emoji.build(cutouts, data, size=size)
-        report = evaluate_scenes(pipe, data, cutouts, **settings) if composed else evaluate(pipe, data, **settings)
+        if composed:
+            report = evaluate_scenes(pipe, data, cutouts, **settings)
+        else:
+            report = evaluate(pipe, data, **settings, extractors=_extractors(arguments))
     text = json.dumps(report, indent=2)
     if arguments.output:
         partial = Path(arguments.output + ".partial")
         partial.write_text(text + "\n")
         os.replace(partial, arguments.output)
     print(text)
+
+
+def _extractors(arguments):
+    from ldmfast.training import features, metrics
+
+    found = {features.NAME: features.features} if arguments.distances else {}
+    if arguments.inception:
+        if not Path(arguments.inception).is_file():  # before anything is drawn
+            raise FileNotFoundError(f"--inception {arguments.inception}: no such file")
+        found["inception"] = lambda pictures: metrics.inception_features(pictures, arguments.inception)
+    return found

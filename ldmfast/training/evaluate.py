@@ -1,4 +1,4 @@
-"""How good is a pipeline: reconstruction of the autoencoder, and retrieval of its samples.
+"""How good is a pipeline: reconstruction of the autoencoder, retrieval of its samples, their distance from real ones.
 
 Retrieval asks, for a sample drawn from a caption, which picture of the collection is nearest to it, and whether that
 picture carries the caption's labels (object, colour, ...). Nearest means the smallest squared difference of the
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ldmfast.training import metrics
 from ldmfast.training.autoencoder import score
 from ldmfast.training.data import load_pictures
 
@@ -42,22 +43,56 @@ def label_names(rows):
     return sorted(common) or ["text"]
 
 
-def retrieval(pipeline, pictures, rows, *, steps, guidance, seed, batch=16, progress=False):
-    """Draw one sample for each of `rows` and score its nearest picture: {label: share that is right, "all": ...}."""
-    drawn = pipeline(
-        [row["text"] for row in rows], steps=steps, guidance=guidance, seeds=seed, batch=batch, progress=progress
-    )
+def draw(pipeline, pictures, rows, **settings):
+    """One sample for each of `rows`, uint8 [N, 3, H, W] in the size of `pictures`. settings  the pipeline's"""
+    drawn = pipeline([row["text"] for row in rows], **settings)
     size = pictures.pixels.shape[-2:]
-    pixels = torch.stack([torch.from_numpy(np.array(p.resize(size[::-1]))).permute(2, 0, 1) for p in drawn])
-    found = [pictures.rows[i] for i in nearest(features(pixels), features(pictures.pixels)).tolist()]
+    return torch.stack([torch.from_numpy(np.array(p.resize(size[::-1]))).permute(2, 0, 1) for p in drawn])
+
+
+def retrieved(pixels, pictures, rows):
+    """Score each sample's nearest picture: {label: share that is right, "all": all of them, "all, R@5": ...}.
+
+    R@5 is the share whose labels are among the five different ones that come nearest.
+    """
     labels = label_names(pictures.rows)
-    right = {name: [f[name] == r[name] for f, r in zip(found, rows, strict=True)] for name in labels}
-    right["all"] = [all(each) for each in zip(*right.values(), strict=True)]
-    return {name: round(sum(hits) / len(hits), 4) for name, hits in right.items()}
+    small, references = features(pixels), features(pictures.pixels)
+    found = [pictures.rows[i] for i in nearest(small, references).tolist()]
+    right = {name: sum(f[name] == r[name] for f, r in zip(found, rows, strict=True)) / len(rows) for name in labels}
+    wanted, known = ([tuple(row[name] for name in labels) for row in each] for each in (rows, pictures.rows))
+    ranked = metrics.retrieval(small, references, wanted, known)
+    right |= {"all": ranked["R@1"], "all, R@5": ranked["R@5"]}
+    return {name: round(share, 4) for name, share in right.items()}
 
 
-def evaluate(pipeline, data, *, samples=128, steps=25, guidance=3.0, seed=0, progress=False):
-    """Reconstruction and retrieval, for the trained and the held-out pictures of the folder `data`."""
+def retrieval(pipeline, pictures, rows, *, steps, guidance, seed, batch=16, progress=False):
+    """Draw one sample for each of `rows` and score its nearest picture, as `retrieved` does."""
+    pixels = draw(
+        pipeline, pictures, rows, steps=steps, guidance=guidance, seeds=seed, batch=batch, progress=progress
+    )
+    return retrieved(pixels, pictures, rows)
+
+
+def distances(pixels, real, extractors):
+    """{name: {"kid", "precision", "recall", ...}} of samples against real pictures, uint8 [N, 3, H, W] both.
+
+    extractors  {name: function from pictures in [-1, 1] to features}; those of "inception" also give "fid"
+    """
+    found = {}
+    for name, extract in extractors.items():
+        x, y = (extract(each.float() / 127.5 - 1) for each in (real, pixels))
+        precision, recall = metrics.precision_recall(x, y)
+        found[name] = {"kid": round(metrics.kid(x, y), 6), "precision": round(precision, 4), "recall": round(recall, 4)}
+        if name == "inception":
+            found[name]["fid"] = round(metrics.frechet_distance(x, y), 3)
+    return found
+
+
+def evaluate(pipeline, data, *, samples=128, steps=25, guidance=3.0, seed=0, progress=False, extractors=None):
+    """Reconstruction, retrieval and distances, for the trained and the held-out pictures of the folder `data`.
+
+    extractors  as `distances` takes them; None: no distances
+    """
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
     pictures = load_pictures(data, pipeline.vae.config.sample_size, captions=True)
@@ -67,12 +102,13 @@ def evaluate(pipeline, data, *, samples=128, steps=25, guidance=3.0, seed=0, pro
         if not len(part):
             continue
         some = sorted(random.Random(seed).sample(range(len(part)), min(512, len(part))))
+        some = type(part)(part.pixels[some], tuple(part.rows[i] for i in some))
+        asked = choose(part.rows, samples, seed)
+        pixels = draw(pipeline, pictures, asked, steps=steps, guidance=guidance, seeds=seed, progress=progress)
         report[split] = {
             "combinations": len({row["text"] for row in part.rows}),
-            "reconstruction": score(pipeline.vae, type(part)(part.pixels[some], tuple(part.rows[i] for i in some))),
-            "retrieval": retrieval(
-                pipeline, pictures, choose(part.rows, samples, seed),
-                steps=steps, guidance=guidance, seed=seed, progress=progress,
-            ),
-        }  # fmt: skip
+            "reconstruction": score(pipeline.vae, some),
+            "retrieval": retrieved(pixels, pictures, asked),
+            **({"distances": distances(pixels, some.pixels, extractors)} if extractors else {}),
+        }
     return report
