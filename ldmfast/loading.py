@@ -36,7 +36,7 @@ def load(path, *, ema=False, config=None, dtype=torch.float32, allow_missing=Fal
     tokenizer      CLIP's, a folder or a hub name, for a file without one; default: openai/clip-vit-large-patch14
     first_stage    a file or folder with the first stage, for a denoiser saved without one
     returns        a LatentDiffusionPipeline; a diffusers pipeline over ldmfast's networks where the model needs more
-                   than one text encoder or takes pictures beside a prompt; a network if there is only that
+                   than a prompt and a mask: depth, editing, SDXL's refiner; a network if there is only that
 
     Raises ValueError, FileNotFoundError, OSError in one sentence naming the file.
     """
@@ -115,6 +115,7 @@ def _pipeline(networks: dict, scheduler, conditioner):
 
 def _text_pipeline(path: Path, model: Model, networks: dict, scheduler, texts: dict, tokenizer):
     from ldmfast.models.conditioning import Hybrid
+    from ldmfast.models.conditioning_sdxl import TwoTextEncoders
     from ldmfast.models.conditioning_spatial import MaskedImage
     from ldmfast.models.conditioning_text import TextEncoder
 
@@ -123,10 +124,14 @@ def _text_pipeline(path: Path, model: Model, networks: dict, scheduler, texts: d
     if kind is None:
         channels = model.parts["unet"].config["in_channels"]
         raise ValueError(f"{path}: no pipeline takes a prompt for a U-Net of {channels} channels")
-    if kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
-        encoder = texts["text_encoder"]
-        tokens = encoder.config.max_position_embeddings
-        conditioner = TextEncoder(encoder, tokenizers["text_encoder"], tokens, name=str(path))
+    if kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline") or "XL" in kind and len(texts) == 2:
+        if "XL" in kind:
+            both = "text_encoder", "text_encoder_2"
+            conditioner = TwoTextEncoders([texts[n] for n in both], [tokenizers[n] for n in both], name=str(path))
+        else:
+            encoder = texts["text_encoder"]
+            tokens = encoder.config.max_position_embeddings
+            conditioner = TextEncoder(encoder, tokenizers["text_encoder"], tokens, name=str(path))
         if "Inpaint" in kind:
             joined = networks["unet"].config.in_channels - networks["unet"].config.out_channels
             conditioner = Hybrid(text=conditioner, picture=MaskedImage(joined, style="sd"))
