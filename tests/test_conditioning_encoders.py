@@ -20,7 +20,9 @@ MAP = torch.randint(3, (16, 16), generator=torch.Generator().manual_seed(0))
 ENCODERS = {
     "class": (lambda: ClassEmbedder(NAMES, 8), "dog"),
     "label": (lambda: ClassEmbedder(3, mode="adm"), 1),
+    "class everywhere": (lambda: ClassEmbedder(NAMES, 8, mode="concat"), "cat"),
     "boxes": (lambda: BoxEncoder(NAMES, 8, grid=4), SCENE),
+    "filled boxes": (lambda: BoxEncoder(NAMES, 8, grid=4, paint=2), SCENE),
     "layout": (lambda: LayoutEncoder(NAMES, 16, layers=1, vocabulary=102, objects=4), SCENE),
     "text": (lambda: TransformerText(16, layers=1, tokens=9), "a cat left of a dog"),
     "map": (lambda: MapEncoder(NAMES, 2, palette=PALETTE), MAP),
@@ -44,10 +46,10 @@ def test_an_encoder_is_the_same_after_saving_and_in_any_batch(kind, tmp_path):
     assert any(not torch.equal(a[0], a[1]) for a in dropped.parts().values())
 
 
-@pytest.mark.parametrize("kind", ["class", "boxes", "layout", "text", "map"])
+@pytest.mark.parametrize("kind", ["class", "boxes", "filled boxes", "layout", "text", "map"])
 def test_an_encoder_trained_jointly_gets_a_gradient_everywhere(kind):
     make, value = ENCODERS[kind]
-    encoder, other = make(), [{"object": "cat"}] if kind == "boxes" else value  # an object without a box
+    encoder, other = make(), [{"object": "cat"}] if "boxes" in kind else value  # an object without a box
     told = encoder([value, other])
     sum(part.square().sum() for part in told.parts().values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
@@ -93,6 +95,19 @@ def test_hybrid_puts_its_members_side_by_side(tmp_path):
     assert torch.allclose(again.context, hybrid([{"class": "cat"}]).context, atol=1e-2)
     with pytest.raises(ValueError, match="only one of the conditioners may give a label"):
         Hybrid(a=ClassEmbedder(2, mode="adm"), b=ClassEmbedder(2, mode="adm")).empty(1)
+
+
+def test_boxes_are_filled_with_their_class():
+    encoder = BoxEncoder(NAMES, 8, grid=4, paint=2)
+    left, corner = {"object": "dog", "box": [0, 0, 0.5, 1]}, {"object": "cat", "box": [0.75, 0.875, 1, 1]}
+    painted = encoder([[left, corner], [{"object": "dog"}], []]).concat[:, 10:]
+    dog, cat = encoder.paint.weight[1], encoder.paint.weight[0]
+    wanted = torch.zeros(2, 4, 4)
+    wanted[:, :, :2] = dog[:, None, None]
+    wanted[:, 3, 3] = 0.5 * cat
+    assert torch.allclose(painted[0], wanted) and not painted[1:].any()
+    with pytest.raises(ValueError, match="paint=2 needs grid"):
+        BoxEncoder(NAMES, 8, paint=2)
 
 
 def test_a_map_is_read_from_its_palette():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldmfast import cli
@@ -13,7 +14,8 @@ from ldmfast.commands import conditions
 from ldmfast.models.conditioning import Hybrid
 from ldmfast.models.conditioning_spatial import MapEncoder
 from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder
-from ldmfast.training import emoji, evaluate_scenes, scene_denoiser, scenes
+from ldmfast.training import denoiser, emoji, evaluate_scenes, scene_denoiser, scenes
+from ldmfast.training.config import ScenesConfig
 from ldmfast.training.detect import Detector, iou
 
 CUTOUTS = Path(__file__).parent / "data" / "emoji"
@@ -182,3 +184,17 @@ def test_a_file_that_holds_no_boxes_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("3")
     with pytest.raises(ValueError, match="expected a list"):
         conditions.inputs(_asked(boxes=[tmp_path / "a.json"]), BoxEncoder(2, 8))
+
+
+def test_the_network_of_scenes_is_told_all_three(collection):
+    folder, rows = collection
+    settings = ScenesConfig(channels=(16, 32), attention=(0, 1), groups=8, head_width=16, width=16, map_channels=2)
+    told = scene_denoiser.conditioner(settings, 16, 2)
+    unet = denoiser.network(settings, (4, 16, 16), told).eval()
+    assert unet.config.in_channels == 4 + 2 + 10 + 2 + 2
+    one = next(row for row in rows if len(row["objects"]) == 1)
+    x = torch.randn(1, 4, 16, 16)
+    with torch.no_grad():
+        nothing = told.empty(1).predict(unet, x, 500)
+        for value in scene_denoiser.inputs(one, folder):
+            assert not torch.equal(told([value]).predict(unet, x, 500), nothing), value

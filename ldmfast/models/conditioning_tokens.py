@@ -33,10 +33,11 @@ class ClassNames:
 
 
 class ClassEmbedder(Conditioner):
-    """A class as one token, or in mode "adm" as its number for the U-Net's own label embedding.
+    """A class as one token; in mode "adm" as its number, for the U-Net's own label embedding; in mode "concat" as a
+    vector beside every place of the latent, which a network learns to heed soonest.
 
     classes        a count, or the names
-    width          channels of the token
+    width          channels of the token or vector
     unconditional  whether one class more, the last, stands for "no class" (the released cin256-v2 has it: 1001 in all)
     Source: Rombach et al. 2022, class-conditional ImageNet.
     """
@@ -45,11 +46,11 @@ class ClassEmbedder(Conditioner):
 
     def __init__(self, classes, width=512, *, unconditional=True, mode="crossattn"):
         super().__init__(classes=classes, width=width, unconditional=unconditional, mode=mode)
-        if mode not in ("crossattn", "adm"):
-            raise ValueError(f"ClassEmbedder: mode={mode!r} is none of crossattn, adm")
+        if mode not in ("crossattn", "adm", "concat"):
+            raise ValueError(f"ClassEmbedder: mode={mode!r} is none of crossattn, adm, concat")
         self.mode, self.width, self.unconditional = mode, width, unconditional
         self.classes = ClassNames(classes, "ClassEmbedder")
-        self.trainable = mode == "crossattn"
+        self.trainable = mode != "adm"
         if self.trainable:
             self.embedding = nn.Embedding(self.classes.count + unconditional, width)
 
@@ -63,7 +64,12 @@ class ClassEmbedder(Conditioner):
 
     def _condition(self, indices):
         label = torch.tensor(indices, dtype=torch.int64, device=self.device)
-        return Condition(label=label) if self.mode == "adm" else Condition(context=self.embedding(label)[:, None])
+        if self.mode == "adm":
+            return Condition(label=label)
+        vector = self.embedding(label)
+        if self.mode == "concat":
+            return Condition(concat=vector[..., None, None])
+        return Condition(context=vector[:, None])
 
 
 def check_objects(value, classes, most):
@@ -109,18 +115,22 @@ class BoxEncoder(Conditioner):
     classes  a count, or the names                     objects  how many tokens there are
     width    channels of a token                       grid     side of the latent; if above 0 the coordinates of its
                                                                 cells are joined to it, for queries to compare with
+    paint    channels, beside the coordinates, of a picture in which every box is filled with its class's vector
     """
 
     trainable = True
     OCTAVES = 4
 
-    def __init__(self, classes, width=128, *, objects=3, grid=0):
-        super().__init__(classes=classes, width=width, objects=objects, grid=grid)
+    def __init__(self, classes, width=128, *, objects=3, grid=0, paint=0):
+        super().__init__(classes=classes, width=width, objects=objects, grid=grid, paint=paint)
+        if paint and not grid:
+            raise ValueError(f"BoxEncoder: paint={paint} needs grid, the latent's side, to paint on")
         self.mode = "hybrid" if grid else "crossattn"
         self.width, self.objects, self.grid = width, objects, grid
         self.classes = ClassNames(classes, "BoxEncoder")
         coordinates = 4 * (1 + 2 * self.OCTAVES)
         self.names = nn.Embedding(self.classes.count, width)
+        self.paint = nn.Embedding(self.classes.count, paint) if paint else None
         self.anywhere = nn.Parameter(torch.zeros(coordinates))
         self.nothing = nn.Parameter(torch.randn(width) * 0.02)
         self.mlp = nn.Sequential(nn.Linear(width + coordinates, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
@@ -140,15 +150,31 @@ class BoxEncoder(Conditioner):
             rows.append([*range(start, start + len(each)), *[len(flat)] * free])
             start += len(each)
         index = torch.tensor(rows, dtype=torch.int64, device=self.device).view(-1, self.objects)
-        return Condition(context=tokens[index], concat=self._cells(len(inputs)))
+        return Condition(context=tokens[index], concat=self._cells(label, box, index))
 
     def empty(self, n):
         return self([[]] * n)
 
-    def _cells(self, n):
-        """[n, 10, grid, grid]: x and y of each cell's centre, with two octaves of waves."""
+    def _cells(self, label, box, index):
+        """[N, 10 + paint, grid, grid] or None: the coordinates of the cells' centres, then the filled boxes.
+
+        label [M], box [M, 4] of all objects, zeros for one without a box;   index [N, objects], M where there is none
+        """
         if not self.grid:
             return None
         centres = (torch.arange(self.grid, device=self.device) + 0.5) / self.grid
         y, x = torch.meshgrid(centres, centres, indexing="ij")
-        return torch.cat([waves(x, 2), waves(y, 2)], dim=-1).permute(2, 0, 1).expand(n, -1, -1, -1)
+        cells = torch.cat([waves(x, 2), waves(y, 2)], dim=-1).permute(2, 0, 1).expand(len(index), -1, -1, -1)
+        if self.paint is None:
+            return cells
+        across, down = (covered(box[:, i], box[:, i + 2], self.grid) for i in (0, 1))  # [M, grid]
+        share = torch.einsum("my,mx->myx", down, across)
+        painted = torch.einsum("mc,myx->mcyx", self.paint(label).to(share.dtype), share)
+        painted = torch.cat([painted, painted.new_zeros(1, *painted.shape[1:])])
+        return torch.cat([cells, painted[index].sum(dim=1)], dim=1)
+
+
+def covered(low, high, cells):
+    """low, high [M] in 0..1 -> [M, cells]: the share of each cell that lies between them."""
+    left = torch.arange(cells, device=low.device) / cells
+    return ((high[:, None].minimum(left + 1 / cells) - low[:, None].maximum(left)) * cells).clamp_min(0)

@@ -20,8 +20,9 @@ from ldmfast.training.loop import Run, fit
 SHOWN = 16  # pictures of a sample grid
 
 
-def build(config, latent_channels, latent_size, context_width, joined=0):
+def build(config, latent_channels, latent_size, context_width, joined=0, classes=None):
     """A fresh U-Net with Stable Diffusion's blocks.   joined  channels that a condition adds to the latent's
+    classes  how many classes are told by a label; None for none
 
     Without a context (context_width None) it is a UNet2D, whose attention is among the latent's own places.
     """
@@ -37,6 +38,7 @@ def build(config, latent_channels, latent_size, context_width, joined=0):
         down_block_types=tuple(f"{kind}DownBlock2D" if a else "DownBlock2D" for a in config.attention),
         up_block_types=tuple(f"{kind}UpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
         norm_num_groups=config.groups,
+        num_class_embeds=classes,
     )
     if not crosses:
         return UNet2D(**settings, attention_head_dim=config.head_width)
@@ -47,11 +49,12 @@ def build(config, latent_channels, latent_size, context_width, joined=0):
 def network(config, shape, conditioner):
     """The U-Net for latents of `shape` (z, h, w) and what `conditioner` says; with it, if it is trained jointly."""
     empty = conditioner.empty(1)
-    if empty.label is not None:
-        raise ValueError("a U-Net told by a label is not built here; pass `unet` to denoiser.train")
+    if empty.label is not None and empty.label.is_floating_point():
+        raise ValueError("a U-Net told by a label that is a vector is not built here; pass `unet` to denoiser.train")
     width = None if empty.context is None else empty.context.shape[-1]
     joined = 0 if empty.concat is None else empty.concat.shape[1]
-    return build(config, shape[0], shape[-1], width, joined)
+    classes = None if empty.label is None else int(empty.label.max()) + 1  # "no class" is the last of them
+    return build(config, shape[0], shape[-1], width, joined, classes)
 
 
 def learner(unet, conditioner, config):

@@ -17,15 +17,16 @@ from ldmfast.training import denoiser, scenes
 
 
 def conditioner(config, side, halvings):
-    """The three encoders side by side: four tokens, and channels (the map's, coordinates) joined to the latent.
+    """The three encoders side by side: the class beside every place of the latent; boxes as three tokens and
+    filled in beside the latent, with its coordinates; the map's channels beside the latent.
 
     side      of the latent
     halvings  of the first stage: 2 for f = 4
     """
     torch.manual_seed(config.seed)
     return Hybrid(**{
-        "class": ClassEmbedder(list(scenes.OBJECTS), config.width),
-        "boxes": BoxEncoder(list(scenes.OBJECTS), config.width, objects=3, grid=side),
+        "class": ClassEmbedder(list(scenes.OBJECTS), config.map_channels, mode="concat"),
+        "boxes": BoxEncoder(list(scenes.OBJECTS), config.width, objects=3, grid=side, paint=config.map_channels),
         "map": MapEncoder(list(scenes.CLASSES), config.map_channels, stages=halvings, palette=scenes.palette()),
     })  # fmt: skip
 
