@@ -273,16 +273,18 @@ def configurations(d: int, itemsize: int, mask_rows: bool) -> dict[str, Configur
     """
     if itemsize == 4:
         # no tensor cores: products by plain multiplication, whose operands live in registers
-        size = 32 if d <= 64 and not mask_rows else 16
+        size = 16 if mask_rows else 32
         return dict.fromkeys(("statistics", "keys", "queries"), Configuration(size, size, 8, 1))
     step = 64 if d <= 64 else 32
-    queries = Configuration(64, step // 2 if mask_rows else step, 4, 2)
-    keys = replace(queries, block_step=16) if d > 128 else queries
+    # a mask's rows are prefetched as well, which the widest heads leave no registers for
+    queries = Configuration(64, step // 2 if mask_rows else step, 4, 1 if mask_rows and d > 128 else 2)
+    # two sums a program up to BOTH, of a width's operands each: fewer rows an iteration where they fill the registers
+    keys = replace(queries, block_step=min(queries.block_step, 64 if d <= 40 else 32 if d <= 128 else 16))
     statistics = Configuration(64, step, 4, 2)
     return {"statistics": statistics, "keys": keys, "queries": queries}
 
 
-WIDEST = 160  # wider, the sums and the operands of a 16-bit product do not fit the registers
+WIDEST = {4: 80, 2: 160}  # by bytes a number: wider, the sums and a product's operands do not fit the registers
 BOTH = 80  # up to here one program keeps the sums of both dk and dv
 
 
@@ -294,8 +296,8 @@ def attention_backward(dout, q, k, v, out, dq, dk, dv, mask, scale):
     mask         [N, H, L, S]   by strides (0 where broadcast): bool, True attends, or floating and added; or None
     """
     (n, length, heads, d), keys = q.shape, k.shape[1]
-    if d > WIDEST:
-        raise NotImplementedError(f"attention_backward: head width D={d} is over the {WIDEST} of the Triton kernel")
+    if d > WIDEST[q.element_size()]:
+        raise NotImplementedError(f"attention_backward: head width D={d} is over {WIDEST[q.element_size()]}")
     kind = "none" if mask is None else "bool" if mask.dtype is torch.bool else "add"
     strides_m = (0, 0, 0, 0) if mask is None else mask.stride()
     mask = mask.view(torch.uint8) if kind == "bool" else mask

@@ -24,7 +24,10 @@ from ldmfast.models.parts import Model, Part, network_class
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer every Stable Diffusion uses
 
 
-def load(path, *, ema=False, config=None, dtype=torch.float32, allow_missing=False, tokenizer=None, first_stage=None):
+def load(
+    path, *, ema=False, config=None, dtype=torch.float32, allow_missing=False, tokenizer=None, first_stage=None,
+    conditioner=None,
+):  # fmt: skip
     """A ready model: denoiser, first stage, conditioner and noise schedule.
 
     path           a released .safetensors or .ckpt, or a folder in diffusers' layout
@@ -35,8 +38,9 @@ def load(path, *, ema=False, config=None, dtype=torch.float32, allow_missing=Fal
     allow_missing  take weights that the file lacks at random
     tokenizer      CLIP's, a folder or a hub name, for a file without one; default: openai/clip-vit-large-patch14
     first_stage    a file or folder with the first stage, for a denoiser saved without one
+    conditioner    a Conditioner, for a denoiser saved without one
     returns        a LatentDiffusionPipeline; a diffusers pipeline over ldmfast's networks where the model needs more
-                   than one text encoder or takes pictures beside a prompt; a network if there is only that
+                   than a prompt and a mask: depth, editing, SDXL's refiner; a network if there is only that
 
     Raises ValueError, FileNotFoundError, OSError in one sentence naming the file.
     """
@@ -49,7 +53,8 @@ def load(path, *, ema=False, config=None, dtype=torch.float32, allow_missing=Fal
     convert.check_missing(path, model, allow_missing)
     if unknown := [note for note in model.notes if "(unknown" in note]:
         warnings.warn(f"{path}: {'; '.join(unknown)}", stacklevel=2)
-    networks = {name: build(part, dtype) for name, part in model.parts.items() if name in ("", "unet", "vae")}
+    names = {"": "", "unet": "unet", "vae": "vae", "vqvae": "vae"}
+    networks = {names[name]: build(part, dtype) for name, part in model.parts.items() if name in names}
     if "" in networks:
         return networks[""]
     if "vae" not in networks:
@@ -58,18 +63,21 @@ def load(path, *, ema=False, config=None, dtype=torch.float32, allow_missing=Fal
         networks["vae"] = load(first_stage, dtype=dtype)
     scheduler = _scheduler(model.schedule)
     texts = {name: _text_encoder(part, dtype) for name, part in model.parts.items() if name.startswith("text_encoder")}
-    if not texts:
-        return _pipeline(networks, scheduler, _conditioner(model.parts.get("conditioner"), dtype))
-    return _text_pipeline(path, model, networks, scheduler, texts, tokenizer)
+    if texts and conditioner is None:
+        return _text_pipeline(path, model, networks, scheduler, texts, tokenizer)
+    if conditioner is None:
+        conditioner = _conditioner(model.parts.get("conditioner"), dtype)
+        if networks["unet"].config.get("cross_attention_dim") and (conditioner is None or conditioner.mode == "none"):
+            raise ValueError(f"{path} has no encoder for what its denoiser is told; give one: conditioner=")
+    return _pipeline(networks, scheduler, conditioner)
 
 
 def build(part: Part, dtype=None):
     """A network over ldmfast's ops with a part's weights, which are taken, not copied, where their dtype stays."""
     kind = network_class(part.config)
-    complete = not part.shapes.keys() - part.tensors.keys()
-    with torch.device("meta" if complete else "cpu"):
+    with torch.device("meta" if part.complete else "cpu"):
         network = kind.from_config(part.config)
-    network.load_state_dict(part.tensors, assign=True, strict=complete)
+    network.load_state_dict(part.tensors, assign=True, strict=part.complete)
     weights_channels_last(network)
     return (network if dtype is None else nn.Module.to(network, dtype)).eval()
 
@@ -87,7 +95,7 @@ def _conditioner(part: Part | None, dtype):
         return None
     conditioner = make_conditioner(part.config)
     if part.tensors:
-        conditioner.load_state_dict(part.tensors, assign=True)
+        conditioner.load_state_dict(part.tensors, assign=True, strict=part.complete)
     return (conditioner if dtype is None else conditioner.to(dtype)).eval()
 
 
@@ -99,7 +107,7 @@ def _text_encoder(part: Part, dtype):
     model = getattr(transformers, name)(transformers.CLIPTextConfig.from_dict(part.config))
     prefixed = any(key.startswith("text_model.") for key in model.state_dict())
     own = {key if prefixed else key.removeprefix("text_model."): value for key, value in part.tensors.items()}
-    model.load_state_dict(own, assign=True)
+    model.load_state_dict(own, assign=True, strict=part.complete)
     return (model if dtype is None else model.to(dtype)).eval().requires_grad_(False)
 
 
@@ -115,6 +123,7 @@ def _pipeline(networks: dict, scheduler, conditioner):
 
 def _text_pipeline(path: Path, model: Model, networks: dict, scheduler, texts: dict, tokenizer):
     from ldmfast.models.conditioning import Hybrid
+    from ldmfast.models.conditioning_sdxl import TwoTextEncoders
     from ldmfast.models.conditioning_spatial import MaskedImage
     from ldmfast.models.conditioning_text import TextEncoder
 
@@ -123,10 +132,14 @@ def _text_pipeline(path: Path, model: Model, networks: dict, scheduler, texts: d
     if kind is None:
         channels = model.parts["unet"].config["in_channels"]
         raise ValueError(f"{path}: no pipeline takes a prompt for a U-Net of {channels} channels")
-    if kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
-        encoder = texts["text_encoder"]
-        tokens = encoder.config.max_position_embeddings
-        conditioner = TextEncoder(encoder, tokenizers["text_encoder"], tokens, name=str(path))
+    if kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline") or "XL" in kind and len(texts) == 2:
+        if "XL" in kind:
+            both = "text_encoder", "text_encoder_2"
+            conditioner = TwoTextEncoders([texts[n] for n in both], [tokenizers[n] for n in both], name=str(path))
+        else:
+            encoder = texts["text_encoder"]
+            tokens = encoder.config.max_position_embeddings
+            conditioner = TextEncoder(encoder, tokenizers["text_encoder"], tokens, name=str(path))
         if "Inpaint" in kind:
             joined = networks["unet"].config.in_channels - networks["unet"].config.out_channels
             conditioner = Hybrid(text=conditioner, picture=MaskedImage(joined, style="sd"))

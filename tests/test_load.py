@@ -18,6 +18,7 @@ from ldmfast import cli
 from ldmfast.convert import convert
 from ldmfast.models import parts
 from ldmfast.models.checkpoints import shapes
+from ldmfast.models.conditioning_tokens import ClassEmbedder
 
 SD = ((1, 2, 4, 4), (4, 2, 1))
 VAE, CLIP_L = layout.first_stage(4, 128, (1, 2, 4, 4)), layout.clip(768, 12)
@@ -67,7 +68,7 @@ def small(family="sd-v1", **more):
         encoders = layout.under("cond_stage_model.model.", layout.openclip(64, 3))
     else:
         xl = {"depth": (0, 2, 10), "is_linear": True, "label": 6 * 256 + 64}
-        unet = layout.denoiser(4, 4, 64, (1, 2, 4), (4, 2), context=128, **xl)
+        unet = layout.denoiser(4, 4, 32, (1, 2, 4), (4, 2), context=128, **xl)
         encoders = layout.under(OLD, layout.clip(64, 2))
         encoders |= layout.under("conditioner.embedders.1.model.", layout.openclip(64, 3))
     return layout.weights(layout.under("model.diffusion_model.", unet) | first | encoders | more)
@@ -107,7 +108,7 @@ def test_without_a_tokenizer_the_prompt_says_so(sd1, tmp_path):
         ldmfast.load(sd1, tokenizer=tmp_path)
 
 
-@pytest.mark.parametrize("family", ["sd-v1", "sd-v2"])
+@pytest.mark.parametrize("family", ["sd-v1", "sd-v2", "sdxl"])
 @torch.no_grad()
 def test_as_diffusers_own_converters(family):
     """Tensor by tensor, and the text encoder by what it computes."""
@@ -121,7 +122,7 @@ def test_as_diffusers_own_converters(family):
     text = model.parts["text_encoder"].tensors
     if family == "sd-v1":
         assert text == single_file_utils.convert_ldm_clip_checkpoint(dict(tensors))
-    else:  # the projection goes to the rest, as the pipeline does not read it; the third layer too
+    elif family == "sd-v2":  # the projection goes to the rest, as the pipeline does not read it; the third layer too
         assert {k.split(".")[3] for k in text if ".layers." in k} == {"0", "1"}
         assert torch.equal(
             torch.cat([text[f"text_model.encoder.layers.1.self_attn.{n}_proj.weight"] for n in "qkv"]),
@@ -129,17 +130,16 @@ def test_as_diffusers_own_converters(family):
         )
 
 
-def test_sdxl_is_a_diffusers_pipeline_over_our_networks(tmp_path, vocabulary):
+def test_sdxl_draws_and_round_trips(tmp_path, vocabulary):
     tensors = small("sdxl")
     save_file(tensors, tmp_path / "xl.safetensors")
     pipe = ldmfast.load(tmp_path / "xl.safetensors", tokenizer=vocabulary)
-    assert type(pipe) is diffusers.StableDiffusionXLPipeline and type(pipe.unet) is ldmfast.UNet
-    assert pipe.text_encoder_2.text_projection.weight.equal(
+    assert type(pipe) is ldmfast.LatentDiffusionPipeline and type(pipe.unet) is ldmfast.UNet
+    assert pipe.conditioner.models[1].text_projection.weight.equal(
         tensors["conditioner.embedders.1.model.text_projection"].t()
     )
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe("a cat", num_inference_steps=1, height=64, width=64, output_type="pt").images
-    assert image.shape == (1, 3, 64, 64) and torch.isfinite(image).all()
+    pictures = pipe(["a cat", "a dog"], steps=1, size=(64, 64))
+    assert pictures[0].size == (64, 64) and pictures[0].tobytes() != pictures[1].tobytes()
     convert(tmp_path / "xl.safetensors", tmp_path / "xl")
     convert(tmp_path / "xl", tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
@@ -189,6 +189,44 @@ def test_a_folder_goes_to_a_file_and_back_with_its_configurations(crossing, tmp_
         elif path.suffix == ".safetensors":
             a, b = load_file(path), load_file(other)
             assert a.keys() == b.keys() and all(torch.equal(b[k], v) and b[k].dtype == v.dtype for k, v in a.items())
+
+
+def test_folders_with_the_names_of_2022(tmp_path):
+    """vqvae/ for vae/, and attention's query, key, value and proj_attn, as CompVis/ldm-celebahq-256 has them."""
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = diffusers.UNet2DModel(block_out_channels=(32, 64), attention_head_dim=32, layers_per_block=1, **blocks)
+    vae = diffusers.VQModel(block_out_channels=(32,), norm_num_groups=32)
+    for name, network in (("unet", unet), ("vqvae", vae)):
+        network.save_pretrained(tmp_path / "in" / name)
+        path = tmp_path / "in" / name / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            tensors = {n.replace(f".{new}.", f".{old}."): v for n, v in tensors.items()}
+        save_file(tensors, path)
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "in" / "scheduler")
+    pipe = ldmfast.load(tmp_path / "in")
+    for got, wanted in ((pipe.unet, unet), (pipe.vae, vae)):
+        assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in got.state_dict().items())
+    convert(tmp_path / "in", tmp_path / "one.safetensors")
+    again = ldmfast.load(tmp_path / "one.safetensors")
+    assert all(torch.equal(value, vae.state_dict()[name]) for name, value in again.vae.state_dict().items())
+
+
+def test_a_denoiser_without_its_encoder_or_first_stage_asks_for_it(sd1, tmp_path):
+    tensors = load_file(sd1)
+    without = {n: v for n, v in tensors.items() if not n.startswith("cond_stage_model.")}
+    save_file(without, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="no encoder for what its denoiser is told; give one: conditioner="):
+        ldmfast.load(tmp_path / "a.safetensors")
+    encoder = ClassEmbedder(10, 64)
+    assert ldmfast.load(tmp_path / "a.safetensors", conditioner=encoder).conditioner is encoder
+    save_file({n: v for n, v in without.items() if not n.startswith("first_stage_model.")}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="no first stage; give one: first_stage="):
+        ldmfast.load(tmp_path / "b.safetensors", conditioner=encoder)
+    stage = {n.removeprefix("first_stage_model."): v for n, v in without.items() if n.startswith("first_stage_model.")}
+    save_file(stage, tmp_path / "stage.safetensors")
+    pipe = ldmfast.load(tmp_path / "b.safetensors", conditioner=encoder, first_stage=tmp_path / "stage.safetensors")
+    assert torch.equal(pipe.vae.encoder.conv_in.weight, stage["encoder.conv_in.weight"])
 
 
 def write_yaml(path, **unet):
@@ -285,6 +323,7 @@ def refused(path, message, tmp_path):
 def test_missing_weights_can_be_taken_at_random(sd1, tmp_path):
     tensors = load_file(sd1)
     lost = tensors.pop("model.diffusion_model.out.2.bias")
+    tensors.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias")
     save_file(tensors, tmp_path / "model.safetensors")
     pipe = ldmfast.load(tmp_path / "model.safetensors", allow_missing=True)
     assert pipe.unet.conv_out.bias.shape == lost.shape

@@ -179,6 +179,19 @@ def test_each_network_follows_its_own_loss():
     assert len(run.average) == len(list(s.vae.parameters()))  # neither logvar nor the discriminator is averaged
 
 
+@torch.no_grad()
+def test_weights_of_unit_gain_let_the_picture_through():
+    """The share of an untrained model's reconstructions that differs between pictures, and is not drawn for all."""
+    share = {}
+    x = pictures(32)[:, :, :1, :1].expand(32, 3, 16, 16)  # plain colours
+    for start in ("torch", "unit"):
+        vae = stage(start=start, channels=(8, 16, 16, 16), groups=1).vae
+        assert (vae.quant_conv.bias[2:] == -6).all()
+        y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        share[start] = (y.var(dim=0).mean() / y.square().mean()).item()
+    assert share["unit"] > 0.3 and share["unit"] > 5 * share["torch"], share
+
+
 # --- the codebook ----------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +315,7 @@ def test_scores_are_of_the_quantised_pictures(collection):
 @pytest.mark.parametrize(
     "wrong",
     [{"family": "gan"}, {"codebook": 0}, {"revive_every": -1}, {"perceptual": "lpips"}, {"logvar": "free"},
-     {"adversarial": -0.5}, {"crop": 3}, {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}],
+     {"adversarial": -0.5}, {"start": "zero"}, {"crop": 3}, {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}],
 )  # fmt: skip
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

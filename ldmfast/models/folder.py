@@ -8,6 +8,7 @@ released.safetensors, released.json                 what a released file held be
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from ldmfast.models.weights import part_weights, read_weights
 
 REST, RECORD = "released.safetensors", "released.json"
 CARRIED = "ldmfast."  # before the tensors of parts that the released layout has no place for
-_NETWORKS = ("unet", "vae", "")
+_NETWORKS = ("unet", "vae", "vqvae", "")
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
 
 
 def write_folder(model: Model, folder: Path) -> None:
@@ -144,7 +146,7 @@ def _canonical_prefixes(folder: Path, alone: bool) -> dict[str, str]:
     """Where the parts go in a released file, for a folder that did not come from one."""
     if alone:
         return {"": UNET if "UNet" in _config(folder)["_class_name"] else ""}
-    places = {"unet": UNET, "vae": FIRST_STAGE, "conditioner": CONDITION}
+    places = {"unet": UNET, "vae": FIRST_STAGE, "vqvae": FIRST_STAGE, "conditioner": CONDITION}
     two, first = (folder / "text_encoder_2").is_dir(), folder / "text_encoder"
     if first.is_dir():
         if two:
@@ -173,6 +175,8 @@ def _read_part(model: Model, folder: Path, where: str) -> None:
         if tensors:
             model.notes.append(f"{len(tensors)} tensors of {where}, which the released layout has no place for")
         return
+    if where in _NETWORKS:
+        tensors = {_modern(name): value for name, value in tensors.items()}
     part = part_of(_config(folder / where), where, prefix, model.record, tensors)
     wanted = {key for entry in part.entries for key in entry.keys}
     strays = sorted(set(tensors) - wanted)
@@ -185,6 +189,13 @@ def _read_part(model: Model, folder: Path, where: str) -> None:
     part.tensors = tensors
     model.missing += sorted(f"{where}.{name}".removeprefix(".") for name in wanted - set(tensors))
     model.parts[where] = part
+
+
+def _modern(name: str) -> str:
+    """An attention block's tensor by today's name: folders of 2022, Stable Diffusion 1's among them, have others."""
+    return re.sub(
+        r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name
+    )
 
 
 def part_of(config: dict, where: str, prefix: str, record: dict, tensors: dict) -> Part:

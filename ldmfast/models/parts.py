@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from ldmfast.models.checkpoints import kind
 from ldmfast.models.conditioner_parts import conditioner_config, conditioner_entries, make_conditioner
 from ldmfast.models.keys import Entry, first_stage_entries, unet_entries
 from ldmfast.models.released import DENOISERS, recognise, recognise_first_stage
+from ldmfast.models.settings import heads_rule, read_config, scale_factor, schedule, unet_settings
 
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 # what a released file holds beside the model, and what that is
@@ -52,6 +52,11 @@ class Part:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple] | None = None  # what its class expects
 
+    @property
+    def complete(self) -> bool:
+        """Whether no tensor is missing."""
+        return all(key in self.tensors for entry in self.entries for key in entry.keys)
+
 
 @dataclass
 class Model:
@@ -64,24 +69,6 @@ class Model:
     record: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-
-
-def read_config(config) -> dict:
-    """model.params of an original configuration: a YAML file's path, its content, or {} for None."""
-    if config is None:
-        return {}
-    if not isinstance(config, dict):
-        import yaml
-
-        try:
-            config = yaml.safe_load(Path(config).read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"config={config} is not YAML: {str(error).splitlines()[0]}") from error
-    found = config.get("model", config) if isinstance(config, dict) else None
-    found = found.get("params", found) if isinstance(found, dict) else None
-    if not isinstance(found, dict):
-        raise ValueError("config must be an original YAML file, with model: params:, or that as a dict")
-    return found
 
 
 def ema_name(name: str) -> str:
@@ -138,17 +125,20 @@ def _whole(table: dict, tensors: dict, settings: dict, known: dict, legacy: bool
     names = [n for c in (conditions or {None}) for n in recognise(structure, c)]
     row = DENOISERS[names[0]] if names else None
     if legacy is None:
-        legacy = not _unet_settings(settings).get("use_new_attention_order", False)
+        legacy = not unet_settings(settings).get("use_new_attention_order", False)
     side = settings.get("image_size", row.sample_size if row else 64)
-    config = known.get("unet/config.json") or infer.unet_config(structure, _heads(structure, names, settings), side)
+    config = known.get("unet/config.json") or infer.unet_config(structure, heads_rule(structure, names, settings), side)
     model = Model(names, {"unet": unet_part(config, UNET, legacy)}, None, {}, {"legacy": legacy})
     model.record["prefixes"] = {"unet": UNET}
     if stage := _under(table, FIRST_STAGE):
-        config = known.get("vae/config.json") or _first_stage_config(stage, _scale_factor(tensors, settings, row), side)
-        model.parts["vae"] = first_stage_part(config, FIRST_STAGE)
-        model.record["prefixes"]["vae"] = FIRST_STAGE
+        where = "vqvae" if "vqvae/config.json" in known else "vae"  # as diffusers' LDMPipeline names it
+        config = known.get(f"{where}/config.json") or _first_stage_config(
+            stage, scale_factor(tensors, settings, row), side
+        )
+        model.parts[where] = first_stage_part(config, FIRST_STAGE)
+        model.record["prefixes"][where] = FIRST_STAGE
     _add_encoders(model, table, encoders, settings, known)
-    model.schedule = known.get("scheduler/scheduler_config.json") or _schedule(tensors, settings, row)
+    model.schedule = known.get("scheduler/scheduler_config.json") or schedule(tensors, settings, row)
     return model
 
 
@@ -231,66 +221,6 @@ def _class_shapes(text: str) -> tuple[dict[str, tuple], dict]:
     with torch.device("meta"):
         model = network_class(config).from_config(config)
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}, dict(model.config)
-
-
-def _unet_settings(settings: dict) -> dict:
-    found = settings.get("unet_config", {})
-    return found.get("params", found)
-
-
-def _heads(structure, names: list[str], settings: dict):
-    """channels -> heads, from the original configuration or the family. Raises ValueError where neither tells."""
-    given = _unet_settings(settings)
-    if (width := given.get("num_head_channels", -1)) != -1:
-        return lambda channels: channels // width
-    if (count := given.get("num_heads", -1)) != -1:
-        return lambda channels: count
-    rules = {(DENOISERS[name].heads, DENOISERS[name].width) for name in names}
-    if len(rules) == 1:
-        return DENOISERS[names[0]].heads_at
-    channels = tuple(structure.ch * m for m in structure.mult)
-    told = f"may be {' or '.join(names)}" if names else "is none of the released ones"
-    raise ValueError(
-        f"a U-Net of {structure.inputs} -> {structure.outputs} channels with levels {channels} and context "
-        f"{structure.context} {told}, and its heads cannot be read from its shapes; give its original YAML as config=, "
-        "or config={'unet_config': {'num_heads': N}} or {'num_head_channels': width}"
-    )
-
-
-def _scale_factor(tensors: dict, settings: dict, row) -> float:
-    if "scale_factor" in tensors:
-        return float(tensors["scale_factor"])
-    return settings.get("scale_factor", row.scale_factor if row else 1.0)
-
-
-def _schedule(tensors: dict, settings: dict, row) -> dict:
-    """A DDIMScheduler as the released sampler steps. Betas: the original configuration's, the file's, the family's."""
-    config = {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": settings.get("timesteps", 1000),
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "prediction_type": {"v": "v_prediction", "eps": "epsilon"}.get(settings.get("parameterization"))
-        or (row.prediction if row else "epsilon"),
-    }
-    if "linear_start" in settings:
-        return {**config, "beta_start": settings["linear_start"], "beta_end": settings["linear_end"]}
-    if "betas" not in tensors:
-        if row is None:
-            raise ValueError(
-                "neither the file nor its family gives the noise schedule; give the original YAML as config="
-            )
-        return {**config, "beta_start": row.betas[0], "beta_end": row.betas[1]}
-    betas = tensors["betas"].double()
-    first, last = (float(f"{value:.6g}") for value in (betas[0], betas[-1]))
-    line = torch.linspace(first**0.5, last**0.5, len(betas), dtype=torch.float64) ** 2
-    config["num_train_timesteps"] = len(betas)
-    if torch.allclose(line, betas, rtol=1e-5, atol=0):
-        return {**config, "beta_start": first, "beta_end": last}
-    return {**config, "beta_start": first, "beta_end": last, "trained_betas": tensors["betas"].tolist()}
 
 
 def _fill(model: Model, tensors: dict[str, torch.Tensor], ema: bool) -> None:

@@ -8,7 +8,7 @@ from ldmfast.ops import native, triton
 from ldmfast.ops.attention import _check as check_forward
 from ldmfast.ops.attention import _expanded
 from ldmfast.ops.attention import op as forward
-from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
+from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors, short
 from ldmfast.ops.registry import Op
 
 NAME = "attention_backward"
@@ -111,7 +111,8 @@ _triton.refuses(triton.refuse)
 
 @_triton.refuses
 def _wide(dout, q, *others):
-    return f"head width D={q.shape[3]} is over 160" if q.shape[3] > 160 else None
+    widest = 80 if q.dtype is torch.float32 else 160
+    return f"head width D={q.shape[3]} is over {widest} in {short(q.dtype)}" if q.shape[3] > widest else None
 
 
 @forward.gradient(keeps_output=True)

@@ -27,15 +27,37 @@ def build(config):
         scaling_factor=1.0,
         force_upcast=False,
     )
+    model = _model(shared, config)
+    if config.start == "unit":
+        _unit_gain(model)
+    if config.family == "kl":
+        with torch.no_grad():  # log variance: no noise drowns the first steps
+            model.quant_conv.bias[config.latent_channels :] = -6.0
+    return model
+
+
+def _model(shared, config):
     if config.family == "vq":
         model = VQModel(**shared, num_vq_embeddings=config.codebook)
         # diffusers keeps an old slip by default, which weighs the codebook's term in place of the commitment
         model.quantize.legacy, model.quantize.beta = False, config.commitment
         return model
-    model = AutoencoderKL(**shared)
-    with torch.no_grad():
-        model.quant_conv.bias[config.latent_channels :] = -6.0  # log variance: no noise drowns the first steps
-    return model
+    return AutoencoderKL(**shared)
+
+
+@torch.no_grad()
+def _unit_gain(model):
+    """Convolutions that neither shrink nor shift what passes through them, with quiet residual branches.
+
+    torch's own shrink it by sqrt(3) a layer beside biases that do not shrink, so that a deep decoder begins by drawing
+    one picture whatever the latent, and takes hundreds of steps to notice it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            gain = 0.2 if name.endswith("conv2") else 1.0
+            module.weight.normal_(0, gain / fan_in**0.5)
+            module.bias.zero_()
 
 
 def load(folder):

@@ -61,6 +61,7 @@ class AutoencoderConfig(RunConfig):
     crop: int = option(0, "train on random crops of this many pixels a side; 0: on whole pictures")
     channels: tuple = option((32, 64, 96), "channels at each resolution; one halving fewer than there are entries")
     layers: int = option(1, "residual blocks at each resolution")
+    start: str = option("torch", "first weights: torch's, or of unit gain with biases of 0", ("torch", "unit"))
     groups: int = option(8, "groups of GroupNorm; with a channel a group the ground's colour is lost")
     latent_channels: int = option(4, "channels of the latent")
     family: str = option("kl", "regulariser of the latent: a KL term, or a codebook (vq)", ("kl", "vq"))
