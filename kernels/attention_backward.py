@@ -2,7 +2,8 @@
 
 Three steps, without atomics, so the same bits each time: the rows' maxima and sums and delta = sum_d dout * out;
 dk and dv by blocks of keys (in two launches for heads wider than 80, whose sums do not fit the registers together); dq
-by blocks of queries. Head widths are cut as in the forward: 40 = 32 + 8.
+by blocks of queries. Where keys are few, programs share the queries and their sums are added in a fixed order. Head
+widths are cut as in the forward: 40 = 32 + 8.
 Source: Dao 2023 (FlashAttention-2), algorithm 2.
 """
 
@@ -137,24 +138,26 @@ def attention_statistics_kernel(
 @triton.jit
 def attention_backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, mask_ptr, rows_ptr,
-    dk_ptr, dv_ptr,  # [N, S, H, D], dense
+    dk_ptr, dv_ptr,  # [splits, N, S, H, D], dense
     stride_qn, stride_ql, stride_qh, stride_kn, stride_ks, stride_kh, stride_vn, stride_vs, stride_vh,
     stride_mn, stride_mh, stride_ml, stride_ms,
     N, L, S, H, blocks,
+    share,  # queries that a program walks over, from share * program_id(1) on
     factor, scale,  # factor: scale * log2(e)
     D: tl.constexpr, D0: tl.constexpr, BLOCK_D0: tl.constexpr, BLOCK_D1: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, MASK_ONE_ROW: tl.constexpr,
     PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv or both of BLOCK_N keys, over all queries: everything is transposed, [BLOCK_N, BLOCK_M]."""
+    """dk, dv or both of BLOCK_N keys, over a share of the queries: everything is transposed, [BLOCK_N, BLOCK_M]."""
     D1: tl.constexpr = D - D0
     n, h, first = _head(blocks, H, BLOCK_N)
     lane_n, lane_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     stride_ql, stride_ks, stride_vs = stride_ql * ALIGN, stride_ks * ALIGN, stride_vs * ALIGN
-    q_ptr += (n * stride_qn + h * stride_qh) * ALIGN
+    begin = tl.program_id(1) * share
+    q_ptr += (n * stride_qn + h * stride_qh) * ALIGN + tl.cast(begin, tl.int64) * stride_ql
     k_ptr += (n * stride_kn + h * stride_kh) * ALIGN + first * stride_ks
     v_ptr += (n * stride_vn + h * stride_vh) * ALIGN + first * stride_vs
-    dout_ptr += (n * L * H + h) * D
+    dout_ptr += ((n * L + begin) * H + h) * D
     rows_ptr += (n * H + h) * L
     stride_rows = N.to(tl.int64) * H * L
     if MASK != "none":
@@ -169,7 +172,7 @@ def attention_backward_keys_kernel(
     if D1 > 0:
         dk1 = tl.zeros([BLOCK_N, BLOCK_D1], tl.float32)
         dv1 = tl.zeros([BLOCK_N, BLOCK_D1], tl.float32)
-    for start in range(0, L, BLOCK_M):
+    for start in range(begin, min(L, begin + share), BLOCK_M):
         left = L - start
         q0, q1 = _load_parts(q_ptr, lane_m, stride_ql, left, D0, D1, BLOCK_D0, BLOCK_D1, EVEN)
         scores = _product(k0, k1, q0, q1, D1 > 0, PRECISION) * factor
@@ -199,7 +202,7 @@ def attention_backward_keys_kernel(
                 dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
         q_ptr += BLOCK_M * stride_ql
         dout_ptr += BLOCK_M * H * D
-    offs = ((n * S + first) * H + h) * D
+    offs = (((tl.program_id(1) * N.to(tl.int64) + n) * S + first) * H + h) * D
     if DV:
         _store_parts(dv_ptr + offs, dv0, dv1, lane_n, H * D, S - first, D0, D1, BLOCK_D0, BLOCK_D1)
     if DK:
@@ -284,6 +287,16 @@ def configurations(d: int, itemsize: int, mask_rows: bool) -> dict[str, Configur
     return {"statistics": statistics, "keys": keys, "queries": queries}
 
 
+def shares(length: int, programs: int) -> tuple[int, int]:
+    """(how many programs share a block of keys' queries, how many each has): a prompt's 77 keys are few blocks.
+
+    Enough for two programs on each of 132 multiprocessors, of 512 queries or more: a multiple of every tile.
+    """
+    splits = min(triton.cdiv(264, programs), triton.cdiv(length, 512))
+    share = triton.cdiv(triton.cdiv(length, splits), 64) * 64
+    return triton.cdiv(length, share), share
+
+
 WIDEST = {4: 80, 2: 160}  # by bytes a number: wider, the sums and a product's operands do not fit the registers
 BOTH = 80  # up to here one program keeps the sums of both dk and dv
 
@@ -308,9 +321,9 @@ def attention_backward(dout, q, k, v, out, dq, dk, dv, mask, scale):
     d0, block_d0, block_d1 = split_width(d)
     factor = float(scale) * math.log2(math.e)
 
-    def start(kernel, config, tensors, own, other, strides, scalars, block, step, **constants):
+    def start(kernel, config, tensors, own, other, strides, scalars, block, step, splits=1, **constants):
         blocks = triton.cdiv(own, config.block)
-        kernel[(blocks * heads * n,)](
+        kernel[(blocks * heads * n, splits)](
             *tensors, *strides, *strides_m, n, length, keys, heads, blocks, *scalars,
             D=d, D0=d0, BLOCK_D0=block_d0, BLOCK_D1=block_d1, **{block: config.block, step: config.block_step},
             EVEN=other % config.block_step == 0, ALIGN=align, MASK=kind, MASK_ONE_ROW=strides_m[2] == 0,
@@ -321,11 +334,16 @@ def attention_backward(dout, q, k, v, out, dq, dk, dv, mask, scale):
 
     configs = configurations(d, q.element_size(), strides_m[2] != 0)
     scalars = factor, float(scale)
+    splits, share = shares(length, triton.cdiv(keys, configs["keys"].block) * heads * n)
+    parts = (dk, dv) if splits == 1 else q.new_empty((2, splits, *k.shape), dtype=torch.float32)
     with torch.cuda.device_of(q):
         start(attention_statistics_kernel, configs["statistics"], (q, k, dout, out, mask, rows), length, keys,
               strides[:6], (factor,), "BLOCK_M", "BLOCK_N")  # fmt: skip
         for with_dk, with_dv in ((True, True),) if d <= BOTH else ((True, False), (False, True)):
-            start(attention_backward_keys_kernel, configs["keys"], (q, k, v, dout, mask, rows, dk, dv), keys, length,
-                  strides, scalars, "BLOCK_N", "BLOCK_M", DK=with_dk, DV=with_dv)  # fmt: skip
+            start(attention_backward_keys_kernel, configs["keys"], (q, k, v, dout, mask, rows, *parts), keys, length,
+                  strides, (share, *scalars), "BLOCK_N", "BLOCK_M", splits, DK=with_dk, DV=with_dv)  # fmt: skip
+        if splits > 1:
+            for gradient, part in zip((dk, dv), parts, strict=True):
+                gradient.copy_(part.sum(0))
         start(attention_backward_queries_kernel, configs["queries"], (q, k, v, dout, mask, rows, dq), length, keys,
               strides, scalars, "BLOCK_M", "BLOCK_N")  # fmt: skip

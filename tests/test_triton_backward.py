@@ -97,6 +97,7 @@ def masks(kind, n, h, rows, keys, dtype):
         ((1, 33, 7, 2, 64), "lowest", torch.float32, None),
         ((1, 3, 1, 3, 160), "none", torch.float16, None),
         ((1, 33, 35, 1, 80), "none", torch.float32, None),
+        ((1, 600, 3, 1, 24), "added", torch.float16, None),  # two programs share the queries
     ],
     ids=str,
 )
