@@ -175,6 +175,12 @@ def test_ctrl_c_lets_the_step_finish(tmp_path):
     assert resumed == whole  # the history, too: its entry's losses are kept with the checkpoint
 
 
+def test_an_earlier_versions_checkpoint_is_refused(tmp_path):
+    checkpoint.save({"step": 3, "config": {}, "generator": torch.zeros(1)}, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="earlier version.*--restart"):
+        bare(CONFIG, tmp_path / "run.pt")
+
+
 def test_gradient_checkpointing_changes_no_loss(tmp_path):
     config = dataclasses.replace(CONFIG, gradient_checkpointing=True)
     run, history = bare(config, tmp_path / "a.pt")

@@ -122,7 +122,9 @@ class Run:
         )
 
     def restore(self, state):
-        """Continue from `state`. Raises ValueError if it belongs to another configuration."""
+        """Continue from `state`. Raises ValueError if it belongs to another configuration, or an earlier ldmfast."""
+        if "global_batch" not in state:
+            raise ValueError("the checkpoint was written by an earlier version of ldmfast; see --restart")
         ours, theirs = _plain(self.config), state["config"]
         other = [f"{k} was {theirs[k]!r}, is {v!r}" for k, v in ours.items() if theirs.get(k, v) != v]
         other = [text for text in other if text.split()[0] not in FREE_TO_CHANGE]
