@@ -48,9 +48,11 @@ def _add_config_options(made, config):
             continue
         kind = numbers if isinstance(f.default, tuple) else type(f.default)
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        choices = f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
         group.add_argument(
             "--" + f.name.replace("_", "-"), dest="config_" + f.name, type=kind, choices=f.metadata["choices"],
-            help=f"{f.metadata['help']} (default: {default})", metavar=f.name.upper(), default=argparse.SUPPRESS,
+            help=f"{f.metadata['help']}{choices} (default: {default})", metavar=f.name.upper(),
+            default=argparse.SUPPRESS,
         )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ class DecoderConfig(RunConfig):
 
 @dataclass(frozen=True)
 class DenoiserConfig(RunConfig):
-    """Stage 2: noise prediction on cached latents, conditioned on a caption by cross-attention."""
+    """Stage 2: a denoiser of cached latents, told a caption, a class, a picture or nothing."""
 
     batch: int = option(32, "latents a step")
     steps: int = option(3000, "training steps")
@@ -128,7 +128,7 @@ class DenoiserConfig(RunConfig):
     guidance_dropout: float = option(0.1, "share of captions replaced by the empty one")
     plain_captions: float = option(0.5, "share of a picture's draws that use its first caption")
     condition: str = option(
-        "text", "what the denoiser is told: text by a frozen encoder or a transformer trained with it, ...", CONDITIONS
+        "text", "what the denoiser is told; text has a frozen encoder, transformer one trained with it", CONDITIONS
     )
     text_encoder: str = option("minilm", "text: 'minilm', a hub name or a folder")
     class_key: str = option("object", "class: the key of metadata.jsonl that holds it")
