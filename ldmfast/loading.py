@@ -181,4 +181,6 @@ def _tokenizer(path: Path, part: str, named, encoder):
             raise OSError(f"{reason}; name a folder with CLIP's vocab.json and merges.txt") from error
         return AbsentTokenizer(f"{reason}; load the model with tokenizer= a folder with vocab.json and merges.txt")
     tokenizer.model_max_length = encoder.config.max_position_embeddings
+    if not own.is_dir() and encoder.config.hidden_act == "gelu" and "!" in tokenizer.get_vocab():
+        tokenizer.pad_token = "!"  # OpenCLIP's towers (Stable Diffusion 2, SDXL's second) were trained on 0 as padding
     return tokenizer

@@ -86,7 +86,7 @@ def vocabulary(tmp_path_factory):
     """CLIP's tokenizer, with letters alone."""
     folder = tmp_path_factory.mktemp("tokenizer")
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(f"{c}</w>" for c in letters)]
+    tokens = ["!", *letters, *(f"{c}</w>" for c in letters)]
     ids = {t: i for i, t in enumerate(tokens)} | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
     (folder / "vocab.json").write_text(json.dumps(ids))
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -135,6 +135,7 @@ def test_sdxl_draws_and_round_trips(tmp_path, vocabulary):
     save_file(tensors, tmp_path / "xl.safetensors")
     pipe = ldmfast.load(tmp_path / "xl.safetensors", tokenizer=vocabulary)
     assert type(pipe) is ldmfast.LatentDiffusionPipeline and type(pipe.unet) is ldmfast.UNet
+    assert [t.pad_token_id for t in pipe.conditioner.tokenizers] == [49407, 0]  # CLIP's and OpenCLIP's
     assert pipe.conditioner.models[1].text_projection.weight.equal(
         tensors["conditioner.embedders.1.model.text_projection"].t()
     )
