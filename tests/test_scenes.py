@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -198,3 +199,26 @@ def test_the_network_of_scenes_is_told_all_three(collection):
         nothing = told.empty(1).predict(unet, x, 500)
         for value in scene_denoiser.inputs(one, folder):
             assert not torch.equal(told([value]).predict(unet, x, 500), nothing), value
+
+
+def test_from_scenes_to_samples_on_the_command_line(collection, tmp_path):
+    folder, rows = collection
+    tiny.vae(sample_size=64, block_out_channels=(8, 8, 8), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    network = ["--channels", "8,16", "--attention", "0,1", "--groups", "4", "--head-width", "8", "--width", "8"]
+    run = ["--steps", "2", "--batch", "4", "--precision", "fp32", "--quiet", "--output", str(tmp_path)]
+    where = ["--data", str(folder), "--autoencoder", str(tmp_path)]
+    assert cli.main(["train", "scenes", "--recipe", "scenes64", *where, *run, *network]) == 0
+
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps(rows[0]["objects"]))
+    drawn = tmp_path / "drawn.png"
+    told = {"--class": ["cat", "dog"], "--boxes": [str(layout)], "--map": [str(folder / rows[0]["map"])]}
+    model = ["--model", str(tmp_path / "pipeline"), "--steps", "2", "--quiet"]
+    for option, values in told.items():
+        assert cli.main(["sample", option, *values, "-o", str(drawn), "--scale", "1", *model]) == 0
+        assert Image.open(drawn).size == (64, 68 * len(values) - 4)  # one below the other, 4 pixels apart
+    scores = tmp_path / "scores.json"
+    ask = ["evaluate", "--data", str(folder), "--cutouts", str(CUTOUTS), "--samples", "2", "--output", str(scores)]
+    assert cli.main([*ask, *model]) == 0
+    report = json.loads(scores.read_text())
+    assert 0 <= report["class"]["retrieved"] <= 1 and report["heldout"]["map"]["ground_alone"] > 0.5
