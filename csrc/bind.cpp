@@ -12,6 +12,7 @@ namespace py = pybind11;
 using namespace ldmfast;
 
 void bind_backward(py::module_& m);  // csrc/bind_backward.cpp
+int add_plain_calls(PyObject* module);  // csrc/plain_call.cpp
 
 #ifdef LDMFAST_CPU
 namespace ldmfast {
@@ -119,6 +120,7 @@ PYBIND11_MODULE(LDMFAST_MODULE, m) {
   bind_backward(m);
   m.attr("flags") = LDMFAST_FLAGS;
 #ifdef LDMFAST_CPU
+  if (add_plain_calls(m.ptr())) throw py::error_already_set();
   m.def("compiled_isas", &compiled_isas);
   m.def("active_isa", &active_isa);
 #endif

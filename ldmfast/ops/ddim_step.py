@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import struct
 
 import torch
 
 from ldmfast.ops import native, triton
 from ldmfast.ops.checks import require_device, require_float, require_shape, require_tensors, short
-from ldmfast.ops.registry import Op
+from ldmfast.ops.registry import Op, chosen_backend
+from ldmfast.ops.watch import EXTENSION
 
 NAME = "ddim_step"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -38,6 +41,11 @@ def ddim_step(
     Traffic: 4 * sample bytes, 5 with guidance.
     Source: Song et al. 2021 (arXiv 2010.02502), equation 12; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
+    if _plain is not None and not torch.compiler.is_compiling():
+        done = _plain(_packed, alpha_t, alpha_prev, sigma, prediction, sample, model_output, guidance, noise, clip,
+                      backend or chosen_backend())  # fmt: skip
+        if done is not None:
+            return done
     arguments = _arguments(sample, model_output, alpha_t, alpha_prev, guidance=guidance, sigma=sigma, noise=noise,
                            prediction=prediction, clip=clip)  # fmt: skip
     return op(*arguments, backend)
@@ -80,6 +88,19 @@ def _coefficients(alpha_t: float, alpha_prev: float, sigma: float, prediction: s
     a, b = math.sqrt(alpha_t), math.sqrt(1.0 - alpha_t)
     x0_sample, x0_model, eps_sample, eps_model = _parametrisation(a, b, prediction)
     return [x0_sample, x0_model, eps_sample, eps_model, math.sqrt(alpha_prev), math.sqrt(max(direction, 0.0)), sigma]
+
+
+@functools.lru_cache(maxsize=4096)
+def _packed(alpha_t: float, alpha_prev: float, sigma: float, prediction: str) -> bytes:
+    """The coefficients as csrc/ops.h's DdimCoefficients. A sampler's steps come back with every picture."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(prediction)
+    return struct.pack("7f", *_coefficients(alpha_t, alpha_prev, sigma, prediction))
+
+
+# The ordinary call on the CPU (plain tensors of one dtype and layout, numbers) whole in C++; None for any other, which
+# then goes the long way with the same result or error. csrc/plain_call.cpp
+_plain = getattr(EXTENSION, "ddim_step_plain", None)
 
 
 def _parametrisation(a, b, prediction):

@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.autograd import forward_ad
+
+from ldmfast.ops.watch import nothing_watches
 
 LIBRARY = torch.library.Library("ldmfast", "DEF")
 OPS: dict[str, Op] = {}  # what a user calls, by name
@@ -65,39 +66,6 @@ def chosen_backend() -> str | None:
 if _name := os.environ.get("LDMFAST_BACKEND"):  # read once: looking it up costs a fifth of a small op's call
     require_backend_name(_name, "LDMFAST_BACKEND")
     _chosen.append(_name)
-
-
-def _nothing_watches(args) -> bool:
-    """True where PyTorch's dispatcher would only pass the call on, so that it can be left out.
-
-    It costs 19 us of a call's 27 us (ddim_step, 2 busy cores, torch 2.13), and is needed only for autograd, autocast,
-    torch.compile, modes, functorch, subclasses, meta tensors, and the profiler, which is to see the op by name.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _functorch_level() is not None
-        or _tracing() is not None
-        or forward_ad._current_level >= 0
-        or _profiling()
-    ):
-        return False
-    grad = torch.is_grad_enabled()
-    for value in args:
-        if isinstance(value, torch.Tensor) and (
-            type(value) not in _PLAIN or grad and value.requires_grad or value.is_neg() or value.is_meta
-        ):
-            return False
-    return not torch.is_autocast_enabled(args[0].device.type)
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._is_torch_function_mode_enabled
-_functorch_level = torch._C._functorch.maybe_current_level
-_tracing = torch._C._get_tracing_state
-_profiling = torch.autograd._profiler_enabled
 
 
 @dataclass
@@ -202,7 +170,7 @@ class Op:
 
     def __call__(self, *args):
         """args as in the schema, the backend's name or None last."""
-        if _nothing_watches(args):
+        if not torch.compiler.is_compiling() and nothing_watches(args):
             return self.run(*args)
         return self._operator(*args)
 
