@@ -201,7 +201,7 @@ def test_the_network_of_scenes_is_told_all_three(collection):
             assert not torch.equal(told([value]).predict(unet, x, 500), nothing), value
 
 
-def test_from_scenes_to_samples_on_the_command_line(collection, tmp_path):
+def test_from_scenes_to_samples_on_the_command_line(collection, tmp_path, capsys):
     folder, rows = collection
     tiny.vae(sample_size=64, block_out_channels=(8, 8, 8), norm_num_groups=4).save_pretrained(tmp_path / "vae")
     network = ["--channels", "8,16", "--attention", "0,1", "--groups", "4", "--head-width", "8", "--width", "8"]
@@ -217,6 +217,8 @@ def test_from_scenes_to_samples_on_the_command_line(collection, tmp_path):
     for option, values in told.items():
         assert cli.main(["sample", option, *values, "-o", str(drawn), "--scale", "1", *model]) == 0
         assert Image.open(drawn).size == (64, 68 * len(values) - 4)  # one below the other, 4 pixels apart
+    assert cli.main(["sample", "-o", str(drawn), *model]) == 2
+    assert "this model is told --class or --boxes or --map" in capsys.readouterr().err
     scores = tmp_path / "scores.json"
     ask = ["evaluate", "--data", str(folder), "--cutouts", str(CUTOUTS), "--samples", "2", "--output", str(scores)]
     assert cli.main([*ask, *model]) == 0

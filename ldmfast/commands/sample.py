@@ -79,6 +79,8 @@ def _inputs(arguments, pipe):
         if prompts:
             raise ValueError(f"this model takes no prompt: leave out {prompts[0]!r}")
         return [None]
+    if not prompts and (known := conditions.takes(pipe.conditioner)):
+        raise ValueError(f"nothing was asked for; this model is told --{' or --'.join(known)}")
     if not prompts:
         raise ValueError("the prompt is empty: say what to draw, as in 'a red apple on a yellow background'")
     for caption in pipe.conditioner.cut(prompts) if hasattr(pipe.conditioner, "cut") else ():
