@@ -1,5 +1,5 @@
 // The gradient of SiLU(GroupNorm(x + add) * (1 + scale) + shift), contiguous or channels_last. A task takes whole
-// groups of one sample through three passes: moments of x; sums of g and g * xhat; dx, with g computed again.
+// groups of one sample through three passes: moments of x; sums of g and g * xhat; dx.
 // Traffic: x and dy once, dx once, where a task's share stays in cache. No sum depends on the number of threads.
 // Source: Wu & He 2018, section 3, differentiated; Chan, Golub & LeVeque 1983 for merging moments.
 #include <omp.h>
@@ -38,7 +38,7 @@ template <class T> void row_moments(const T* x, int64_t count, float* mean, floa
   *squares = (float)total;
 }
 
-template <class T, bool kSilu> void row_sums(const Sample& s, int64_t c, const T* x, const T* dy) {
+template <class T, bool kSilu> void row_sums(const Sample& s, int64_t c, const T* x, const T* dy, T* dx) {
   const VecF mean = splat(s.row(kMean)[c]), slope = splat(s.row(kSlope)[c]), offset = splat(s.row(kOffset)[c]);
   double total = 0, total_m = 0;
   for (int64_t i = 0; i < s.a.P; i += kRun) {
@@ -46,6 +46,7 @@ template <class T, bool kSilu> void row_sums(const Sample& s, int64_t c, const T
     for (int64_t j = i, end = min64(s.a.P, i + kRun); j < end; j += kLanes) {
       const VecF m = read(x + j, end - j) - mean;  // past the end dy is zero, and so is g
       const VecF g = through_act<T, kSilu>(read(dy + j, end - j), m * slope + offset);
+      if (kKeepsG<T, kSilu>) write(dx + j, g, end - j);
       g_sum += g;
       gm_sum += g * m;
     }
@@ -64,7 +65,8 @@ template <class T, bool kSilu> void row_gradient(const Sample& s, int64_t c, con
     VecF sum{};
     for (int64_t j = i, end = min64(s.a.P, i + kRun); j < end; j += kLanes) {
       const VecF m = read(x + j, end - j) - mean;
-      const VecF g = through_act<T, kSilu>(read(dy + j, end - j), m * slope + offset);
+      const VecF g = kKeepsG<T, kSilu> ? read(dx + j, end - j)
+                                       : through_act<T, kSilu>(read(dy + j, end - j), m * slope + offset);
       const VecF found = g * slope - constant - m * linear;
       write(dx + j, found, end - j);
       if (end - j >= kLanes) sum += found;
@@ -83,7 +85,7 @@ template <class T, bool kSilu> void contiguous_task(const Sample& s, int64_t fir
   T* dx = (T*)a.dx + s.n * a.C * a.P;
   for (int64_t c = from; c < to; ++c) row_moments(x + c * a.stride_xc, a.P, s.row(kMean) + c, s.row(kSlope) + c);
   for (int64_t group = first; group < end; ++group) finish_moments(s, group);
-  for (int64_t c = from; c < to; ++c) row_sums<T, kSilu>(s, c, x + c * a.stride_xc, dy + c * a.P);
+  for (int64_t c = from; c < to; ++c) row_sums<T, kSilu>(s, c, x + c * a.stride_xc, dy + c * a.P, dx + c * a.P);
   for (int64_t group = first; group < end; ++group) finish_sums(s, group);
   for (int64_t c = from; c < to; ++c) {
     row_gradient<T, kSilu>(s, c, x + c * a.stride_xc, dy + c * a.P, dx + c * a.P);
