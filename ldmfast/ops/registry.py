@@ -170,8 +170,11 @@ class Op:
 
     def __call__(self, *args):
         """args as in the schema, the backend's name or None last."""
-        if not torch.compiler.is_compiling() and nothing_watches(args):
-            return self.run(*args)
+        if not torch.compiler.is_compiling():
+            if nothing_watches(args):
+                return self.run(*args)
+            if torch.is_grad_enabled() and _only_autograd_watches(args):
+                return _Recorded.apply(*args, self)
         return self._operator(*args)
 
     def run(self, *args):
@@ -242,7 +245,7 @@ class Op:
         saved, others = ctx.saved_tensors, ctx.others
         args = [other if value is None else value for value, other in zip(saved, others, strict=False)]
         *args, backend = args
-        needed = ctx.needs_input_grad[:-1]
+        needed = ctx.needs_input_grad[: len(args)]
         found = None
         if self._gradient is not None and not torch.is_grad_enabled():
             found = self._gradient(grads, args, saved[len(others) :], needed, backend)
@@ -265,6 +268,27 @@ class Op:
             outputs, grads = zip(*pairs, strict=True)
             found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=second_order, allow_unused=True))
         return tuple(next(found) if is_wanted else None for is_wanted in needed)
+
+
+def _only_autograd_watches(args) -> bool:
+    with torch.no_grad():
+        return nothing_watches(args)
+
+
+class _Recorded(torch.autograd.Function):
+    """An op's call with its gradient, without the way through PyTorch's dispatcher and torch.library."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *args, op = args
+        output = op.run(*args)
+        op._save(ctx, args, output)
+        ctx.op = op
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *ctx.op._backward(ctx, *grads), None
 
 
 def explain(op, *args, **kwargs) -> str:
