@@ -130,6 +130,18 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(lambda *inputs: OPS[name](*inputs, "torch"), arguments)
 
 
+@pytest.mark.parametrize("name", ["group_norm_silu", "attention"])
+def test_second_derivative(name):
+    x = functools.partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    function, inputs = {
+        "group_norm_silu": (lambda x, w, b: OPS[name](x, w, b, 2, 1e-5, True, None, None, None, None),
+                            (x(1, 4, 2, 2), x(4), x(4))),
+        "attention": (lambda q, k, v: OPS[name](q, k, v, 0.5, None, None),
+                      (x(1, 3, 1, 4), x(1, 2, 1, 4), x(1, 2, 1, 4))),
+    }[name]  # fmt: skip
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
 def test_an_op_that_only_autograd_calls_has_no_derivative():
     arguments, grads, *_ = prepared(SMALL["ddim_step"], torch.float32, "cpu")
     out = BACKWARD_OPS["ddim_step_backward"](grads[0].requires_grad_(), *grads[1:], *arguments, None)

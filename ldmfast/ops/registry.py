@@ -15,11 +15,13 @@ a second derivative, and for an input that the backward op has no gradient for (
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldmfast.ops.watch import nothing_watches
 
@@ -256,7 +258,9 @@ class Op:
     def _differentiate(self, grads, args, needed) -> tuple:
         """The reference's formula, recomputed from the saved inputs and differentiated by autograd."""
         second_order = torch.is_grad_enabled()
-        with torch.enable_grad(), torch.autocast(args[0].device.type, enabled=False):
+        # SDPA's fused kernels have no second derivative
+        kernels = sdpa_kernel(SDPBackend.MATH) if second_order else contextlib.nullcontext()
+        with torch.enable_grad(), torch.autocast(args[0].device.type, enabled=False), kernels:
             inputs = list(args)
             for i in (i for i, wanted in enumerate(needed) if wanted):
                 # a view keeps the way back to the input for a second derivative
