@@ -271,9 +271,13 @@ def group_norm_silu_backward_kernel(
 
 
 def configuration(n: int, channels: int, positions: int, groups: int, channels_last: bool) -> Configuration:
-    """The forward's, with at most 8 numbers a thread where 16 warps share the registers: there are three more tiles."""
+    """The forward's, with fewer numbers a thread where 16 warps share the registers: there are three more tiles.
+
+    8, or 4 where an odd number of positions has every number accessed, and addressed, by itself.
+    """
     config = forward_configuration(n, channels, positions, groups, channels_last)
-    most = max(4096 // config.block_c, 1) if config.num_warps == 16 else config.block_p
+    tile = 4096 if channels_last or positions % 8 == 0 else 2048
+    most = max(tile // config.block_c, 1) if config.num_warps == 16 else config.block_p
     return replace(config, block_p=min(config.block_p, most))
 
 
