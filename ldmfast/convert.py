@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ldmfast.models import folder as folders
-from ldmfast.models.parts import Model, from_released, to_released
-from ldmfast.models.weights import read_weights
+from ldmfast.released import folder as folders
+from ldmfast.released.parts import Model, from_released, to_released
+from ldmfast.released.weights import read_weights
 
 HEADER = "ldmfast"  # in a safetensors file's metadata: the folder's configurations
 _LARGEST_CONFIG = 100_000  # bytes; vocabularies are larger, and no configuration

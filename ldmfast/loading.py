@@ -16,10 +16,10 @@ from torch import nn
 
 from ldmfast import convert
 from ldmfast.diffusion.ddim import DDIMScheduler
-from ldmfast.models.conditioner_parts import make_conditioner
-from ldmfast.models.folder import pipeline_class
 from ldmfast.models.layers import weights_channels_last
-from ldmfast.models.parts import Model, Part, network_class
+from ldmfast.released.conditioner_parts import make_conditioner
+from ldmfast.released.folder import pipeline_class
+from ldmfast.released.parts import Model, Part, network_class
 
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer every Stable Diffusion uses
 

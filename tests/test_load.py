@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import ldmfast
 from ldmfast import cli
 from ldmfast.convert import convert
-from ldmfast.models import parts
 from ldmfast.models.checkpoints import shapes
 from ldmfast.models.conditioning_tokens import ClassEmbedder
+from ldmfast.released import parts
 
 SD = ((1, 2, 4, 4), (4, 2, 1))
 VAE, CLIP_L = layout.first_stage(4, 128, (1, 2, 4, 4)), layout.clip(768, 12)

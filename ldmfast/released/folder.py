@@ -16,9 +16,9 @@ import diffusers
 import torch
 from safetensors.torch import save_file
 
-from ldmfast.models import parts
-from ldmfast.models.parts import CONDITION, FIRST_STAGE, UNET, Model, Part
-from ldmfast.models.weights import part_weights, read_weights
+from ldmfast.released import parts
+from ldmfast.released.parts import CONDITION, FIRST_STAGE, UNET, Model, Part
+from ldmfast.released.weights import part_weights, read_weights
 
 REST, RECORD = "released.safetensors", "released.json"
 CARRIED = "ldmfast."  # before the tensors of parts that the released layout has no place for

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 
 from ldmfast.models.conditioning import HOMES, Conditioner
-from ldmfast.models.keys import Entry
-from ldmfast.models.released import DENOISERS
+from ldmfast.released.families import DENOISERS
+from ldmfast.released.keys import Entry
 
 Table = dict[str, tuple[int, ...]]
 
@@ -27,7 +27,7 @@ def conditioner_config(table: Table, names: list[str], settings: dict, joined: i
     """The config.json of the conditioner that a released checkpoint holds.
 
     table     its tensors without prefix
-    names     the rows of released.py that the model may be
+    names     the rows of families.py that the model may be
     settings  its original configuration, where given
     joined    channels that the denoiser takes beside the latent
     """

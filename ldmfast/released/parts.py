@@ -2,7 +2,7 @@
 
 `from_released` takes a single file's tensors apart, `to_released` puts them together again; nothing is lost: what has
 no place in a part is the `rest`. Where a configuration does not follow from the shapes it comes from the family
-(released.py), or from the original YAML.
+(families.py), or from the original YAML.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ldmfast.models import infer, keys_text
 from ldmfast.models.checkpoints import kind
-from ldmfast.models.conditioner_parts import conditioner_config, conditioner_entries, make_conditioner
-from ldmfast.models.keys import Entry, first_stage_entries, unet_entries
-from ldmfast.models.released import DENOISERS, recognise, recognise_first_stage
-from ldmfast.models.settings import heads_rule, read_config, scale_factor, schedule, unet_settings
+from ldmfast.released import infer, keys_text
+from ldmfast.released.conditioner_parts import conditioner_config, conditioner_entries, make_conditioner
+from ldmfast.released.families import DENOISERS, recognise, recognise_first_stage
+from ldmfast.released.keys import Entry, first_stage_entries, unet_entries
+from ldmfast.released.settings import heads_rule, read_config, scale_factor, schedule, unet_settings
 
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 # what a released file holds beside the model, and what that is
@@ -60,7 +60,7 @@ class Part:
 
 @dataclass
 class Model:
-    """names  rows of released.py that it may be;  schedule  a DDIMScheduler's configuration;  rest  other tensors"""
+    """names  rows of families.py that it may be;  schedule  a DDIMScheduler's configuration;  rest  other tensors"""
 
     names: list[str]
     parts: dict[str, Part]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ldmfast.models.released import DENOISERS, Denoiser, Structure
+from ldmfast.released.families import DENOISERS, Denoiser, Structure
 
 
 def read_config(config) -> dict:

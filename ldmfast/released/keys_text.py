@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ldmfast.models.keys import Entry
+from ldmfast.released.keys import Entry
 
 Table = dict[str, tuple[int, ...]]
 SECOND = "conditioner.embedders.1.model."
@@ -17,7 +17,7 @@ SECOND = "conditioner.embedders.1.model."
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint has an encoder.   layout  clip, openclip, or a condition of released.py"""
+    """Where a checkpoint has an encoder.   layout  clip, openclip, or a condition of families.py"""
 
     prefix: str
     part: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 
-from ldmfast.models.released import FirstStage, Structure
+from ldmfast.released.families import FirstStage, Structure
 
 Table = dict[str, tuple[int, ...]]
 
