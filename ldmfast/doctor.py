@@ -1,7 +1,7 @@
 """`python -m ldmfast doctor`: what is installed, what was built, and whether every op is right on this machine.
 
-Every op runs in every backend that does not refuse, on shapes of the SD1.5 U-Net, against float64. The exit code is 1
-if one of them is wrong or none can run, else 0.
+Every op and its gradient runs in every backend that does not refuse, on shapes of the SD1.5 U-Net, against float64. The
+exit code is 1 if one of them is wrong or none can run, else 0.
 """
 
 from __future__ import annotations
@@ -115,8 +115,14 @@ def _check_op(op: Op, dtype: torch.dtype) -> bool:
             continue
         error = _error(op, backend, args)
         right = error <= TOLERANCE[dtype]  # NaN is not
+        try:
+            gradient = _gradient_error(op, backend.name, args)
+            right &= gradient <= TOLERANCE[dtype]
+            said = f", gradient {gradient:.1e}"
+        except NotImplementedError as reason:
+            said = f"; {reason}"
         healthy &= right
-        print(f"{row} {'right' if right else 'WRONG'}: error {error:.1e} against float64", flush=True)
+        print(f"{row} {'right' if right else 'WRONG'}: error {error:.1e} against float64{said}", flush=True)
     return healthy
 
 
@@ -125,6 +131,24 @@ def _error(op: Op, backend, args) -> float:
     got = backend.run(*args)
     pairs = zip(*[value if isinstance(value, tuple) else (value,) for value in (got, exact)], strict=True)
     return max(((y.double() - true).norm() / true.norm()).item() for y, true in pairs)
+
+
+def _gradient_error(op: Op, name: str, args) -> float:
+    """The worst of the gradients of the outputs' sum of squares. Raises NotImplementedError where there is no kernel.
+
+    The sum is divided by the root of its length, so that float16 holds the gradients of x and of a bias alike.
+    """
+
+    def gradients(function, args):
+        args = [value.detach().requires_grad_() if _is_float_tensor(value) else value for value in args]
+        got = function(*args)
+        outputs = got if isinstance(got, tuple) else (got,)
+        wanted = [value for value in args if _is_float_tensor(value)]
+        return torch.autograd.grad([y.double().square().sum() / y.numel() ** 0.5 for y in outputs], wanted)
+
+    got = gradients(lambda *args: op(*args, name), args)
+    exact = gradients(op.reference, [value.double() if _is_float_tensor(value) else value for value in args])
+    return max(((g.double() - true).norm() / true.norm()).item() for g, true in zip(got, exact, strict=True))
 
 
 def _is_float_tensor(value) -> bool:

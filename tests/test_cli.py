@@ -128,3 +128,18 @@ def test_doctor_is_passed_its_arguments(monkeypatch):
 
     monkeypatch.setattr(ldmfast.doctor, "main", lambda argv: 7 if argv == ["--help"] else 1)
     assert cli.main(["doctor", "--help"]) == 7
+
+
+def test_doctor_checks_gradients(monkeypatch, capsys):
+    import torch
+
+    from ldmfast import doctor
+    from ldmfast.ops.registry import OPS
+
+    op = OPS["ddim_step"]
+    monkeypatch.setattr(op, "ranked", lambda: [op.backends["torch"]])
+    assert doctor._check_op(op, torch.float32)
+    assert "right: error" in (said := capsys.readouterr().out) and ", gradient " in said
+    monkeypatch.setattr(doctor, "_gradient_error", lambda *_: float("nan"))
+    assert not doctor._check_op(op, torch.float32)
+    assert "WRONG" in capsys.readouterr().out
