@@ -201,6 +201,14 @@ def test_the_network_of_scenes_is_told_all_three(collection):
             assert not torch.equal(told([value]).predict(unet, x, 500), nothing), value
 
 
+@pytest.mark.parametrize("option", ["--condition", "--text-encoder", "--class-key", "--text-layers"])
+def test_options_that_scenes_would_ignore_are_refused(option, capsys):
+    """What a scene is told is not chosen: it is all three."""
+    with pytest.raises(SystemExit):
+        cli.main(["train", "scenes", "--data", "d", "--autoencoder", "a", "--output", "o", option, "class"])
+    assert f"unrecognized arguments: {option} class" in capsys.readouterr().err
+
+
 def test_from_scenes_to_samples_on_the_command_line(collection, tmp_path, capsys):
     folder, rows = collection
     tiny.vae(sample_size=64, block_out_channels=(8, 8, 8), norm_num_groups=4).save_pretrained(tmp_path / "vae")

@@ -37,7 +37,7 @@ class RunConfig:
 
     def __post_init__(self):
         positive = ("batch", "accumulate", "learning_rate", "clip", "save_every", "log_every", "steps")
-        positive += ("size", "rank", "width", "text_layers")
+        positive += ("size", "rank", "width", "text_layers", "map_channels")
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
@@ -109,8 +109,8 @@ class DecoderConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class DenoiserConfig(RunConfig):
-    """Stage 2: a denoiser of cached latents, told a caption, a class, a picture or nothing."""
+class LatentsConfig(RunConfig):
+    """What every denoiser of cached latents has, whatever it is told."""
 
     batch: int = option(32, "latents a step")
     steps: int = option(3000, "training steps")
@@ -127,13 +127,6 @@ class DenoiserConfig(RunConfig):
     min_snr: float = option(5.0, "min-SNR-gamma loss weighting; 0 turns it off")
     guidance_dropout: float = option(0.1, "share of captions replaced by the empty one")
     plain_captions: float = option(0.5, "share of a picture's draws that use its first caption")
-    condition: str = option(
-        "text", "what the denoiser is told; text has a frozen encoder, transformer one trained with it", CONDITIONS
-    )
-    text_encoder: str = option("minilm", "text: 'minilm', a hub name or a folder")
-    class_key: str = option("object", "class: the key of metadata.jsonl that holds it")
-    width: int = option(128, "class, transformer: channels of the tokens")
-    text_layers: int = option(2, "transformer: how many layers")
     latents: str = option("", "a file that keeps the encoded pictures; made if it is not there, checked if it is")
     latent_scale: str = option(
         "config", "scale latents by the first stage's factor, or by 1 / their measured deviation", ("config", "std")
@@ -150,14 +143,29 @@ class DenoiserConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class ScenesConfig(DenoiserConfig):
-    """Stage 2 on composed scenes: noise prediction conditioned on a class, on boxes or on a semantic map."""
+class DenoiserConfig(LatentsConfig):
+    """Stage 2: a denoiser of cached latents, told a caption, a class, a picture or nothing."""
+
+    condition: str = option(
+        "text", "what the denoiser is told; text has a frozen encoder, transformer one trained with it", CONDITIONS
+    )
+    text_encoder: str = option("minilm", "text: 'minilm', a hub name or a folder")
+    class_key: str = option("object", "class: the key of metadata.jsonl that holds it")
+    width: int = option(128, "class, transformer: channels of the tokens")
+    text_layers: int = option(2, "transformer: how many layers")
+
+
+@dataclass(frozen=True)
+class ScenesConfig(LatentsConfig):
+    """Stage 2 on composed scenes: a denoiser that is told a class, boxes or a semantic map."""
 
     channels: tuple = option((32, 64, 96), "channels at each resolution")
     groups: int = option(16, "groups of GroupNorm")
     prediction: str = option("v_prediction", "what the network predicts", ("epsilon", "v_prediction", "sample"))
     min_snr: float = option(0.0, "min-SNR-gamma loss weighting; 0 turns it off")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    guidance_dropout: float = option(0.1, "share of what is told replaced by nothing")
+    plain_captions: float = option(0.5, "share of draws that tell a scene's class, or boxes where it has several")
     width: int = option(128, "channels of the boxes' tokens")
     map_channels: int = option(8, "channels that a semantic map is brought to, and boxes are filled with")
 
