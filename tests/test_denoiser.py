@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from ldmfast.models.conditioning import Unconditional
@@ -173,6 +174,25 @@ def test_ctrl_c_lets_the_step_finish(tmp_path):
     _, resumed = bare(CONFIG, tmp_path / "run.pt")
     _, whole = bare(CONFIG, tmp_path / "whole.pt")
     assert resumed == whole  # the history, too: its entry's losses are kept with the checkpoint
+
+
+def test_a_second_ctrl_c_saves_no_half_applied_step(tmp_path, monkeypatch):
+    """The weights have moved, the step is not counted yet: what was saved before is what counts."""
+    real = EMAModel.step
+
+    def interrupted(ema, parameters):
+        if ema.optimization_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        real(ema, parameters)
+
+    monkeypatch.setattr(EMAModel, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bare(dataclasses.replace(CONFIG, save_every=1), tmp_path / "run.pt")
+    monkeypatch.undo()
+    _, resumed = bare(CONFIG, tmp_path / "run.pt")
+    _, whole = bare(CONFIG, tmp_path / "whole.pt")
+    assert resumed == whole
 
 
 def test_an_earlier_versions_checkpoint_is_refused(tmp_path):

@@ -222,8 +222,10 @@ def fit(run, loss_of, path, *, restart=False, quiet=False, sample=None):
              PIL picture, written to samples/ beside the checkpoint and to TensorBoard
 
     Ctrl-C lets the step finish and saves before it stops; of several processes none saves then, for they need not be
-    at the same step. Returns the losses as [[step, mean since the last entry], ...]. Raises FloatingPointError at the
-    next entry of the log if a loss was not finite.
+    at the same step. A second Ctrl-C stops at once, and what was saved last stays.
+
+    Returns the losses as [[step, mean since the last entry], ...]. Raises FloatingPointError at the next entry of the
+    log if a loss was not finite.
     """
     path, config = Path(path), run.config
     _continue(run, path, restart)
@@ -244,7 +246,7 @@ def fit(run, loss_of, path, *, restart=False, quiet=False, sample=None):
             if stopped:
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
-            if run.accelerator.num_processes == 1:
+            if run.accelerator.num_processes == 1 and len(stopped) < 2:
                 _save(run, log, path)
             raise
     run.model.eval()
@@ -265,16 +267,16 @@ def _save(run, log, path):
 
 @contextlib.contextmanager
 def _finishing_the_step():
-    """The first Ctrl-C is only noted (in the list that this gives), so that no half-applied step is saved."""
+    """The first Ctrl-C is only noted, the second one interrupts; this gives the list of their times."""
     stopped = []
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
 
     def note(*_):
-        if stopped:
-            raise KeyboardInterrupt
         stopped.append(time.time())
+        if len(stopped) > 1:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, note)
     try:
