@@ -1,7 +1,6 @@
 """`ldmfast evaluate`: the scores of a model."""
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def add(commands):
 
 def run(arguments):
     from ldmfast.commands.conditions import takes
-    from ldmfast.training import emoji, scenes
+    from ldmfast.training import checkpoint, emoji, scenes
     from ldmfast.training.evaluate import evaluate
     from ldmfast.training.evaluate_scenes import evaluate as evaluate_scenes
 
@@ -47,9 +46,7 @@ def run(arguments):
             report = evaluate(pipe, data, **settings, extractors=_extractors(arguments))
     text = json.dumps(report, indent=2)
     if arguments.output:
-        partial = Path(arguments.output + ".partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, arguments.output)
+        checkpoint.write_text(arguments.output, text + "\n")
     print(text)
 
 

@@ -1,8 +1,6 @@
 """`ldmfast evaluate-first-stage`: what first stages keep of pictures that they have not seen."""
 
 import json
-import os
-from pathlib import Path
 
 from ldmfast.commands.common import command
 
@@ -20,7 +18,7 @@ def add(commands):
 
 
 def run(arguments):
-    from ldmfast.training import first_stages, perceptual
+    from ldmfast.training import checkpoint, first_stages, perceptual
 
     if arguments.count < 1:
         raise ValueError(f"--count {arguments.count} must be at least 1")
@@ -30,7 +28,5 @@ def run(arguments):
         scorer=scorer,
     )  # fmt: skip
     if arguments.output:
-        partial = Path(arguments.output + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, arguments.output)
+        checkpoint.write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     print(first_stages.markdown(report))

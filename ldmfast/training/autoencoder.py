@@ -209,5 +209,5 @@ def train(data, folder, config, *, restart=False, quiet=False):
     }
     model = model.half() if config.export == "fp16" else model
     checkpoint.replace_folder(Path(folder, "vae"), model.save_pretrained)
-    Path(folder, "autoencoder.json").write_text(json.dumps(metrics, indent=1))
+    checkpoint.write_text(Path(folder, "autoencoder.json"), json.dumps(metrics, indent=1))
     return metrics

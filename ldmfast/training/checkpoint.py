@@ -20,6 +20,14 @@ def save(state, path):
     os.replace(partial, path)
 
 
+def write_text(path, text):
+    """Write a small text file, complete or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def load(path):
     """Read what `save` wrote. Raises ValueError for a file that is cut short or is no checkpoint."""
     try:

@@ -51,5 +51,5 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     metrics = {"trained": score(vae, sample_of(pictures, 512, config.seed)), "loss": history}
     vae = vae.half() if config.export == "fp16" else vae
     checkpoint.replace_folder(Path(folder, "vae"), vae.save_pretrained)
-    Path(folder, "decoder.json").write_text(json.dumps(metrics, indent=1))
+    checkpoint.write_text(Path(folder, "decoder.json"), json.dumps(metrics, indent=1))
     return metrics

@@ -131,4 +131,4 @@ def export(pipeline, folder, config, history):
     """Write the finished pipeline and the losses; each is complete or absent."""
     dtype = torch.float16 if config.export == "fp16" else torch.float32
     checkpoint.replace_folder(Path(folder, "pipeline"), lambda home: pipeline.save_pretrained(home, dtype=dtype))
-    Path(folder, "denoiser.json").write_text(json.dumps({"loss": history}, indent=1))
+    checkpoint.write_text(Path(folder, "denoiser.json"), json.dumps({"loss": history}, indent=1))

@@ -9,7 +9,7 @@ from ldmfast.loading import load
 from ldmfast.models.conditioning import TextEncoder
 from ldmfast.models.lora import add_lora, save_lora
 from ldmfast.pipeline import LatentDiffusionPipeline
-from ldmfast.training import latents, parallel, told
+from ldmfast.training import checkpoint, latents, parallel, told
 from ldmfast.training.data import load_pictures
 from ldmfast.training.denoiser import grid, loss_of
 from ldmfast.training.loop import Run, fit
@@ -44,7 +44,7 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     run.finish()
     if run.main:
         save_lora(unet, folder)
-        Path(folder, "lora.json").write_text(json.dumps({"model": str(model), "loss": history}, indent=1))
+        checkpoint.write_text(Path(folder, "lora.json"), json.dumps({"model": str(model), "loss": history}, indent=1))
     return history
 
 

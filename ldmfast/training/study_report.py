@@ -6,6 +6,8 @@ import base64
 import html
 from pathlib import Path
 
+from ldmfast.training import checkpoint
+
 COLOURS = ("#444444", "#1b6ca8", "#c8553d", "#588157", "#7b4b94")
 WIDTH, HEIGHT, MARGIN = 460, 280, 48
 
@@ -40,9 +42,7 @@ def write(report: dict, folder) -> Path:
     """study.html in `folder`, from what study.run returned and the sheets of samples that it left there."""
     folder = Path(folder)
     path = folder / "study.html"
-    partial = folder / "study.html.partial"
-    partial.write_text(page(report, folder), encoding="utf-8")
-    partial.replace(path)
+    checkpoint.write_text(path, page(report, folder))
     return path
 
 
