@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,10 @@ def test_the_command_writes_one_html_file(collection, tmp_path, monkeypatch, cap
     before = (out / "f1.json").stat().st_mtime_ns
     assert main(command) == 0  # finished rows are kept
     assert (out / "f1.json").stat().st_mtime_ns == before
-    assert main([*command, "--seconds", "7"]) == 2
-    assert "f1.json is a row of another study" in capsys.readouterr().err
+    shutil.copytree(collection, tmp_path / "other")
+    for other in (["--seconds", "7"], ["--data", str(tmp_path / "other")], ["--first-stages", str(out)]):
+        assert main([*command, *other]) == 2
+        assert "f1.json is a row of another study" in capsys.readouterr().err
 
 
 def test_bad_options_are_refused(tmp_path, capsys):

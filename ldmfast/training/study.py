@@ -21,7 +21,7 @@ from ldmfast.imagefile import grid
 from ldmfast.models import TextEncoder
 from ldmfast.models.first_stage import decode_first_stage, encode_first_stage
 from ldmfast.pictures import to_pil
-from ldmfast.training import autoencoder, cost, denoiser, features, latents, metrics, parallel, told
+from ldmfast.training import autoencoder, checkpoint, cost, denoiser, features, latents, metrics, parallel, told
 from ldmfast.training.config import AutoencoderConfig, DenoiserConfig
 from ldmfast.training.data import load_pictures
 from ldmfast.training.evaluate import features as small_picture
@@ -83,29 +83,31 @@ def run(data, folder, config=QUICK, *, first_stages=None, quiet=False) -> dict:
     """Train and measure every f on the collection `data`; write study.json to `folder`. Returns what it holds.
 
     first_stages  a folder with f4/, f8/, ... that `ldmfast train autoencoder` wrote, in place of training them
-    A finished f is kept in `folder` and not repeated. Raises ValueError if it belongs to another configuration.
+    A finished f is kept in `folder` and not repeated. Raises ValueError if it belongs to another configuration, other
+    data or other first stages.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     reference, encoder = Reference(data, config), TextEncoder.from_pretrained()
-    rows = []
+    rows, origin = [], {"data": str(Path(data).resolve()), "first_stages": first_stages and str(first_stages)}
     for f in config.factors:
         vae = lambda f=f: None if f == 1 else first_stage(f, data, folder, config, first_stages, quiet)  # noqa: E731
         make = lambda f=f, vae=vae: row(f, vae(), folder, config, reference, encoder, quiet)  # noqa: E731
-        rows.append(_kept(folder / f"f{f}.json", config, make))
+        rows.append(_kept(folder / f"f{f}.json", {**_plain(config), **origin}, make))
     report = {"config": _plain(config), "features": features.NAME, "rows": rows, "claims": claims(rows)}
     _write(folder / "study.json", report)
     return report
 
 
-def _kept(path, config, make):
+def _kept(path, study, make):
+    """The row in `path`, or one that is made and written there.   study  what it belongs to"""
     if path.is_file():
         kept = json.loads(path.read_text())
-        if kept["config"] != _plain(config):
+        if kept["config"] != study:
             raise ValueError(f"{path} is a row of another study; remove it, or name another folder")
         return kept["row"]
     made = make()
-    _write(path, {"config": _plain(config), "row": made})
+    _write(path, {"config": study, "row": made})
     return made
 
 
@@ -114,9 +116,7 @@ def _plain(config):
 
 
 def _write(path, value):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(path)
+    checkpoint.write_text(path, json.dumps(value, indent=1))
 
 
 def row(f, vae, folder, config, reference, encoder, quiet) -> dict:
