@@ -34,7 +34,8 @@ def load(
     ema            the averaged denoiser of a released file; without it the plain one
     config         the original YAML (its path or content) of a released file whose family is not known, or to override
                    what its family says: heads, betas, scale factor, parameterization
-    dtype          of the weights in memory; None leaves them as they are in the file
+    dtype          of the weights in memory; None leaves them as they are in the file (float32 from a folder that
+                   ldmfast trained)
     allow_missing  take weights that the file lacks at random
     tokenizer      CLIP's, a folder or a hub name, for a file without one; default: openai/clip-vit-large-patch14
     first_stage    a file or folder with the first stage, for a denoiser saved without one
@@ -47,8 +48,12 @@ def load(
     path = Path(path)
     if path.is_dir() and (ema or config is not None):
         raise ValueError("ema and config are for a released file; a folder has its own weights and configuration")
-    if (path / "ldmfast.json").is_file() and not (path / "text_encoder").is_dir():
-        return _pipeline_of_ours().from_pretrained(path, dtype=dtype or torch.float32)
+    if _is_ours(path) and first_stage is None and conditioner is None:
+        if tokenizer is not None:
+            raise ValueError(f"tokenizer={str(tokenizer)!r}, but {path} has no text tower that reads CLIP's tokens")
+        pipe = _pipeline_of_ours().from_pretrained(path, dtype=dtype or torch.float32)
+        _require_encoder(path, pipe.unet, pipe.conditioner)
+        return pipe
     model = convert.read(path, ema=ema, config=config)
     convert.check_missing(path, model, allow_missing)
     if unknown := [note for note in model.notes if "(unknown" in note]:
@@ -67,9 +72,19 @@ def load(
         return _text_pipeline(path, model, networks, scheduler, texts, tokenizer)
     if conditioner is None:
         conditioner = _conditioner(model.parts.get("conditioner"), dtype)
-        if networks["unet"].config.get("cross_attention_dim") and (conditioner is None or conditioner.mode == "none"):
-            raise ValueError(f"{path} has no encoder for what its denoiser is told; give one: conditioner=")
+        _require_encoder(path, networks["unet"], conditioner)
     return _pipeline(networks, scheduler, conditioner)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `path` is a folder of a whole pipeline as ldmfast lays it out."""
+    whole = (path / "ldmfast.json").is_file() and (path / "vae").is_dir()
+    return whole and not (path / "text_encoder").is_dir()
+
+
+def _require_encoder(path: Path, unet, conditioner) -> None:
+    if unet.config.get("cross_attention_dim") and (conditioner is None or conditioner.mode == "none"):
+        raise ValueError(f"{path} has no encoder for what its denoiser is told; give one: conditioner=")
 
 
 def build(part: Part, dtype=None):

@@ -217,17 +217,21 @@ def test_a_denoiser_without_its_encoder_or_first_stage_asks_for_it(sd1, tmp_path
     tensors = load_file(sd1)
     without = {n: v for n, v in tensors.items() if not n.startswith("cond_stage_model.")}
     save_file(without, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="no encoder for what its denoiser is told; give one: conditioner="):
-        ldmfast.load(tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "a")
     encoder = ClassEmbedder(10, 64)
-    assert ldmfast.load(tmp_path / "a.safetensors", conditioner=encoder).conditioner is encoder
+    for denoiser in ("a.safetensors", "a"):
+        with pytest.raises(ValueError, match="no encoder for what its denoiser is told; give one: conditioner="):
+            ldmfast.load(tmp_path / denoiser)
+        assert ldmfast.load(tmp_path / denoiser, conditioner=encoder).conditioner is encoder
     save_file({n: v for n, v in without.items() if not n.startswith("first_stage_model.")}, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="no first stage; give one: first_stage="):
-        ldmfast.load(tmp_path / "b.safetensors", conditioner=encoder)
     stage = {n.removeprefix("first_stage_model."): v for n, v in without.items() if n.startswith("first_stage_model.")}
     save_file(stage, tmp_path / "stage.safetensors")
-    pipe = ldmfast.load(tmp_path / "b.safetensors", conditioner=encoder, first_stage=tmp_path / "stage.safetensors")
-    assert torch.equal(pipe.vae.encoder.conv_in.weight, stage["encoder.conv_in.weight"])
+    convert(tmp_path / "b.safetensors", tmp_path / "b")
+    for denoiser in ("b.safetensors", "b"):
+        with pytest.raises(ValueError, match="no first stage; give one: first_stage="):
+            ldmfast.load(tmp_path / denoiser, conditioner=encoder)
+        pipe = ldmfast.load(tmp_path / denoiser, conditioner=encoder, first_stage=tmp_path / "stage.safetensors")
+        assert torch.equal(pipe.vae.encoder.conv_in.weight, stage["encoder.conv_in.weight"])
 
 
 def write_yaml(path, **unet):
