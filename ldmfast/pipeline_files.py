@@ -90,12 +90,12 @@ def _load(kind, folder, dtype):
 def save_parts(folder, *, unet, vae, scheduler, conditioner, guidance, dtype=None):
     """Write what `load_parts` reads. `dtype` converts the weights in the files only."""
     folder = Path(folder)
+    conditioner.save_pretrained(folder / "conditioner", dtype=dtype)  # first: it may refuse
     for name, network in (("unet", unet), ("vae", vae)):
         module = copy.deepcopy(network)  # a cast there and back would round the live weights
         torch.nn.Module.to(module, dtype or module.dtype).save_pretrained(folder / name)
         _forget_origin(folder / name / "config.json")
     scheduler.save_pretrained(folder / "scheduler")
-    conditioner.save_pretrained(folder / "conditioner", dtype=dtype)
     settings = {
         "conditioner": type(conditioner).__name__, "first_stage": type(vae).__name__, "guidance": guidance,
     }  # fmt: skip

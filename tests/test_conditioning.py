@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from ldmfast.models.conditioning import Condition, Hybrid, Unconditional, load_conditioner
+from ldmfast.models.conditioning import Condition, Conditioner, Hybrid, Unconditional, load_conditioner
+from ldmfast.models.conditioning_tokens import ClassEmbedder
+from ldmfast.released.conditioner_parts import make_conditioner
 
 
 def condition(n):
@@ -35,6 +38,28 @@ def test_no_condition_is_saved_and_loaded(tmp_path):
         load_conditioner(tmp_path)
 
 
+def test_weights_that_are_missing_or_do_not_fit_are_not_left_at_random(tmp_path):
+    ClassEmbedder(3, 8).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    spoilt = {"only one of them has embedding.weight": "other", "does not fit config.json: size": "embedding.weight"}
+    for reason, key in spoilt.items():
+        save_file({key: torch.ones(3, 8)}, weights)
+        with pytest.raises(ValueError, match=reason):
+            load_conditioner(tmp_path)
+
+
+def test_an_encoder_out_of_a_single_file_is_not_saved_by_its_name(tmp_path):
+    (tmp_path / "sd.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="convert it to a folder first"):
+        Conditioner(name=str(tmp_path / "sd.safetensors")).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_hybrid_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="input 0 must be a dict with a"):
         Hybrid(a=Unconditional())([{"b": 1}])
+
+
+def test_hybrid_has_no_place_in_the_released_layout():
+    with pytest.raises(ValueError, match="side by side .Hybrid. have no place in the released layout"):
+        make_conditioner({"_class_name": "Hybrid", "members": ["boxes", "map"]})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -151,8 +152,13 @@ class Conditioner(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def save_pretrained(self, folder, *, dtype=None):
-        """Write config.json, and model.safetensors if there are weights of its own (in `dtype`)."""
-        folder = Path(folder)
+        """Write config.json, and model.safetensors if there are weights of its own (in `dtype`).
+
+        Raises ValueError for an encoder out of a single file: it is saved by its name, and a file is not enough.
+        """
+        folder, name = Path(folder), self.settings.get("name")
+        if name and Path(name).is_file():
+            raise ValueError(f"{name} holds this {type(self).__name__}; convert it to a folder first (ldmfast convert)")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps({"_class_name": type(self).__name__, **self.settings}, indent=2) + "\n")
         weights = self.own_weights()
@@ -182,8 +188,15 @@ def load_conditioner(folder, *, dtype=None):
         members = {member: load_conditioner(folder / member, dtype=dtype) for member in settings["members"]}
         return Hybrid(**members)
     model = getattr(importlib.import_module(home), name).from_settings(settings)
-    if model.own_weights():
-        model.load_state_dict({**model.state_dict(), **_read(folder / WEIGHTS)})
+    if wanted := model.own_weights():
+        found = _read(folder / WEIGHTS)
+        if odd := sorted(set(wanted) ^ set(found)):
+            raise ValueError(f"{folder / WEIGHTS} is another {name}'s: only one of them has {odd[0]}")
+        try:
+            model.load_state_dict({**model.state_dict(), **found})
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {reason}") from error
     return model.to(dtype) if dtype else model
 
 
@@ -192,7 +205,7 @@ def _read(path):
         raise FileNotFoundError(f"{path} is missing: the conditioner's weights")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises a type of its own for a damaged file
+    except SafetensorError as error:
         raise ValueError(f"{path} could not be loaded: {error}") from error
 
 

@@ -94,4 +94,6 @@ def make_conditioner(config: dict) -> Conditioner:
     name = config.get("_class_name")
     if name not in HOMES:
         raise ValueError(f"a conditioner of class {name} is not known; expected one of {', '.join(HOMES)}")
+    if name == "Hybrid":
+        raise ValueError("several conditioners side by side (Hybrid) have no place in the released layout")
     return getattr(importlib.import_module(HOMES[name]), name).from_settings(settings)
