@@ -169,6 +169,9 @@ def test_what_is_missing_is_said(lpips_files, tmp_path, monkeypatch):
         perceptual.load_lpips(str(folder / "heads.pth"))
     with pytest.raises(FileNotFoundError, match="is not a file"):
         perceptual.load_lpips(str(tmp_path / "none.pth"))
+    (tmp_path / "page.pth").write_text("<html>")
+    with pytest.raises(ValueError, match="page.pth: starts with `<html`: a failed download"):
+        perceptual.load_lpips(str(tmp_path / "page.pth"))
     with pytest.raises(ValueError, match="lpips-vgg: no weights"):
         perceptual.make("lpips-vgg")
     with pytest.raises(ValueError, match="none of auto, lpips-vgg"):

@@ -187,6 +187,12 @@ def test_a_file_that_holds_no_boxes_is_refused(tmp_path):
         conditions.inputs(_asked(boxes=[tmp_path / "a.json"]), BoxEncoder(2, 8))
 
 
+def test_what_is_no_collection_of_scenes_is_not_scored(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}')
+    with pytest.raises(ValueError, match="a.png has no objects and map; a model of scenes is scored on"):
+        evaluate_scenes.evaluate(None, tmp_path, {}, samples=1)
+
+
 def test_the_network_of_scenes_is_told_all_three(collection):
     folder, rows = collection
     settings = ScenesConfig(channels=(16, 32), attention=(0, 1), groups=8, head_width=16, width=16, map_channels=2)

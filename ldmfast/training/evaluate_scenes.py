@@ -56,6 +56,9 @@ def evaluate(pipe, data, cutouts, *, samples=96, steps=25, guidance=3.0, seed=0,
     """The scores on the collection `data`, of training scenes and of held-out ones (pairs never seen together)."""
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
+    bare = next((row["file_name"] for row in read_rows(data) if not {"objects", "map"} <= row.keys()), None)
+    if bare:
+        raise ValueError(f"{data}: {bare} has no objects and map; a model of scenes is scored on `ldmfast data scenes`")
     detector, known = Detector(cutouts, pipe.vae.config.sample_size), takes(pipe.conditioner)
 
     def draw(kind, values):

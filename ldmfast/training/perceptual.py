@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldmfast.released.weights import read_weights
 from ldmfast.training import backbones
 
 KINDS = ("lpips-vgg", "squeezenet1.1", "efficientnet-lite0", "ms-ssim")
@@ -103,11 +104,7 @@ def load_lpips(files: str) -> FeatureDistance:
 def _read(path: str) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"lpips-vgg: {path} is not a file")
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_weights(path)[0]
 
 
 def available(lpips: str = "") -> list[str]:
