@@ -16,8 +16,8 @@ from PIL import Image
 from ldmfast.models.conditioning import Unconditional
 from ldmfast.models.conditioning_tokens import ClassEmbedder
 from ldmfast.pipeline import LatentDiffusionPipeline
-from ldmfast.training import autoencoder, checkpoint, denoiser, emoji, latents, parallel, shown, told
-from ldmfast.training.config import AutoencoderConfig, DenoiserConfig
+from ldmfast.training import autoencoder, checkpoint, decoder, denoiser, emoji, latents, parallel, shown, told
+from ldmfast.training.config import AutoencoderConfig, DecoderConfig, DenoiserConfig
 from ldmfast.training.data import load_pictures
 from ldmfast.training.draw import Draw
 from ldmfast.training.loop import Run, fit
@@ -35,9 +35,19 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("denoiser")
     few = {name: emoji.folder_cutouts(CUTOUTS)[name] for name in ("lemon", "rocket")}
     emoji.build(few, home / "pictures", size=16, count=1)
-    shape = AutoencoderConfig(steps=1, batch=2, size=16, channels=(8, 16), groups=4, warmup=0, precision="fp32")
+    common = dict(steps=1, batch=2, warmup=0, precision="fp32", sample_every=1)
+    shape = AutoencoderConfig(size=16, channels=(8, 16), groups=4, **common)
     autoencoder.train(home / "pictures", home, shape, quiet=True)
+    decoder.train(home / "pictures", home, home / "decoder", DecoderConfig(**common), quiet=True)
     return home
+
+
+@pytest.mark.parametrize("stage", [".", "decoder"])
+def test_first_stages_show_pictures_above_their_reconstructions(stage, home):
+    with Image.open(home / stage / "samples" / "step-000001.png") as sheet:
+        assert sheet.size == (8 * 20 - 4, 2 * 20 - 4)
+        above, below = sheet.crop((0, 0, 156, 16)), sheet.crop((0, 20, 156, 36))
+    assert len(above.getcolors(10**6)) > 8 and above.tobytes() != below.tobytes()
 
 
 @pytest.fixture

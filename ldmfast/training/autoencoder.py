@@ -5,11 +5,15 @@ from pathlib import Path
 
 import torch
 
+from ldmfast import imagefile
 from ldmfast.models import AutoencoderKL, VQModel
+from ldmfast.pictures import to_pil
 from ldmfast.training import checkpoint, codebook, losses
 from ldmfast.training.data import Pictures, load_pictures
 from ldmfast.training.loop import Run, fit
 from ldmfast.training.objective import FirstStage
+
+SHOWN = 8  # pictures of a sample grid
 
 
 def build(config):
@@ -171,6 +175,11 @@ def reconstruct(model, x):
     return model.decode(model.encode(x).latent_dist.mode()).sample.clamp(-1, 1), None
 
 
+def sheet(pictures, decoded):
+    """A PIL picture: the pictures [N, 3, H, W] in a row above what was made of them."""
+    return imagefile.grid(to_pil(torch.cat([pictures, decoded.cpu()])), len(pictures))
+
+
 def sample_of(pictures, count, seed):
     """At most `count` of the pictures, drawn at random: enough for a mean."""
     keep = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:count].sort().values
@@ -193,7 +202,11 @@ def train(data, folder, config, *, restart=False, quiet=False):
     stage = FirstStage(build(config), config)
     run = Run(stage, config, phases=stage.phases())
     step = loss_of(stage, pictures, config, lambda: books_of(run))
-    history = fit(run, step, Path(folder, "autoencoder.pt"), restart=restart, quiet=quiet)
+    shown = sample_of(pictures, SHOWN, config.seed).batch(slice(None))
+    history = fit(
+        run, step, Path(folder, "autoencoder.pt"), restart=restart, quiet=quiet,
+        sample=lambda: sheet(shown, reconstruct(stage.vae, shown.to(run.device))[0]),
+    )  # fmt: skip
     model = run.finish().vae.cpu()
     if not run.main:
         return {"loss": history}

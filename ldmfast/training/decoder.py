@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ldmfast.training import checkpoint, losses
-from ldmfast.training.autoencoder import encode_all, load, sample_of, score
+from ldmfast.training.autoencoder import SHOWN, encode_all, load, sample_of, score, sheet
 from ldmfast.training.data import load_pictures
 from ldmfast.training.loop import Run, fit
 
@@ -44,7 +44,11 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(Decoder(vae), config)
     step = loss_of(run.model, pictures, mean, std, config)
-    history = fit(run, step, Path(folder, "decoder.pt"), restart=restart, quiet=quiet)
+    some = slice(0, SHOWN)
+    history = fit(
+        run, step, Path(folder, "decoder.pt"), restart=restart, quiet=quiet,
+        sample=lambda: sheet(pictures.batch(some), run.model.decode(mean[some].to(run.device)).sample),
+    )  # fmt: skip
     run.finish().cpu()
     if not run.main:
         return {"loss": history}
