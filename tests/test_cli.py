@@ -6,11 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from ldmfast import cli
+from ldmfast.models.conditioning import Unconditional
+from ldmfast.models.conditioning_spatial import LowResolution
+from ldmfast.models.conditioning_tokens import ClassEmbedder
 
 CUTOUTS = Path(__file__).parent / "data" / "emoji"
 PROMPT = "a red apple on a yellow background"
@@ -71,6 +75,7 @@ def test_a_mistake_gets_one_sentence(tmp_path, capsys, arguments, message):
         ["sample", PROMPT, "-o", "a.png", "--steps", "many"],
         ["train", "denoiser", "--data", "a", "--autoencoder", "b", "--output", "c", "--prediction", "score"],
         ["train", "denoiser", "--data", "a", "--autoencoder", "b", "--output", "c", "--channels", "64;96"],
+        ["train", "denoiser", "--data", "a", "--autoencoder", "b", "--output", "c", "--channels", "64.5,96"],
     ],
 )
 def test_unknown_words_and_values_are_refused(arguments, capsys):
@@ -78,6 +83,21 @@ def test_unknown_words_and_values_are_refused(arguments, capsys):
         cli.main(arguments)
     assert exit_.value.code == 2
     assert "usage: ldmfast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("conditioner", "options", "message"),
+    [
+        (ClassEmbedder(2), ["--distances"], "--distances is for models of captions"),
+        (ClassEmbedder(2), ["--inception", "a.pt"], "--inception is for models of captions"),
+        (Unconditional(), [], "this model is told none of them"),
+        (LowResolution(), [], "this model is told none of them"),
+    ],
+)
+def test_evaluate_says_what_it_cannot_score(conditioner, options, message, monkeypatch, capsys):
+    monkeypatch.setattr("ldmfast.commands.evaluate.pipeline", lambda _: SimpleNamespace(conditioner=conditioner))
+    assert cli.main(["evaluate", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_evaluate_prints_its_figures(tmp_path, capsys):

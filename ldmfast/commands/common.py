@@ -1,7 +1,6 @@
 """What several commands share."""
 
 import argparse
-import ast
 from pathlib import Path
 
 
@@ -29,9 +28,8 @@ def add_model_options(command):
 def numbers(text):
     """"64,128" -> (64, 128)."""
     try:
-        value = ast.literal_eval(f"({text},)")
-        return tuple(int(n) for n in value)
-    except (ValueError, SyntaxError, TypeError):
+        return tuple(int(n) for n in text.split(","))
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 64,128") from None
 
 

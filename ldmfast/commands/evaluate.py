@@ -28,6 +28,7 @@ def run(arguments):
 
     pipe = pipeline(arguments)
     composed = bool(takes(pipe.conditioner))
+    _require_sense(arguments, pipe.conditioner, composed)
     settings = dict(
         samples=arguments.samples, steps=arguments.steps, seed=arguments.seed, progress=not arguments.quiet,
         guidance=pipe.guidance if arguments.guidance is None else arguments.guidance,
@@ -48,6 +49,17 @@ def run(arguments):
     if arguments.output:
         checkpoint.write_text(arguments.output, text + "\n")
     print(text)
+
+
+def _require_sense(arguments, conditioner, composed):
+    if composed and (arguments.distances or arguments.inception):
+        option = "--distances" if arguments.distances else "--inception"
+        raise ValueError(f"{option} is for models of captions; this one is scored by its classes, boxes and maps")
+    if conditioner.mode == "none" or conditioner.takes_pictures:
+        raise ValueError(
+            "evaluate draws from captions, classes, boxes or maps, and this model is told none of them; "
+            "in Python, ldmfast.training.evaluate.distances compares pictures that were drawn"
+        )
 
 
 def _extractors(arguments):
