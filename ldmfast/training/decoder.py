@@ -15,11 +15,13 @@ from ldmfast.training.loop import Run, fit
 
 
 class Decoder(torch.nn.Module):
-    """The half of an AutoencoderKL that is trained here."""
+    """The half of a first stage that is trained here; a codebook goes along, frozen."""
 
     def __init__(self, vae):
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+        if hasattr(vae, "quantize"):
+            self.quantize = vae.quantize.requires_grad_(False)
         self.decode = vae.decode
 
 
