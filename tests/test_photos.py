@@ -126,8 +126,9 @@ def test_the_table_of_first_stages(folder, tmp_path, monkeypatch, capsys):
     command = ["evaluate-first-stage", str(tmp_path / "kl"), str(tmp_path / "vq"), "--data", str(data)]
     assert main([*command, "--output", str(tmp_path / "table.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "distance distance" in lines[0] and lines[2].startswith("| kl | 2 | 2 channels | on |")
-    assert lines[3].startswith("| vq | 2 | 2 channels, 32 codes | off |") and lines[3].count("|") == lines[0].count("|")
+    assert "distance distance" in lines[0] and lines[2].startswith("| kl | 2 | 2 channels | 1 | on |")
+    assert lines[3].startswith("| vq | 2 | 2 channels, 32 codes | 1 | off |")
+    assert lines[3].count("|") == lines[0].count("|")
     assert json.loads((tmp_path / "table.json").read_text()) == report
     assert main([*command, "--split", "none"]) == 2 and main([*command, "--count", "0"]) == 2
 

@@ -56,13 +56,14 @@ def _row(folder, model, trained) -> dict:
 def markdown(report: dict) -> str:
     """The report as a table."""
     distance = report["distance"]
-    head = f"| | f | latent | discriminator | PSNR dB | SSIM | {distance} distance | codes used | perplexity |"
-    lines = [head, "|" + " --- |" * 9]
+    head = f"| | f | latent | steps | discriminator | PSNR dB | SSIM | {distance} distance | codes used | perplexity |"
+    lines = [head, "|" + " --- |" * 10]
     for row in report["rows"]:
         latent = f"{row['channels']} channels" + (f", {row['codes']} codes" if row["codes"] else "")
         use = f"{row['used']:.0%} | {row['perplexity']:.0f}" if row["codes"] else "- | -"
+        how = f"{row['steps'] or '-'} | {'on' if row['adversarial'] else 'off'}"
         lines.append(
-            f"| {row['name']} | {row['f']} | {latent} | {'on' if row['adversarial'] else 'off'} | {row['psnr']:.2f} | "
-            f"{row['ssim']:.3f} | {row[distance]:.4f} | {use} |"
+            f"| {row['name']} | {row['f']} | {latent} | {how} | "
+            f"{row['psnr']:.2f} | {row['ssim']:.3f} | {row[distance]:.4f} | {use} |"
         )
     return "\n".join(lines)
