@@ -203,12 +203,13 @@ def test_usage_statistics():
     assert found == pytest.approx({"perplexity": 2**1.5, "used": 0.75})
 
 
-def test_dead_codes_are_revived_from_the_batch_and_live_ones_are_left():
-    book = codebook.Codebook(6)
+def test_dead_codes_are_revived_from_encodings_and_live_ones_are_left():
+    book = codebook.Codebook(6, 2)
     book.count(torch.tensor([0, 0, 2]))
     weight, average = torch.zeros(6, 2), torch.ones(6, 2)
     encodings = torch.randn(50, 2)
-    assert book.revive(encodings, [weight, average], seed=3) == 4
+    book.note(encodings, seed=3)
+    assert book.revive([weight, average], seed=3) == 4
     for rows, left in ((weight, 0.0), (average, 1.0)):
         assert (rows[[0, 2]] == left).all()
         assert all((encodings == row).all(dim=1).any() for row in rows[[1, 3, 4, 5]])
@@ -216,17 +217,62 @@ def test_dead_codes_are_revived_from_the_batch_and_live_ones_are_left():
     assert book.counts.sum() == 0
     again = torch.zeros(6, 2)
     book.count(torch.tensor([0, 0, 2]))
-    book.revive(encodings, [again], seed=3)
+    book.revive([again], seed=3)
     assert torch.equal(again, weight)
     book.count(torch.arange(6))
-    assert book.revive(encodings, [weight], seed=4) == 0
+    assert book.revive([weight], seed=4) == 0
 
 
 def test_more_dead_codes_than_encodings():
-    book, weight = codebook.Codebook(8), torch.zeros(8, 2)
+    book, weight = codebook.Codebook(8, 2), torch.zeros(8, 2)
     encodings = torch.randn(3, 2)
-    assert book.revive(encodings, [weight], seed=0) == 8
+    book.note(encodings, seed=0)
+    assert book.revive([weight], seed=0) == 8
     assert len(weight.unique(dim=0)) == 8 and torch.cdist(weight, encodings).min(dim=1).values.max() < 0.2
+
+
+def test_the_latest_encodings_are_kept():
+    book, encodings = codebook.Codebook(8, 2), torch.randn(24, 2)
+    for rows in encodings.split(6):
+        book.note(rows, seed=0)
+    assert sorted(book.recent.tolist()) == sorted(encodings[-8:].tolist()) and book.seen == 24
+    book.note(encodings, seed=1)  # more than there is room for: some of them, none twice
+    assert len(book.recent.unique(dim=0)) == 8 and all((encodings == row).all(dim=1).any() for row in book.recent)
+
+
+def test_a_collapsed_codebook_recovers_where_a_batch_holds_few_encodings():
+    """Four encodings a step, 64 codes in one place: most are chosen again soon, and the error falls with that."""
+    torch.manual_seed(0)
+    book, weight = codebook.Codebook(64, 2), torch.full((64, 2), 0.1)
+    data = torch.randn(512, 2)
+
+    def nearest():
+        return torch.cdist(data, weight).min(dim=1)
+
+    before, collapsed = nearest().values.square().mean(), len(nearest().indices.unique())
+    for step in range(320):
+        rows = data[torch.randint(512, (4,))]
+        book.note(rows, seed=step)
+        if step % 80 == 0:
+            book.revive([weight], seed=step)
+        book.count(torch.cdist(rows, weight).argmin(dim=1))
+    assert collapsed == 1 and len(nearest().indices.unique()) > 55
+    assert nearest().values.square().mean() < 0.1 * before
+
+
+def test_latents_pass_unquantised_until_the_codebook_starts():
+    s = stage(family="vq", codebook_start=2, revive_every=0, ssim_weight=0.0)
+    x, weight = pictures(), s.vae.quantize.embedding.weight
+    first = weight.detach().clone()
+    (total,) = s.losses_of(x, draw(1), [weight.data])
+    z = s.vae.encode(x).latents
+    assert total.item() == pytest.approx((s.vae.decode_quantised(z) - x).abs().mean().item(), rel=1e-5)
+    assert torch.equal(weight, first) and s.codebook.counts.sum() == 0 and s.codebook.seen > 0
+    total.backward()
+    assert s.vae.encoder.conv_in.weight.grad.abs().sum() > 0
+    list(s.losses_of(x, draw(2), [weight.data]))
+    distance = (weight.detach()[:, None] - codebook.flat(z).detach()).abs().amax(dim=2)  # exact, unlike cdist's
+    assert distance.min(dim=1).values.max() < 1e-6 and len(weight.unique(dim=0)) == 32 and s.codebook.counts.sum() > 0
 
 
 def test_a_codebook_comes_to_life_in_training(collection, tmp_path):
@@ -254,8 +300,9 @@ def test_revived_codes_reach_the_average(collection):
 
 FULL = {
     "kl": {"adversarial": 0.5, "adversarial_start": 1, "logvar": "learned", "crop": 14},
-    "vq": {"family": "vq", "adversarial": 0.5, "adversarial_start": 4, "logvar": "learned", "revive_every": 2},
-}
+    "vq": {"family": "vq", "adversarial": 0.5, "adversarial_start": 4, "logvar": "learned", "revive_every": 2,
+           "codebook_start": 1},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FULL)
@@ -314,8 +361,9 @@ def test_scores_are_of_the_quantised_pictures(collection):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"family": "gan"}, {"codebook": 0}, {"revive_every": -1}, {"perceptual": "lpips"}, {"logvar": "free"},
-     {"adversarial": -0.5}, {"start": "zero"}, {"crop": 3}, {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}],
+    [{"family": "gan"}, {"codebook": 0}, {"revive_every": -1}, {"codebook_start": -1}, {"perceptual": "lpips"},
+     {"logvar": "free"}, {"adversarial": -0.5}, {"start": "zero"}, {"crop": 3},
+     {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}],
 )  # fmt: skip
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

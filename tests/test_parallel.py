@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ldmfast.models.conditioning import Unconditional
-from ldmfast.training import checkpoint, denoiser, parallel, told
+from ldmfast.training import checkpoint, codebook, denoiser, parallel, told
 from ldmfast.training.config import DenoiserConfig
 from ldmfast.training.draw import Draw
 from ldmfast.training.latents import Latents
@@ -68,15 +68,25 @@ def killed_in_the_second_save(loss_of):
     return loss_of
 
 
-def rank(index, port, folder, config, *spoil):
+def rank(index, port, job, *arguments):
     """What each of the two processes runs; accelerate reads these variables, as torchrun and its launcher set them."""
     os.environ.update(
         RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
-    train(folder, config, *spoil)
+    job(*arguments)
     parallel.leave()
+
+
+def revive(folder, encodings):
+    """Each process notes and counts its half of the encodings, then re-seeds its own book."""
+    process = parallel.start(CONFIG).process_index
+    book, weight = codebook.Codebook(8, 2), torch.zeros(8, 2)
+    book.note(encodings.chunk(2)[process], seed=0)
+    book.count(torch.tensor([process]))
+    revived = book.revive([weight], seed=1)
+    torch.save((revived, weight, book.state_dict()), Path(folder, f"{process}.pt"))
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +95,11 @@ def pair():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ldmfast.training.denoiser"])  # an installed name: the server lacks pytest's path
 
-    def run(folder, config, *spoil):
+    def run(*arguments, job=train):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        both = [context.Process(target=rank, args=(i, port, folder, config, *spoil)) for i in range(2)]
+        both = [context.Process(target=rank, args=(i, port, job, *arguments)) for i in range(2)]
         for process in both:
             process.start()
         for process in both:
@@ -122,6 +132,19 @@ def test_two_processes_follow_the_curve_of_one_with_twice_the_batch(two, tmp_pat
     other.mkdir()
     train(other, dataclasses.replace(CONFIG, seed=1))
     assert not torch.allclose(curve(other), one, rtol=3e-3)  # the bound is far below what other draws give
+
+
+def test_two_processes_revive_the_codes_that_one_would(pair, tmp_path):
+    encodings = torch.randn(6, 2)
+    assert pair(tmp_path, encodings, job=revive) == [0, 0]
+    alone, weight = codebook.Codebook(8, 2), torch.zeros(8, 2)
+    alone.note(encodings, seed=0)
+    alone.count(torch.tensor([0, 1]))
+    assert alone.revive([weight], seed=1) == 6
+    for process in range(2):
+        revived, other, state = torch.load(tmp_path / f"{process}.pt", weights_only=True)
+        assert revived == 6 and torch.equal(other, weight)
+        assert all(torch.equal(value, state[name]) for name, value in alone.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class AutoencoderConfig(RunConfig):
     codebook: int = option(1024, "vq: codes in the codebook")
     codebook_weight: float = option(1.0, "vq: weight of the codebook and commitment terms")
     commitment: float = option(0.25, "vq: weight of the commitment within them")
+    codebook_start: int = option(0, "vq: steps without quantising before the codebook is seeded from encodings")
     revive_every: int = option(50, "vq: steps after which a code that was never chosen is re-seeded; 0 never does")
     kl_weight: float = option(3e-4, "weight of the KL term (mean over latent elements)")
     ssim_weight: float = option(0.2, "weight of 1 - SSIM")
@@ -93,7 +94,8 @@ class AutoencoderConfig(RunConfig):
         for name in ("codebook", "discriminator_channels", "discriminator_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("revive_every", "adversarial", "adversarial_start", "perceptual_weight", "discriminator_rate"):
+        sizes = ("adversarial", "adversarial_start", "perceptual_weight", "discriminator_rate")
+        for name in ("codebook_start", "revive_every", *sizes):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 

@@ -30,7 +30,7 @@ class FirstStage(nn.Module):
         self.vae, self.config = vae, config
         self.logvar = nn.Parameter(torch.zeros(())) if config.logvar == "learned" else None
         self.discriminator = self._discriminator() if config.adversarial else None
-        self.codebook = Codebook(config.codebook) if config.family == "vq" else None
+        self.codebook = Codebook(config.codebook, config.latent_channels) if config.family == "vq" else None
         # its weights are not ours to train, average or save: not a submodule
         distance = perceptual.make(config.perceptual, config.lpips) if config.perceptual != "none" else None
         self.__dict__["perceptual"] = distance
@@ -100,19 +100,23 @@ class FirstStage(nn.Module):
         return self.vae.decode(posterior.mean + posterior.std * noise).sample, self.config.kl_weight * kl
 
     def _through_codebook(self, pictures, draw, books):
-        latents = self.vae.encode(pictures).latents.float()
+        latents, seed = self.vae.encode(pictures).latents.float(), mixed(self.config.seed, draw.step)
+        self.codebook.note(flat(latents), seed)
+        if draw.step < self.config.codebook_start:
+            return self.vae.decode_quantised(latents), 0.0
         if self._revives(draw.step):
-            revived = self.codebook.revive(flat(latents.detach()), books, mixed(self.config.seed, draw.step))
-            draw.log("revived_codes", revived)
+            draw.log("revived_codes", self.codebook.revive(books, seed))
         codes, loss, index = self.vae.quantise(latents)
         self.codebook.count(index)
         draw.log("codebook", loss)
         return self.vae.decode_quantised(codes), self.config.codebook_weight * loss
 
     def _revives(self, step):
-        """At the first step, which seeds the whole book from the data, then at every `revive_every`th until the last
-        fifth of the training, so that every code has time to settle; once a step."""
+        """At the codebook's first step, which seeds all of it from the data, then at every `revive_every`th until the
+        last fifth of the training, so that every code has time to settle; once a step."""
         c = self.config
-        due = c.revive_every and step % c.revive_every == 0 and step <= 0.8 * c.steps and step != self.revived_at
+        since = step - c.codebook_start
+        due = c.revive_every and since % c.revive_every == 0 and step <= 0.8 * c.steps
+        due = (due or since == 0 < c.codebook_start) and step != self.revived_at
         self.revived_at = step
         return bool(due)
