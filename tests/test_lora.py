@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ldmfast import cli
 from ldmfast.diffusion.schedule import make_scheduler
 from ldmfast.models import AutoencoderKL, TextEncoder, UNet
-from ldmfast.models.lora import NAME, load_lora
+from ldmfast.models.lora import NAME, add_lora, load_lora
 from ldmfast.pipeline import LatentDiffusionPipeline, TextToImagePipeline
 from ldmfast.training import checkpoint, denoiser, emoji, lora
 from ldmfast.training.config import DenoiserConfig, LoraConfig
@@ -51,6 +51,16 @@ def predicted(unet):
     x, context = torch.randn(2, 4, 4, 4, generator=generator), torch.randn(2, 5, 384, generator=generator)
     with torch.no_grad():
         return unet(x, torch.tensor([10, 700]), encoder_hidden_states=context).sample
+
+
+def test_every_target_must_name_a_layer():
+    unet = tiny.unet()
+    with pytest.raises(ValueError, match="no layer of this U-Net has a name that ends in 'to_kk'"):
+        add_lora(unet, 2, 2, ["to_q", "to_kk"])
+    assert all(p.requires_grad for p in unet.parameters())  # nothing was changed
+    add_lora(unet, 2, 2, ["to_q", " to_k"])
+    adapted = [name.partition(".lora_")[0] for name in unet.state_dict() if ".lora_" in name]
+    assert {name.rpartition(".")[2] for name in adapted} == {"to_q", "to_k"}
 
 
 def test_diffusers_reads_the_file_as_we_do(home, trained):

@@ -46,12 +46,19 @@ def _checked(path):
 
 
 def add_lora(unet, rank, alpha, targets):
-    """Freeze `unet` and add an untrained LoRA to the layers whose names end in one of `targets`."""
+    """Freeze `unet` and add an untrained LoRA to the layers whose names end in one of `targets`.
+
+    Raises ValueError for a target that no layer is named by: peft asks only that one of them is.
+    """
     _peft()
     from peft import LoraConfig
 
+    targets = [target.strip() for target in targets]
+    layers = ["." + name for name, _ in unet.named_modules()]
+    if absent := [target for target in targets if not any(layer.endswith("." + target) for layer in layers)]:
+        raise ValueError(f"targets: no layer of this U-Net has a name that ends in {absent[0]!r}")
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
 
 
 def save_lora(unet, folder):
