@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-import pytest
-import torch
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it: a test that asks the hub would wait for minutes
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
