@@ -56,6 +56,8 @@ def test_sample_lays_out_a_grid(tmp_path):
         (["data", "emoji", "{tmp}/new", "--cutouts", "{tmp}"], "holds none of the cut-outs"),
         (["train", "autoencoder", "--data", "{tmp}", "--output", "{tmp}"], "holds no pictures"),
         (["train", "autoencoder", "--data", "{tmp}", "--output", "{tmp}", "--steps", "0"], "steps=0 must be above 0"),
+        (["train", "autoencoder", "--data", "a", "--output", "b", "--lpips", "c"], "is not read by perceptual=none"),
+        (["evaluate-first-stage", "a", "--data", "b", "--lpips", "c"], "is read only with --distance lpips-vgg"),
         (["train", "denoiser", "--data", "{tmp}", "--autoencoder", "{tmp}", "--output", "{tmp}"], "train it first"),
     ],
 )

@@ -22,6 +22,8 @@ def run(arguments):
 
     if arguments.count < 1:
         raise ValueError(f"--count {arguments.count} must be at least 1")
+    if arguments.lpips and arguments.distance not in ("auto", "lpips-vgg"):
+        raise ValueError(f"--lpips {arguments.lpips} is read only with --distance lpips-vgg")
     scorer = perceptual.make(arguments.distance, arguments.lpips) if arguments.distance else perceptual.make_scorer()
     report = first_stages.evaluate(
         arguments.first_stage, arguments.data, split=arguments.split, size=arguments.size, count=arguments.count,

@@ -89,6 +89,8 @@ class AutoencoderConfig(RunConfig):
             if not self.channels or getattr(self, name) % f:
                 got = f"{name}={getattr(self, name)}"
                 raise ValueError(f"{got} is not divisible by f={f}, which channels={self.channels} amounts to")
+        if self.lpips and self.perceptual not in ("auto", "lpips-vgg"):
+            raise ValueError(f"lpips={self.lpips} is not read by perceptual={self.perceptual}; make that lpips-vgg")
         if not 0 <= self.crop <= self.size:
             raise ValueError(f"crop={self.crop} must lie between 0 and size={self.size}")
         for name in ("codebook", "discriminator_channels", "discriminator_layers"):
