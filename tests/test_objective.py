@@ -161,6 +161,19 @@ def test_the_discriminator_starts_late_and_its_term_is_weighed():
     assert of_discriminator.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
+def test_the_discriminator_learns_before_the_first_stage_hears_of_it():
+    s = stage(adversarial=0.5, adversarial_start=5, discriminator_lead=2, kl_weight=0.0, ssim_weight=0.0)
+    x = pictures()
+    assert list(s.losses_of(x, draw(2), []))[1] is None
+    d = draw(3)
+    total, of_discriminator = s.losses_of(x, d, [])
+    y = s.vae.decode(*_latents(s, x, 3)).sample
+    assert total.item() == pytest.approx((y - x).abs().mean().item(), rel=1e-5) and "generator" not in d.scalars
+    assert of_discriminator.item() == pytest.approx(adversarial.hinge(s.discriminator(x), s.discriminator(y)).item())
+    list(s.losses_of(x, d := draw(5), []))
+    assert "generator" in d.scalars
+
+
 def _latents(s, x, step):
     posterior = s.vae.encode(x).latent_dist
     return (posterior.mean + posterior.std * draw(step).normal(2, 8, 8),)
@@ -362,7 +375,7 @@ def test_scores_are_of_the_quantised_pictures(collection):
 @pytest.mark.parametrize(
     "wrong",
     [{"family": "gan"}, {"codebook": 0}, {"revive_every": -1}, {"codebook_start": -1}, {"perceptual": "lpips"},
-     {"logvar": "free"}, {"adversarial": -0.5}, {"start": "zero"}, {"crop": 3},
+     {"logvar": "free"}, {"adversarial": -0.5}, {"discriminator_lead": -1}, {"start": "zero"}, {"crop": 3},
      {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}],
 )  # fmt: skip
 def test_a_wrong_configuration_is_refused(wrong):

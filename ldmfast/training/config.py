@@ -77,7 +77,8 @@ class AutoencoderConfig(RunConfig):
     lpips: str = option("", "weights of LPIPS-VGG: VGG16's file and the heads' file, with a comma between them")
     logvar: str = option("fixed", "learned: divide the reconstruction by exp(logvar), and add it", ("fixed", "learned"))
     adversarial: float = option(0.0, "weight of the patch discriminator's term, before the adaptive one; 0: none")
-    adversarial_start: int = option(0, "first step that the discriminator takes part in")
+    adversarial_start: int = option(0, "first step whose loss has the discriminator's term")
+    discriminator_lead: int = option(0, "steps before that in which the discriminator already learns")
     discriminator_channels: int = option(64, "channels after the discriminator's first convolution")
     discriminator_layers: int = option(3, "convolutions of stride 2 in the discriminator")
     discriminator_rate: float = option(0.0, "peak learning rate of the discriminator; 0: as the autoencoder's")
@@ -96,7 +97,7 @@ class AutoencoderConfig(RunConfig):
         for name in ("codebook", "discriminator_channels", "discriminator_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        sizes = ("adversarial", "adversarial_start", "perceptual_weight", "discriminator_rate")
+        sizes = ("adversarial", "adversarial_start", "perceptual_weight", "discriminator_rate", "discriminator_lead")
         for name in ("codebook_start", "revive_every", *sizes):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

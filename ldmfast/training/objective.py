@@ -67,7 +67,8 @@ class FirstStage(nn.Module):
         decoded, regulariser = autoencode(pictures, draw, books)
         reconstruction = self._reconstruction(pictures, decoded, draw)
         nll = reconstruction if self.logvar is None else losses.nll(reconstruction, self.logvar.detach())
-        started = self.discriminator is not None and draw.step >= c.adversarial_start
+        learns = self.discriminator is not None and draw.step >= c.adversarial_start - c.discriminator_lead
+        started = learns and draw.step >= c.adversarial_start
         total = nll + regulariser
         if started:
             g = adversarial.generator_loss(self.discriminator, decoded)
@@ -80,7 +81,7 @@ class FirstStage(nn.Module):
             draw.log("logvar", self.logvar)
             yield losses.nll(reconstruction.detach(), self.logvar)
         if self.discriminator is not None:
-            yield adversarial.discriminator_loss(self.discriminator, pictures, decoded) if started else None
+            yield adversarial.discriminator_loss(self.discriminator, pictures, decoded) if learns else None
 
     def _reconstruction(self, pictures, decoded, draw):
         c = self.config
