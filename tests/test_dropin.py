@@ -555,6 +555,16 @@ def test_an_optimized_pipeline_saves_as_a_stock_one(tmp_path):
     assert type(again.unet) is UNet
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_an_optimized_plms_draws_the_same_picture(prediction):
+    pipe = stable_diffusion()
+    pipe.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, prediction_type=prediction)
+    ours = with_ours(pipe)
+    assert type(ours.scheduler).__module__ == "ldmfast.diffusion.pndm"
+    arguments = {"height": 32, "width": 32, "num_inference_steps": 6}
+    assert numpy.abs(draw(ours, **arguments) - draw(pipe, **arguments)).max() <= 1e-3
+
+
 def test_components_and_other_pipelines_of_the_same_parts():
     ours = with_ours(stable_diffusion())
     other = diffusers.StableDiffusionImg2ImgPipeline(**ours.components, requires_safety_checker=False)
