@@ -132,8 +132,8 @@ def _pipeline_of_ours():
     return LatentDiffusionPipeline
 
 
-def _pipeline(networks: dict, scheduler, conditioner):
-    return _pipeline_of_ours()(networks["unet"], networks["vae"], scheduler, conditioner)
+def _pipeline(networks: dict, scheduler, conditioner, **guidance):
+    return _pipeline_of_ours()(networks["unet"], networks["vae"], scheduler, conditioner, **guidance)
 
 
 def _text_pipeline(path: Path, model: Model, networks: dict, scheduler, texts: dict, tokenizer):
@@ -158,7 +158,7 @@ def _text_pipeline(path: Path, model: Model, networks: dict, scheduler, texts: d
         if "Inpaint" in kind:
             joined = networks["unet"].config.in_channels - networks["unet"].config.out_channels
             conditioner = Hybrid(text=conditioner, picture=MaskedImage(joined, style="sd"))
-        return _pipeline(networks, scheduler, conditioner)
+        return _pipeline(networks, scheduler, conditioner, guidance=5.0 if "XL" in kind else 7.5)  # diffusers' own
     parts = {**networks, **texts, "scheduler": scheduler}
     parts |= {name.replace("text_encoder", "tokenizer"): value for name, value in tokenizers.items()}
     if "XL" in kind:

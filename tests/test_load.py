@@ -97,6 +97,7 @@ def test_stable_diffusion_draws(sd1, vocabulary):
     pipe = ldmfast.load(sd1, tokenizer=vocabulary)
     pictures = pipe(["a cat", "a dog"], steps=2, seeds=3, size=(64, 64))
     assert len(pictures) == 2 and pictures[0].size == (64, 64)
+    assert pipe.guidance == 7.5  # what diffusers' pipeline takes; the small models here take 3
     assert pictures[0].tobytes() != pipe("a tree", steps=2, seeds=3, size=(64, 64))[0].tobytes()
 
 
