@@ -19,6 +19,8 @@ def inputs(arguments, conditioner):
     Several classes, files or maps are several pictures; options given together are told together, one by one.
     Raises ValueError for an option that the model does not take, FileNotFoundError, or ValueError naming the file.
     """
+    from ldmfast.models.conditioning import takes
+
     given = {"class": arguments.classes, "boxes": arguments.boxes, "map": arguments.maps}
     given = {kind: values for kind, values in given.items() if values}
     if not given:
@@ -34,21 +36,6 @@ def inputs(arguments, conditioner):
     columns = {kind: [read[kind](value) for value in values] for kind, values in given.items()}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return rows if hasattr(conditioner, "members") else [next(iter(row.values())) for row in rows]
-
-
-def takes(conditioner):
-    """{"class", "boxes", "map": the conditioner that takes it} of a conditioner or of a Hybrid's members."""
-    from ldmfast.models.conditioning_spatial import MapEncoder
-    from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder
-    from ldmfast.models.conditioning_transformer import LayoutEncoder
-
-    kinds = {"class": ClassEmbedder, "boxes": (BoxEncoder, LayoutEncoder), "map": MapEncoder}
-    members = getattr(conditioner, "members", None)
-    if members is None:
-        return {kind: conditioner for kind, types in kinds.items() if isinstance(conditioner, types)}
-    return {
-        kind: members[kind] for kind, types in kinds.items() if kind in members and isinstance(members[kind], types)
-    }
 
 
 def _class(text, encoder):

@@ -21,7 +21,7 @@ def add(commands):
 
 
 def run(arguments):
-    from ldmfast.commands.conditions import takes
+    from ldmfast.models.conditioning import takes
     from ldmfast.training import checkpoint, emoji, scenes
     from ldmfast.training.evaluate import evaluate
     from ldmfast.training.evaluate_scenes import evaluate as evaluate_scenes

@@ -72,6 +72,8 @@ def run(arguments):
 
 def _inputs(arguments, pipe):
     """What the model is told, one entry a prompt, class, file of boxes or map."""
+    from ldmfast.models.conditioning import takes
+
     told, prompts = conditions.inputs(arguments, pipe.conditioner), arguments.prompt
     if told is not None:
         return told if not prompts else _with_prompts(told, prompts)
@@ -79,7 +81,7 @@ def _inputs(arguments, pipe):
         if prompts:
             raise ValueError(f"this model takes no prompt: leave out {prompts[0]!r}")
         return [None]
-    if not prompts and (known := conditions.takes(pipe.conditioner)):
+    if not prompts and (known := takes(pipe.conditioner)):
         raise ValueError(f"nothing was asked for; this model is told --{' or --'.join(known)}")
     if not prompts:
         raise ValueError("the prompt is empty: say what to draw, as in 'a red apple on a yellow background'")

@@ -278,3 +278,18 @@ def __getattr__(name):
     if name in HOMES or name in ("locate", "MINILM", "TOKENS"):
         return getattr(importlib.import_module(HOMES.get(name, "ldmfast.models.conditioning_text")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def takes(conditioner):
+    """{"class", "boxes", "map": the conditioner that takes it} of a conditioner or of a Hybrid's members."""
+    from ldmfast.models.conditioning_spatial import MapEncoder
+    from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder
+    from ldmfast.models.conditioning_transformer import LayoutEncoder
+
+    kinds = {"class": ClassEmbedder, "boxes": (BoxEncoder, LayoutEncoder), "map": MapEncoder}
+    members = getattr(conditioner, "members", None)
+    if members is None:
+        return {kind: conditioner for kind, types in kinds.items() if isinstance(conditioner, types)}
+    return {
+        kind: members[kind] for kind, types in kinds.items() if kind in members and isinstance(members[kind], types)
+    }

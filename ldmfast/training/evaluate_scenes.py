@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldmfast.commands.conditions import takes
+from ldmfast.models.conditioning import takes
 from ldmfast.training import scenes
 from ldmfast.training.data import read_rows
 from ldmfast.training.detect import Detector, iou
