@@ -13,6 +13,8 @@ from ldmfast._version import __version__
 
 _HOMES = {
     "AutoencoderKL": "ldmfast.models.autoencoder",
+    "Condition": "ldmfast.models.conditioning",
+    "Conditioner": "ldmfast.models.conditioning",
     "DDIMScheduler": "ldmfast.diffusion.ddim",
     "DDPMScheduler": "ldmfast.diffusion.ddpm",
     "LatentDiffusionPipeline": "ldmfast.pipeline",

@@ -33,7 +33,7 @@ def main(argv=None):
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
         print(f"ldmfast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +131,7 @@ def listed(inputs, told_nothing):
 
 def seed_list(seeds, count):
     """A seed for each of `count` pictures: `seeds` itself, or seeds, seeds + 1, ... Raises ValueError."""
-    seeds = list(range(seeds, seeds + count)) if isinstance(seeds, int) else list(seeds)
+    seeds = list(range(seeds, seeds + count)) if isinstance(seeds, numbers.Integral) else list(seeds)
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} inputs; give one seed an input, or a single number")
     if any(not 0 <= seed < 2**63 for seed in seeds):

@@ -233,3 +233,8 @@ def test_the_forward_runs_in_the_precision_asked_for(precision, tmp_path):
     run, _ = bare(dataclasses.replace(CONFIG, precision=precision), tmp_path / "run.pt", spoil)
     assert {enabled for enabled, _ in seen} == {precision == "bf16"} and all(d is torch.bfloat16 for _, d in seen)
     assert all(p.dtype is torch.float32 for p in run.model.parameters())
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(ValueError, match="min_snr=-1.0 must not be negative"):
+        DenoiserConfig(min_snr=-1.0)

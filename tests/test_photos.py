@@ -94,6 +94,9 @@ def test_mistakes_are_explained(folder, tmp_path, capsys, monkeypatch):
         photos.split_of(photos.in_folder(folder)[:1], 0.5, 0)
     with pytest.raises(ValueError, match="size=0"):
         photos.build(photos.in_folder(folder), tmp_path, size=0)
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        photos.build(photos.in_folder(folder), tmp_path, size=16, count=1)
     some = photos.in_folder(folder)
     monkeypatch.setattr(photos, "installed", lambda: (some, ["mate-backgrounds"]))
     assert photos.collect() == some

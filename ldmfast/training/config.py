@@ -145,6 +145,8 @@ class LatentsConfig(RunConfig):
         for share in ("guidance_dropout", "plain_captions"):
             if not 0 <= getattr(self, share) <= 1:
                 raise ValueError(f"{share}={getattr(self, share)} must lie between 0 and 1")
+        if not self.min_snr >= 0:
+            raise ValueError(f"min_snr={self.min_snr} must not be negative")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -18,9 +20,14 @@ def features(pictures: torch.Tensor, *, batch: int = 32, side: int = SIDE) -> to
     They are resized to `side` pixels. These are not Inception's features: a distance over them is not FID.
     Raises ModuleNotFoundError naming the package that holds the weights.
     """
-    network = efficientnet_lite0().to(pictures.device)
+    network = _network().to(pictures.device)
     found = [network.pooled(_resized(part, side)) for part in pictures.float().split(batch)]
     return torch.cat(found) if found else pictures.new_zeros(0, network.head.out_channels)
+
+
+@functools.cache
+def _network():
+    return efficientnet_lite0()
 
 
 def _resized(x: torch.Tensor, side: int) -> torch.Tensor:

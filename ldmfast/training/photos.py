@@ -134,6 +134,8 @@ def build(photos: list[Photo], folder, *, size: int = 64, count: int = 120, held
         raise ValueError(f"size={size} and count={count} must be at least 1")
     splits = split_of(photos, heldout, seed)
     folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (photo, split) in enumerate(zip(photos, splits, strict=True)):
