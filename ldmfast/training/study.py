@@ -37,11 +37,11 @@ class StudyConfig:
 
     factors: tuple = (1, 4, 8, 16)
     size: int = 64  # pixels a side
-    first_stage_steps: int = 300
-    seconds: float = 150.0  # of training the denoiser, evaluation not counted
+    first_stage_steps: int = 200
+    seconds: float = 100.0  # of training the denoiser, evaluation not counted
     points: int = 3  # evaluations in that time
     batch: int = 16
-    samples: int = 64
+    samples: int = 48
     steps: int = 12  # of the sampler
     channels: tuple = (32, 64, 96)
     feature_side: int = 128  # pixels that pictures are resized to for the scoring network
