@@ -9,8 +9,9 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int64_t kTaskRows = 64;           // queries of one task, which share a block of K and V in the caches
-constexpr int64_t kBlockBytes = 36 * 1024;  // of K and V in one block of keys
+constexpr int64_t kTaskRows = 64 / kRows * kRows;  // queries of one task, which share a block of K and V in the caches
+// of K and V in one block of keys; what a block costs beside its products weighs more where products are 8 wide
+constexpr int64_t kBlockBytes = (kLanes == 16 ? 36 : 128) * 1024;
 constexpr int64_t kSerial = 256 * 1024;     // products below which waking threads costs more than it gives
 constexpr int64_t kTaskFloats = 64 * 1024;  // queries and sums of one task
 
@@ -140,6 +141,7 @@ template <class M, class T> struct Task {
   void soften(int64_t r, int64_t s0, int64_t count, float* score, float* to, float* decay) {
     const int64_t padded = ceil_div(count, kTile) * kTile;
     float factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e, shift[kRows], change[kLanes] = {};
+    static_assert(kRows <= kLanes, "the changes of all rows are one vector");
     for (int i = 0; i < kRows; ++i) {
       for (int64_t s = count; s < padded; ++s) score[i * kKeys + s] = -kInf;
       if (a.mask) apply_mask(a, head, min64(first + r + i, a.L - 1), s0, count, factor, score + i * kKeys);

@@ -6,28 +6,29 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int64_t kSum = 128;  // products in one running sum, so that float32 keeps its last bits
+constexpr int64_t kSum = 128;                // products in one running sum, so that float32 keeps its last bits
+constexpr int kSums = kLanes == 16 ? 8 : 4;  // rows whose sums are in registers at one time; divides every count of rows
 
 struct Left { const float* p; int64_t row, step; };     // element (r, i) is p[r * row + i * step]
 struct Right { const float* p; int64_t row, panel; };   // row i of panel j, kTile wide, is at p + i * row + j * panel
 
-// c[kRows, kVectors * kLanes] = a b, or += it, over depth terms
+// c[kSums, kVectors * kLanes] = a b, or += it, over depth terms
 template <int kVectors> LDMFAST_INLINE void multiply_tile(Left a, const float* b, int64_t ldb, int64_t depth, bool add,
                                                           float* c, int64_t ldc) {
-  VecF sum[kRows][kVectors] = {};
+  VecF sum[kSums][kVectors] = {};
   for (int64_t i = 0; i < depth; ++i) {
     VecF x[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) x[j] = load(b + i * ldb + j * kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kSums; ++r) {
       const VecF w = splat(a.p[r * a.row + i * a.step]);
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sum[r][j] += w * x[j];
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kSums; ++r) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
       float* to = c + r * ldc + j * kLanes;
@@ -36,7 +37,7 @@ template <int kVectors> LDMFAST_INLINE void multiply_tile(Left a, const float* b
   }
 }
 
-// c[rows, columns] = a b where kFresh, else += it; rows is a multiple of kRows, columns of kLanes
+// c[rows, columns] = a b where kFresh, else += it; rows is a multiple of kSums, columns of kLanes
 template <bool kFresh>
 void multiply(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, float* c, int64_t ldc) {
   for (int64_t i = 0; i < depth; i += kSum) {
@@ -44,7 +45,7 @@ void multiply(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, flo
     const bool add = !kFresh || i > 0;
     for (int64_t j = 0; j < columns; j += kTile) {
       const float* panel = b.p + i * b.row + j / kTile * b.panel;
-      for (int64_t r = 0; r < rows; r += kRows) {
+      for (int64_t r = 0; r < rows; r += kSums) {
         const Left part{a.p + r * a.row + i * a.step, a.row, a.step};
         if (columns - j > kLanes) multiply_tile<2>(part, panel, b.row, count, add, c + r * ldc + j, ldc);
         else multiply_tile<1>(part, panel, b.row, count, add, c + r * ldc + j, ldc);

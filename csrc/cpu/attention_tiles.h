@@ -6,8 +6,10 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int kRows = kLanes == 16 ? 8 : 4;  // queries whose sums are in registers at one time: 32 registers, or 16
+// queries whose sums are in registers at one time: 32 registers, or 16; at most kLanes
+constexpr int kRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4;
 constexpr int kTile = 2 * kLanes;            // keys whose sums are in registers at one time
+constexpr int kStrip = kRows == 6 ? 2 : 3;   // vectors of a row of V likewise
 constexpr int64_t kKeys = 256;               // most keys between two updates of the maximum; a multiple of kTile
 constexpr int64_t kPart = 128;               // words of a query that lie together, and products in one running sum
 constexpr int kHalf = kLanes == 16 ? 8 : 0;  // where half a vector costs half, head widths such as 40 end in one
@@ -131,8 +133,9 @@ void multiply_values(const float* p, const float* v, int64_t words, int64_t widt
   }
 }
 
-// V is packed in strips of the head width, as wide as multiply_values takes them: three vectors, or two and a half
+// V is packed in strips of the head width, as wide as multiply_values takes them: kStrip vectors, or two and a half
 LDMFAST_INLINE int64_t strip_width(int64_t left) {
+  if (kStrip == 2) return min64(left, 2 * kLanes);
   const int64_t vectors = left / kLanes, half = left % kLanes;
   if (vectors <= 2 || (vectors == 3 && !half)) return left;
   return (vectors == 4 || vectors == 3 ? 2 : 3) * kLanes;
@@ -147,17 +150,19 @@ void multiply_strip(int64_t strip, const float* p, const float* v, int64_t words
     if (vectors == 1) multiply_values<M, 1, kHalf != 0>(p, v, words, width, decay, o);
     return;
   }
-  if (vectors == 3) multiply_values<M, 3, false>(p, v, words, width, decay, o);
+  if (kStrip == 3 && vectors == 3) multiply_values<M, kStrip, false>(p, v, words, width, decay, o);
   if (vectors == 2) multiply_values<M, 2, false>(p, v, words, width, decay, o);
   if (vectors == 1) multiply_values<M, 1, false>(p, v, words, width, decay, o);
 }
 
-// p = 2^(s * factor - maximum), the weights of count keys (padded to kTile) for one query; returns their lane sums
+// p = 2^(s * factor - maximum), the weights of count keys (padded to kTile) for one query; returns their lane sums.
+// The exponents are not above 0.
 template <class M, Accuracy A>
 LDMFAST_INLINE VecF weights(const float* s, int64_t count, float factor, float maximum, float* p) {
   VecF total0{}, total1{};
   for (int64_t i = 0; i < count; i += kTile) {
-    const VecF a = exp2v<A>(load(s + i) * factor - maximum), b = exp2v<A>(load(s + i + kLanes) * factor - maximum);
+    const VecF a = exp2v<A, false>(load(s + i) * factor - maximum);
+    const VecF b = exp2v<A, false>(load(s + i + kLanes) * factor - maximum);
     total0 += a;
     total1 += b;
     M::store_weights(p + i / M::kPack, a, b);

@@ -13,14 +13,15 @@ template <> struct AccuracyOf<BFloat16> { static constexpr Accuracy value = Accu
 
 // factor * 2^t; infinite above 128, 0 below about -126, NaN for NaN. Minimax polynomials of 2^f, f in [-0.5, 0.5], by
 // Lawson's iteration on the relative error: 7.5e-5 (degree 3) and 7.9e-8 with its float32 rounding (degree 6).
-template <Accuracy A> LDMFAST_INLINE VecF exp2v(VecF t, float factor = 1.0f) {
+// kCapped false is for t of at most 1.
+template <Accuracy A, bool kCapped = true> LDMFAST_INLINE VecF exp2v(VecF t, float factor = 1.0f) {
 #if defined(__AVX512F__)
   VecF n = (VecF)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   VecF f = t - n;
 #else
   constexpr float kShift = 0x1.8p23f + (A == Accuracy::kFast ? 127.0f : 0.0f);
   t = vmax(splat(A == Accuracy::kFast ? -127.0f : -126.0f), t);
-  t = vmin(splat(A == Accuracy::kFast ? 128.0f : 128.5f), t);
+  if (kCapped) t = vmin(splat(A == Accuracy::kFast ? 128.0f : 128.5f), t);
   VecF shifted = t + kShift;  // rounds to an integer, held in the low bits
   VecF f = t - (shifted - kShift);
 #endif

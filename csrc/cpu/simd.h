@@ -254,6 +254,10 @@ LDMFAST_INLINE float reduce_add(VecF x) {
 LDMFAST_INLINE float reduce_max(VecF x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__)
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 #else
   float m = x[0];
   for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
