@@ -97,7 +97,7 @@ def test_hybrid_puts_its_members_side_by_side(tmp_path):
         Hybrid(a=ClassEmbedder(2, mode="adm"), b=ClassEmbedder(2, mode="adm")).empty(1)
 
 
-def test_boxes_are_filled_with_their_class():
+def test_boxes_are_filled_with_their_class_and_the_place_inside():
     encoder = BoxEncoder(NAMES, 8, grid=4, paint=2)
     left, corner = {"object": "dog", "box": [0, 0, 0.5, 1]}, {"object": "cat", "box": [0.75, 0.875, 1, 1]}
     painted = encoder([[left, corner], [{"object": "dog"}], []]).concat[:, 10:]
@@ -105,7 +105,12 @@ def test_boxes_are_filled_with_their_class():
     wanted = torch.zeros(2, 4, 4)
     wanted[:, :, :2] = dog[:, None, None]
     wanted[:, 3, 3] = 0.5 * cat
-    assert torch.allclose(painted[0], wanted) and not painted[1:].any()
+    assert torch.allclose(painted[0, :2], wanted) and not painted[1:].any()
+    across, down = painted[0, 2], painted[0, 7]  # the inner coordinates; their waves follow each
+    assert torch.allclose(across[:, :2], torch.tensor([0.25, 0.75]).expand(4, 2))
+    assert torch.allclose(down[:, 0], torch.tensor([0.125, 0.375, 0.625, 0.875]))
+    over = encoder([[left, {"object": "cat", "box": [0, 0, 0.5, 0.5]}]]).concat[0, 10:12]
+    assert torch.allclose(over[:, 0, 0], cat) and torch.allclose(over[:, 3, 0], dog)  # the later one hides the other
     with pytest.raises(ValueError, match="paint=2 needs grid"):
         BoxEncoder(NAMES, 8, paint=2)
 

@@ -198,7 +198,7 @@ def test_the_network_of_scenes_is_told_all_three(collection):
     settings = ScenesConfig(channels=(16, 32), attention=(0, 1), groups=8, head_width=16, width=16, map_channels=2)
     told = scene_denoiser.conditioner(settings, 16, 2)
     unet = denoiser.network(settings, (4, 16, 16), told).eval()
-    assert unet.config.in_channels == 4 + 2 + 10 + 2 + 2
+    assert unet.config.in_channels == 4 + 2 + (10 + 2 + 10) + 2
     one = next(row for row in rows if len(row["objects"]) == 1)
     x = torch.randn(1, 4, 16, 16)
     with torch.no_grad():

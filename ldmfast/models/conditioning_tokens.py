@@ -115,7 +115,8 @@ class BoxEncoder(Conditioner):
     classes  a count, or the names                     objects  how many tokens there are
     width    channels of a token                       grid     side of the latent; if above 0 the coordinates of its
                                                                 cells are joined to it, for queries to compare with
-    paint    channels, beside the coordinates, of a picture in which every box is filled with its class's vector
+    paint    channels, beside the coordinates, of a picture in which every box is filled with its class's vector and
+             with the coordinates inside the box, later boxes over earlier ones: which part of what stands where
     """
 
     trainable = True
@@ -156,7 +157,8 @@ class BoxEncoder(Conditioner):
         return self([[]] * n)
 
     def _cells(self, label, box, index):
-        """[N, 10 + paint, grid, grid] or None: the coordinates of the cells' centres, then the filled boxes.
+        """[N, 10, grid, grid] or None: the coordinates of the cells' centres; with `paint`, then the filled boxes, in
+        paint + 10 channels more.
 
         label [M], box [M, 4] of all objects, zeros for one without a box;   index [N, objects], M where there is none
         """
@@ -167,11 +169,28 @@ class BoxEncoder(Conditioner):
         cells = torch.cat([waves(x, 2), waves(y, 2)], dim=-1).permute(2, 0, 1).expand(len(index), -1, -1, -1)
         if self.paint is None:
             return cells
+        # the last of each is of the places that hold no object
+        share, drawn = (torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in self._filled(label, box, centres))
+        painted = drawn.new_zeros(len(index), *drawn.shape[1:])
+        for place in index.unbind(1):
+            painted = painted * (1 - share[place]) + drawn[place] * share[place]
+        return torch.cat([cells, painted], dim=1)
+
+    def _filled(self, label, box, centres):
+        """Each object's share of every cell [M, 1, grid, grid], and its class and inner coordinates there
+        [M, paint + 10, grid, grid].   label [M], box [M, 4], centres [grid]"""
         across, down = (covered(box[:, i], box[:, i + 2], self.grid) for i in (0, 1))  # [M, grid]
-        share = torch.einsum("my,mx->myx", down, across)
-        painted = torch.einsum("mc,myx->mcyx", self.paint(label).to(share.dtype), share)
-        painted = torch.cat([painted, painted.new_zeros(1, *painted.shape[1:])])
-        return torch.cat([cells, painted[index].sum(dim=1)], dim=1)
+        share = down[:, :, None] * across[:, None, :]
+        x, y = (inside(centres, box[:, i], box[:, i + 2]) for i in (0, 1))
+        coordinates = (x[:, None, :].expand_as(share), y[:, :, None].expand_as(share))
+        inner = torch.cat([waves(c, 2) for c in coordinates], dim=-1).permute(0, 3, 1, 2)
+        name = self.paint(label).to(share.dtype)[:, :, None, None].expand(-1, -1, *share.shape[1:])
+        return share[:, None], torch.cat([name, inner], dim=1)
+
+
+def inside(centres, low, high):
+    """centres [cells], low, high [M] -> [M, cells]: 0 at `low`, 1 at `high`, and no further."""
+    return ((centres - low[:, None]) / (high - low).clamp_min(1e-6)[:, None]).clamp(0, 1)
 
 
 def covered(low, high, cells):

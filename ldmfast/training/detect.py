@@ -41,8 +41,8 @@ class Detector:
 
     def __init__(self, cutouts, size=64):
         self.size, self.side = size, size // HALF
-        low = min(low for low, _ in scenes.SIDES.values())
-        high = max(high for _, high in scenes.SIDES.values())
+        low = min(low for low, _ in scenes.SIDES.values()) / scenes.CELLS
+        high = max(high for _, high in scenes.SIDES.values()) / scenes.CELLS
         sides = range(int(low * self.side), int(high * self.side) + 2)
         self.sizes = [_templates(cutouts, side) for side in sides]
         self.grounds = torch.tensor([COLOURS[g] for g in scenes.GROUNDS], dtype=torch.float32) / 255

@@ -1,8 +1,9 @@
 """Composed scenes: 1 to 3 emoji cut-outs on a coloured ground, with exact boxes, semantic maps and captions.
 
-Synthetic: the cut-outs are real artwork, their arrangement is drawn at random. An object that more than 40 % of is
-hidden by later ones is drawn again; boxes are of the visible pixels. Some pairs of objects never stand together in
-the training scenes: scenes that hold such a pair are marked `"split": "heldout"`.
+Synthetic: the cut-outs are real artwork, their arrangement is drawn at random on a grid of 16 x 16 cells, which at 64
+pixels are those of an f = 4 latent: an object looks the same to the denoiser wherever it stands. An object that more
+than 40 % of is hidden by later ones is drawn again; boxes are of the visible pixels. Some pairs of objects never stand
+together in the training scenes: scenes that hold such a pair are marked `"split": "heldout"`.
 """
 
 import json
@@ -24,7 +25,8 @@ OBJECTS = (
 )  # fmt: skip
 GROUNDS = ("red", "yellow", "green", "blue", "purple", "white")
 CLASSES = (*(f"{ground} ground" for ground in GROUNDS), *OBJECTS)  # what a semantic map's indices mean
-SIDES = {1: (0.42, 0.72), 2: (0.34, 0.52), 3: (0.30, 0.44)}  # an object's longer side, in parts of the scene's
+CELLS = 16  # of the grid, a side
+SIDES = {1: (8, 11), 2: (6, 8), 3: (6, 7)}  # an object's longer side in cells, least and most, by how many there are
 MOST_HIDDEN, OPAQUE = 0.4, 128
 TRIES = 200
 
@@ -54,14 +56,14 @@ def palette():
     return [COLOURS[g] for g in GROUNDS] + [tuple(round(255 * c) for c in hue) for hue in hues]
 
 
-def place(cutout, name, size, side, left, top):
-    """`cutout` with its longer side `side` pixels, at (left, top) in parts of the room that is left."""
+def place(cutout, name, size, side, left, top, cell=1):
+    """`cutout` with its longer side `side` pixels; left, top in 0..1 choose among the places, `cell` pixels apart."""
     box = cutout.getchannel("A").point(lambda a: 255 * (a >= OPAQUE)).getbbox()
     cutout = cutout.crop(box)
     factor = side / max(cutout.size)
     width, height = (max(1, round(s * factor)) for s in cutout.size)
     small = np.asarray(cutout.convert("RGBa").resize((width, height), Image.LANCZOS), dtype=float)  # premultiplied
-    x, y = round(left * (size - width)), round(top * (size - height))
+    x, y = (cell * round(part * ((size - s) // cell)) for part, s in ((left, width), (top, height)))
     canvas = np.zeros((size, size, 4))
     canvas[y : y + height, x : x + width] = small
     return Placed(name, canvas[..., :3], canvas[..., 3] / 255)
@@ -99,8 +101,10 @@ def box_of(label, name):
 def draw(cutouts, rng, names, ground, size):
     """One scene of `names` (all different): (picture, map, objects), objects being dicts of object and box."""
     low, high = SIDES[len(names)]
+    cell = size // CELLS
     for _ in range(TRIES):
-        placed = [place(cutouts[n], n, size, rng.uniform(low, high) * size, *rng.uniform(0, 1, 2)) for n in names]
+        sides = cell * rng.integers(low, high, len(names), endpoint=True)
+        placed = [place(cutouts[n], n, size, s, *rng.uniform(0, 1, 2), cell) for n, s in zip(names, sides, strict=True)]
         if max(hidden(placed)) <= MOST_HIDDEN:
             picture, label = compose(placed, ground, size)
             return picture, label, [{"object": n, "box": box_of(label, n)} for n in names]
@@ -130,7 +134,7 @@ def write_map(label, path):
     picture.save(path)
 
 
-def build(cutouts, folder, *, count=6000, size=64, seed=0, single=0.34):
+def build(cutouts, folder, *, count=6000, size=64, seed=0, single=0.5):
     """Write the collection: pictures, maps/ and metadata.jsonl (file_name, text, objects, ground, map, split).
 
     single  share of scenes with one object; the others have two or three. One scene in ten is held out.
