@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
@@ -115,6 +116,19 @@ def test_every_condition_trains_draws_and_is_saved(condition, home, tmp_path):
         "super-resolution": dict(image=picture[:, :8, :8]),
     }[condition]
     assert pipeline(**asked, steps=1)[0].size == (16, 16)
+
+
+def test_a_caption_can_be_told_beside_the_timestep_too(home, tmp_path):
+    told = dict(condition="transformer", width=16, text_layers=1, pooled_text=True, time_embedding="scale_shift")
+    config = dataclasses.replace(CONFIG, steps=2, **told)
+    denoiser.train(home / "pictures", home, tmp_path, config, quiet=True)
+    pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    unet, stock = pipeline.unet, UNet2DConditionModel.from_pretrained(tmp_path / "pipeline" / "unet")
+    assert unet.config.addition_embed_type == "text" and unet.config.resnet_time_scale_shift == "scale_shift"
+    x, context = torch.randn(2, unet.config.in_channels, 8, 8), torch.randn(2, 24, 16)
+    with torch.no_grad():
+        ours, theirs, other = unet(x, 500, context), stock(x, 500, context), unet(x, 500, context.flip(0))
+    assert torch.allclose(ours.sample, theirs.sample, atol=1e-5) and not torch.allclose(ours.sample, other.sample)
 
 
 def test_a_class_that_is_missing_is_named(home, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,15 @@ def test_another_configuration_is_refused(collection, trained):
     other = dataclasses.replace(TINY_AUTOENCODER, learning_rate=1e-4)
     with pytest.raises(ValueError, match="learning_rate was 0.001, is 0.0001.*--restart"):
         autoencoder.train(collection, trained, other, quiet=True)
+
+
+def test_a_run_of_constant_learning_rate_can_go_on_for_longer(collection, trained, tmp_path):
+    shutil.copy(trained / "denoiser.pt", tmp_path)
+    longer = dataclasses.replace(TINY_DENOISER, steps=TINY_DENOISER.steps + 2)
+    assert denoiser.train(collection, trained, tmp_path, longer, quiet=True)[-1][0] == longer.steps
+    cosine = dataclasses.replace(TINY_AUTOENCODER, steps=TINY_AUTOENCODER.steps + 2)
+    with pytest.raises(ValueError, match="steps was"):
+        autoencoder.train(collection, trained, cosine, quiet=True)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 2000])

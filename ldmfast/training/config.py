@@ -126,6 +126,9 @@ class LatentsConfig(RunConfig):
     groups: int = option(32, "groups of GroupNorm")
     attention: tuple = option((0, 1, 1), "1 where a resolution has attention")
     head_width: int = option(32, "channels of an attention head")
+    time_embedding: str = option(
+        "default", "the time is added to features (default), or scales and shifts them", ("default", "scale_shift")
+    )
     prediction: str = option("epsilon", "what the network predicts", ("epsilon", "v_prediction", "sample"))
     beta_start: float = option(0.0015, "first beta of the scaled-linear schedule")
     beta_end: float = option(0.0195, "last beta of the scaled-linear schedule")
@@ -158,6 +161,7 @@ class DenoiserConfig(LatentsConfig):
     )
     text_encoder: str = option("minilm", "text: 'minilm', a hub name or a folder")
     class_key: str = option("object", "class: the key of metadata.jsonl that holds it")
+    pooled_text: bool = option(False, "text, transformer: tell the caption beside the timestep, too, as one vector")
     width: int = option(128, "class, transformer: channels of the tokens")
     text_layers: int = option(2, "transformer: how many layers")
 

@@ -18,11 +18,13 @@ from ldmfast.training.data import load_pictures
 from ldmfast.training.loop import Run, fit
 
 SHOWN = 16  # pictures of a sample grid
+POOLING_HEADS = 8
 
 
-def build(config, latent_channels, latent_size, context_width, joined=0, classes=None):
+def build(config, latent_channels, latent_size, context_width, joined=0, classes=None, pooled=False):
     """A fresh U-Net with Stable Diffusion's blocks.   joined  channels that a condition adds to the latent's
     classes  how many classes are told by a label; None for none
+    pooled   whether an attention pools the context into one vector that is added to the time's embedding
 
     Without a context (context_width None) it is a UNet2D, whose attention is among the latent's own places.
     """
@@ -39,11 +41,13 @@ def build(config, latent_channels, latent_size, context_width, joined=0, classes
         up_block_types=tuple(f"{kind}UpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
         norm_num_groups=config.groups,
         num_class_embeds=classes,
+        resnet_time_scale_shift=config.time_embedding,
     )
     if not crosses:
         return UNet2D(**settings, attention_head_dim=config.head_width)
     heads = tuple(c // config.head_width for c in config.channels)  # diffusers' name for head counts
-    return UNet(**settings, cross_attention_dim=context_width, attention_head_dim=heads)
+    pooling = {"addition_embed_type": "text", "addition_embed_type_num_heads": POOLING_HEADS} if pooled else {}
+    return UNet(**settings, **pooling, cross_attention_dim=context_width, attention_head_dim=heads)
 
 
 def network(config, shape, conditioner):
@@ -54,7 +58,8 @@ def network(config, shape, conditioner):
     width = None if empty.context is None else empty.context.shape[-1]
     joined = 0 if empty.concat is None else empty.concat.shape[1]
     classes = None if empty.label is None else int(empty.label.max()) + 1  # "no class" is the last of them
-    return build(config, shape[0], shape[-1], width, joined, classes)
+    pooled = getattr(config, "pooled_text", False) and width is not None
+    return build(config, shape[0], shape[-1], width, joined, classes, pooled)
 
 
 def learner(unet, conditioner, config):

@@ -127,7 +127,8 @@ class Run:
             raise ValueError("the checkpoint was written by an earlier version of ldmfast; see --restart")
         ours, theirs = _plain(self.config), state["config"]
         other = [f"{k} was {theirs[k]!r}, is {v!r}" for k, v in ours.items() if theirs.get(k, v) != v]
-        other = [text for text in other if text.split()[0] not in FREE_TO_CHANGE]
+        free = FREE_TO_CHANGE | ({"steps"} if self.config.schedule.startswith("constant") else set())
+        other = [text for text in other if text.split()[0] not in free]
         if state["global_batch"] != self.global_batch:
             other.append(f"batch * accumulate * processes was {state['global_batch']}, is {self.global_batch}")
         if other:
