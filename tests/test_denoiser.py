@@ -51,6 +51,23 @@ def test_first_stages_show_pictures_above_their_reconstructions(stage, home):
     assert len(above.getcolors(10**6)) > 8 and above.tobytes() != below.tobytes()
 
 
+def test_a_decoder_is_sharpened_by_a_discriminator_under_the_same_latents(home, tmp_path):
+    config = DecoderConfig(
+        steps=2, batch=2, warmup=0, precision="fp32", adversarial=0.5, logvar="learned", perceptual="squeezenet1.1",
+        discriminator_channels=4, discriminator_layers=2, export="fp32",
+    )  # fmt: skip
+    found = decoder.train(home / "pictures", home, tmp_path, config, quiet=True)
+    assert (found["adversarial"], found["perceptual"], found["steps"]) == (0.5, "squeezenet1.1", 2)
+    before, after = autoencoder.load(home), autoencoder.load(tmp_path)
+    kept = checkpoint.load(tmp_path / "decoder.pt")
+    assert {"logvar", "discriminator.0.weight"} <= kept["model"].keys() and len(kept["optimizer"]) == 3
+    halves = [{n: p for n, p in vae.state_dict().items()} for vae in (before, after)]
+    moved = {n.split(".")[0] for n, p in halves[0].items() if not torch.equal(p, halves[1][n])}
+    assert moved == {"decoder", "post_quant_conv"}
+    with pytest.raises(ValueError, match="16 pixels: a discriminator of 3 layers needs 24"):
+        decoder.train(home / "pictures", home, tmp_path / "other", DecoderConfig(adversarial=0.5), quiet=True)
+
+
 @pytest.fixture
 def pictures(home):
     return load_pictures(home / "pictures", 16, split="train")

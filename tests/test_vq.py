@@ -12,6 +12,7 @@ import torch
 import ldmfast
 from ldmfast.models.first_stage import decode_first_stage, downsampling, encode_first_stage
 from ldmfast.models.vq import VQModel
+from ldmfast.training.config import DecoderConfig
 from ldmfast.training.decoder import Decoder
 
 CLOSE = 1e-5  # norm of the difference over norm, float32
@@ -162,7 +163,7 @@ def test_another_model_is_refused():
 def test_the_decoder_stage_takes_the_codebook_along_frozen():
     """It is read there, so that it has to be on the same device; trained it would move the latents."""
     model = pair()[1]
-    stage = Decoder(model)
+    stage = Decoder(model, DecoderConfig())
     assert any(p is model.quantize.embedding.weight for p in stage.parameters())
     stage.decode(torch.randn(1, 3, 8, 8)).sample.sum().backward()
     assert model.quantize.embedding.weight.grad is None and model.decoder.conv_in.weight.grad is not None

@@ -52,10 +52,40 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig(RunConfig):
-    """Stage 1: pictures to latents and back. By default L1 + SSIM + KL; see training/objective.py for the rest."""
+class PictureLossConfig(RunConfig):
+    """What decoded pictures are compared by; see training/objective.py."""
 
     batch: int = option(8, "pictures a step")
+    ssim_weight: float = option(0.2, "weight of 1 - SSIM")
+    perceptual: str = option("none", "perceptual distance in the loss; auto is the best that is installed", PERCEPTUAL)
+    perceptual_weight: float = option(1.0, "weight of the perceptual distance")
+    lpips: str = option("", "weights of LPIPS-VGG: VGG16's file and the heads' file, with a comma between them")
+    logvar: str = option("fixed", "learned: divide the reconstruction by exp(logvar), and add it", ("fixed", "learned"))
+    adversarial: float = option(0.0, "weight of the patch discriminator's term, before the adaptive one; 0: none")
+    adversarial_start: int = option(0, "first step whose loss has the discriminator's term")
+    discriminator_lead: int = option(0, "steps before that in which the discriminator already learns")
+    discriminator_channels: int = option(64, "channels after the discriminator's first convolution")
+    discriminator_layers: int = option(3, "convolutions of stride 2 in the discriminator")
+    discriminator_rate: float = option(0.0, "peak learning rate of the discriminator; 0: as what it judges")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lpips and self.perceptual not in ("auto", "lpips-vgg"):
+            raise ValueError(f"lpips={self.lpips} is not read by perceptual={self.perceptual}; make that lpips-vgg")
+        for name in ("discriminator_channels", "discriminator_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in (
+            "adversarial", "adversarial_start", "perceptual_weight", "discriminator_rate", "discriminator_lead"
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(PictureLossConfig):
+    """Stage 1: pictures to latents and back. By default L1 + SSIM + KL; see training/objective.py for the rest."""
+
     steps: int = option(1300, "training steps")
     size: int = option(64, "pictures are trained at this many pixels a side")
     crop: int = option(0, "train on random crops of this many pixels a side; 0: on whole pictures")
@@ -71,17 +101,6 @@ class AutoencoderConfig(RunConfig):
     codebook_start: int = option(0, "vq: steps without quantising before the codebook is seeded from encodings")
     revive_every: int = option(50, "vq: steps after which a code that was never chosen is re-seeded; 0 never does")
     kl_weight: float = option(3e-4, "weight of the KL term (mean over latent elements)")
-    ssim_weight: float = option(0.2, "weight of 1 - SSIM")
-    perceptual: str = option("none", "perceptual distance in the loss; auto is the best that is installed", PERCEPTUAL)
-    perceptual_weight: float = option(1.0, "weight of the perceptual distance")
-    lpips: str = option("", "weights of LPIPS-VGG: VGG16's file and the heads' file, with a comma between them")
-    logvar: str = option("fixed", "learned: divide the reconstruction by exp(logvar), and add it", ("fixed", "learned"))
-    adversarial: float = option(0.0, "weight of the patch discriminator's term, before the adaptive one; 0: none")
-    adversarial_start: int = option(0, "first step whose loss has the discriminator's term")
-    discriminator_lead: int = option(0, "steps before that in which the discriminator already learns")
-    discriminator_channels: int = option(64, "channels after the discriminator's first convolution")
-    discriminator_layers: int = option(3, "convolutions of stride 2 in the discriminator")
-    discriminator_rate: float = option(0.0, "peak learning rate of the discriminator; 0: as the autoencoder's")
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,27 +109,21 @@ class AutoencoderConfig(RunConfig):
             if not self.channels or getattr(self, name) % f:
                 got = f"{name}={getattr(self, name)}"
                 raise ValueError(f"{got} is not divisible by f={f}, which channels={self.channels} amounts to")
-        if self.lpips and self.perceptual not in ("auto", "lpips-vgg"):
-            raise ValueError(f"lpips={self.lpips} is not read by perceptual={self.perceptual}; make that lpips-vgg")
         if not 0 <= self.crop <= self.size:
             raise ValueError(f"crop={self.crop} must lie between 0 and size={self.size}")
-        for name in ("codebook", "discriminator_channels", "discriminator_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        sizes = ("adversarial", "adversarial_start", "perceptual_weight", "discriminator_rate", "discriminator_lead")
-        for name in ("codebook_start", "revive_every", *sizes):
+        if self.codebook < 1:
+            raise ValueError(f"codebook={self.codebook} must be at least 1")
+        for name in ("codebook_start", "revive_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)
-class DecoderConfig(RunConfig):
+class DecoderConfig(PictureLossConfig):
     """Stage 1b: the decoder alone goes on learning; the latents stay as they are."""
 
-    batch: int = option(8, "pictures a step")
     steps: int = option(450, "training steps")
     latent_noise: float = option(0.05, "deviation of the noise added to latents, for a denoiser is never exact")
-    ssim_weight: float = option(0.2, "weight of 1 - SSIM")
 
 
 @dataclass(frozen=True)

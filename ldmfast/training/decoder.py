@@ -6,34 +6,36 @@ It can run beside the denoiser's training, which reads the same latents, and aft
 import json
 from pathlib import Path
 
-import torch
-
-from ldmfast.training import checkpoint, losses
+from ldmfast.training import checkpoint
 from ldmfast.training.autoencoder import SHOWN, encode_all, load, sample_of, score, sheet
 from ldmfast.training.data import load_pictures
 from ldmfast.training.loop import Run, fit
+from ldmfast.training.objective import Objective
 
 
-class Decoder(torch.nn.Module):
-    """The half of a first stage that is trained here; a codebook goes along, frozen."""
+class Decoder(Objective):
+    """The half of a first stage that is trained here, and its loss; a codebook goes along, frozen."""
 
-    def __init__(self, vae):
-        super().__init__()
+    def __init__(self, vae, config):
+        super().__init__(config, vae.config.sample_size)
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
         if hasattr(vae, "quantize"):
             self.quantize = vae.quantize.requires_grad_(False)
         self.decode = vae.decode
 
+    def phases(self):
+        return super().phases([*self.post_quant_conv.parameters(), *self.decoder.parameters()])
+
 
 def loss_of(model, pictures, mean, std, config):
-    """The step's loss as a function of the Draw that the batch and the latent noise come from."""
+    """The step's losses as a function of the Draw that the batch and the latent noise come from.   model  Decoder"""
 
     def step(draw):
         index = draw.integers(len(pictures))
         noise, extra = draw.normal(*mean.shape[1:]), draw.normal(*mean.shape[1:])
         z = mean[index].to(draw.device) + std[index].to(draw.device) * noise + config.latent_noise * extra
         x = pictures.batch(index).to(draw.device)
-        return losses.reconstruction(x, model.decode(z).sample, ssim_weight=config.ssim_weight)
+        return model.judge(x, model.decode(z).sample, 0.0, model.decoder.conv_out.weight, draw)
 
     return step
 
@@ -44,7 +46,8 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     pictures = load_pictures(data, vae.config.sample_size, split="train")
     mean, std = encode_all(vae, pictures)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    run = Run(Decoder(vae), config)
+    model = Decoder(vae, config)
+    run = Run(model, config, phases=model.phases())
     step = loss_of(run.model, pictures, mean, std, config)
     some = slice(0, SHOWN)
     history = fit(
@@ -54,7 +57,13 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     run.finish().cpu()
     if not run.main:
         return {"loss": history}
-    metrics = {"trained": score(vae, sample_of(pictures, 512, config.seed)), "loss": history}
+    metrics = {
+        "trained": score(vae, sample_of(pictures, 512, config.seed)),
+        "perceptual": model.perceptual.name if model.perceptual is not None else "none",
+        "adversarial": config.adversarial,
+        "steps": config.steps,
+        "loss": history,
+    }
     vae = vae.half() if config.export == "fp16" else vae
     checkpoint.replace_folder(Path(folder, "vae"), vae.save_pretrained)
     checkpoint.write_text(Path(folder, "decoder.json"), json.dumps(metrics, indent=1))

@@ -18,35 +18,36 @@ from ldmfast.training.draw import mixed
 from ldmfast.training.loop import Phase
 
 
-class FirstStage(nn.Module):
-    """A first stage in training: `vae`, and what learns or counts beside it.
+class Objective(nn.Module):
+    """What decoded pictures are told: the terms above but the regulariser's, with everything in them that learns.
 
-    Its losses come from `losses_of`, one for each of `phases()`. `perceptual` is the distance in use, or None.
-    Raises ValueError where the pictures are too small for the discriminator.
+    It yields a loss for each of `phases()`. `perceptual` is the distance in use, or None.   side  of the pictures
+    Raises ValueError where they are too small for the discriminator.
     """
 
-    def __init__(self, vae, config):
+    def __init__(self, config, side):
         super().__init__()
-        self.vae, self.config = vae, config
+        self.config = config
         self.logvar = nn.Parameter(torch.zeros(())) if config.logvar == "learned" else None
-        self.discriminator = self._discriminator() if config.adversarial else None
-        self.codebook = Codebook(config.codebook, config.latent_channels) if config.family == "vq" else None
+        self.discriminator = self._discriminator(side) if config.adversarial else None
         # its weights are not ours to train, average or save: not a submodule
         distance = perceptual.make(config.perceptual, config.lpips) if config.perceptual != "none" else None
         self.__dict__["perceptual"] = distance
-        self.revived_at = -1
 
-    def _discriminator(self):
+    def _discriminator(self, side):
         c = self.config
         net = adversarial.Discriminator(c.discriminator_channels, c.discriminator_layers)
-        side, least = c.crop or c.size, net.smallest()
+        least = net.smallest()
         if side < least:
             raise ValueError(f"{side} pixels: a discriminator of {c.discriminator_layers} layers needs {least}")
         return net.to(memory_format=torch.channels_last)
 
-    def phases(self) -> list[Phase]:
-        """The networks that follow losses of their own, in the order in which `losses_of` yields them."""
-        phases = [Phase("loss", list(self.vae.parameters()))]
+    def phases(self, learners) -> list[Phase]:
+        """The networks that follow losses of their own, in the order in which they are yielded.
+
+        learners  the parameters that learn from the first one
+        """
+        phases = [Phase("loss", list(learners))]
         if self.logvar is not None:
             phases.append(Phase("logvar", [self.logvar], weight_decay=0.0, betas=(0.5, 0.9)))
         if self.discriminator is not None:
@@ -55,16 +56,15 @@ class FirstStage(nn.Module):
             phases.append(Phase("discriminator", weights, learning_rate=rate, weight_decay=0.0, betas=(0.5, 0.9)))
         return phases
 
-    def losses_of(self, pictures, draw, books):
+    def judge(self, pictures, decoded, regulariser, last, draw):
         """Yield a scalar for each phase; None for a discriminator that has not started.
 
-        pictures  [B, 3, H, W] in [-1, 1]
-        draw      the step's random draws; the terms are logged there
-        books     the codebook [K, c] and its average, in which dead codes are re-seeded; empty for a KL model
+        pictures, decoded  [B, 3, H, W] in [-1, 1]
+        regulariser        the KL or codebook term, or 0
+        last               the decoder's last weight, at which the adaptive weight compares gradients
+        draw               the step's random draws; the terms are logged there
         """
         c = self.config
-        autoencode = self._through_posterior if self.codebook is None else self._through_codebook
-        decoded, regulariser = autoencode(pictures, draw, books)
         reconstruction = self._reconstruction(pictures, decoded, draw)
         nll = reconstruction if self.logvar is None else losses.nll(reconstruction, self.logvar.detach())
         learns = self.discriminator is not None and draw.step >= c.adversarial_start - c.discriminator_lead
@@ -72,7 +72,7 @@ class FirstStage(nn.Module):
         total = nll + regulariser
         if started:
             g = adversarial.generator_loss(self.discriminator, decoded)
-            weight = adversarial.adaptive_weight(nll, g, self.vae.decoder.conv_out.weight)
+            weight = adversarial.adaptive_weight(nll, g, last)
             draw.log("generator", g)
             draw.log("adaptive_weight", weight)
             total = total + c.adversarial * weight * g
@@ -92,6 +92,29 @@ class FirstStage(nn.Module):
             reconstruction = reconstruction + c.perceptual_weight * distance
         draw.log("reconstruction", reconstruction)
         return reconstruction
+
+
+class FirstStage(Objective):
+    """A first stage in training: `vae`, and what learns or counts beside it."""
+
+    def __init__(self, vae, config):
+        super().__init__(config, config.crop or config.size)
+        self.vae = vae
+        self.codebook = Codebook(config.codebook, config.latent_channels) if config.family == "vq" else None
+        self.revived_at = -1
+
+    def phases(self) -> list[Phase]:
+        return super().phases(self.vae.parameters())
+
+    def losses_of(self, pictures, draw, books):
+        """Yield a scalar for each phase, as `judge` does.
+
+        pictures  [B, 3, H, W] in [-1, 1]
+        books     the codebook [K, c] and its average, in which dead codes are re-seeded; empty for a KL model
+        """
+        autoencode = self._through_posterior if self.codebook is None else self._through_codebook
+        decoded, regulariser = autoencode(pictures, draw, books)
+        yield from self.judge(pictures, decoded, regulariser, self.vae.decoder.conv_out.weight, draw)
 
     def _through_posterior(self, pictures, draw, books):
         posterior = self.vae.encode(pictures).latent_dist
