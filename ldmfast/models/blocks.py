@@ -23,7 +23,7 @@ from torch import nn
 
 from ldmfast import ops
 from ldmfast.models.guard import obstacle
-from ldmfast.models.layers import conv2d, group_norm, image, pointwise, tokens
+from ldmfast.models.layers import conv2d, group_norm, image, linear, pointwise, tokens
 
 
 @dataclass
@@ -74,7 +74,7 @@ def _time(m: ResnetBlock2D, cond: Conditioning) -> dict[str, torch.Tensor]:
     """How the time embedding enters the second norm: added before it, or as scale and shift after it."""
     if m.time_emb_proj is None or cond.temb is None:
         return {}
-    t = m.time_emb_proj(cond.temb if m.skip_time_act else cond.temb_silu)
+    t = linear(m.time_emb_proj, cond.temb if m.skip_time_act else cond.temb_silu)
     if m.time_embedding_norm == "default":
         return {"add": t}
     scale, shift = t.chunk(2, dim=1)
@@ -100,9 +100,9 @@ def image_attention(m: Attention, x: torch.Tensor, cond: Conditioning) -> torch.
 def _attend(m: Attention, x: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Project, attend, project: x [N, L, C], keys [N, S, C'] -> [N, L, C]. Heads are views; nothing is transposed."""
     heads = (m.heads, -1)
-    q, k, v = m.to_q(x), m.to_k(keys), m.to_v(keys)
+    q, k, v = linear(m.to_q, x), linear(m.to_k, keys), linear(m.to_v, keys)
     h = ops.attention(q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), mask=mask)
-    return m.to_out[1](m.to_out[0](h.flatten(2)))
+    return m.to_out[1](linear(m.to_out[0], h.flatten(2)))
 
 
 def _leave(m: Attention, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -114,10 +114,10 @@ def feed_forward(m: FeedForward, x: torch.Tensor) -> torch.Tensor:
     """GEGLU and a linear layer: (a * gelu(b)) W, [a, b] = x V."""
     if obstacle(m) or type(m.net[0]) is not GEGLU or obstacle(m.net[0]):
         return m(x)
-    a, b = m.net[0].proj(x).chunk(2, dim=-1)
+    a, b = linear(m.net[0].proj, x).chunk(2, dim=-1)
     x = a * F.gelu(b)
     for layer in m.net[1:]:  # dropout, linear, sometimes dropout
-        x = layer(x)
+        x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
     return x
 
 
@@ -137,10 +137,10 @@ def transformer(m: Transformer2DModel, x: torch.Tensor, cond: Conditioning) -> t
         return m(x, **cond.for_attention(), return_dict=False)[0]
     size = x.shape[2:]
     h = tokens(group_norm(m.norm, x, silu=False))
-    h = m.proj_in(h) if m.use_linear_projection else pointwise(m.proj_in, h, size)
+    h = linear(m.proj_in, h) if m.use_linear_projection else pointwise(m.proj_in, h, size)
     for block in m.transformer_blocks:
         h = recomputed(m, transformer_block, block, h, cond)
-    h = m.proj_out(h) if m.use_linear_projection else pointwise(m.proj_out, h, size)
+    h = linear(m.proj_out, h) if m.use_linear_projection else pointwise(m.proj_out, h, size)
     return image(h, size) + x
 
 
