@@ -111,7 +111,9 @@ def test_evaluate_prints_its_figures(tmp_path, capsys):
     assert cli.main(["data", "emoji", data, "--cutouts", str(few), "--placements", "1"]) == 0
     assert "16 pictures" in capsys.readouterr().out
     evaluate = ["evaluate", "--data", data, "--samples", "2", "--steps", "2", "--output", str(out), "--quiet"]
-    assert cli.main(evaluate) == 0
+    sheet = tmp_path / "sheet.png"
+    assert cli.main([*evaluate, "--sheet", str(sheet)]) == 0
+    assert Image.open(sheet).size == (4 * 68 - 4, 64)  # two of each split
     report = json.loads(out.read_text())
     assert report == json.loads(capsys.readouterr().out)
     for split in ("train", "heldout"):

@@ -235,6 +235,7 @@ def test_from_scenes_to_samples_on_the_command_line(collection, tmp_path, capsys
     assert "this model is told --class or --boxes or --map" in capsys.readouterr().err
     scores = tmp_path / "scores.json"
     ask = ["evaluate", "--data", str(folder), "--cutouts", str(CUTOUTS), "--samples", "2", "--output", str(scores)]
-    assert cli.main([*ask, *model]) == 0
+    assert cli.main([*ask, "--sheet", str(drawn), *model]) == 0
+    assert Image.open(drawn).size == (10 * 68 - 4, 64)  # two of the classes, and of boxes and maps of either split
     report = json.loads(scores.read_text())
     assert 0 <= report["class"]["retrieved"] <= 1 and report["heldout"]["map"]["ground_alone"] > 0.5

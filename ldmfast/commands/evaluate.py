@@ -1,9 +1,11 @@
 """`ldmfast evaluate`: the scores of a model."""
 
+import contextlib
 import json
 import tempfile
 from pathlib import Path
 
+from ldmfast import imagefile
 from ldmfast.commands.common import add_model_options, command, pipeline
 
 
@@ -17,6 +19,7 @@ def add(commands):
     made.add_argument("--distances", action="store_true", help="also KID, precision, recall")
     made.add_argument("--inception", metavar="FILE", help="also FID: Inception's weights as TorchScript")
     made.add_argument("--output", help="also write the figures to this JSON file")
+    made.add_argument("--sheet", metavar="FILE", help="also write all samples, unpicked, as one picture, 16 a row")
     add_model_options(made)
 
 
@@ -29,11 +32,14 @@ def run(arguments):
     pipe = pipeline(arguments)
     composed = bool(takes(pipe.conditioner))
     _require_sense(arguments, pipe.conditioner, composed)
+    drawn = [] if arguments.sheet else None
     settings = dict(
         samples=arguments.samples, steps=arguments.steps, seed=arguments.seed, progress=not arguments.quiet,
-        guidance=pipe.guidance if arguments.guidance is None else arguments.guidance,
+        guidance=pipe.guidance if arguments.guidance is None else arguments.guidance, drawn=drawn,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        write = stack.enter_context(imagefile.writing(arguments.sheet)) if arguments.sheet else None
         data, cutouts = arguments.data or Path(scratch, "pictures"), None
         if composed or not arguments.data:
             folder, font = arguments.cutouts, arguments.font
@@ -45,6 +51,8 @@ def run(arguments):
             report = evaluate_scenes(pipe, data, cutouts, **settings)
         else:
             report = evaluate(pipe, data, **settings, extractors=_extractors(arguments))
+        if write:
+            write(imagefile.grid(drawn, 16))
     text = json.dumps(report, indent=2)
     if arguments.output:
         checkpoint.write_text(arguments.output, text + "\n")

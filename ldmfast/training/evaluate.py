@@ -10,6 +10,7 @@ import random
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ldmfast.training import metrics
 from ldmfast.training.autoencoder import score
@@ -88,10 +89,13 @@ def distances(pixels, real, extractors):
     return found
 
 
-def evaluate(pipeline, data, *, samples=128, steps=25, guidance=3.0, seed=0, progress=False, extractors=None):
+def evaluate(
+    pipeline, data, *, samples=128, steps=25, guidance=3.0, seed=0, progress=False, extractors=None, drawn=None
+):
     """Reconstruction, retrieval and distances, for the trained and the held-out pictures of the folder `data`.
 
     extractors  as `distances` takes them; None: no distances
+    drawn       a list to which all samples are added, PIL pictures in the order of drawing
     """
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
@@ -105,6 +109,8 @@ def evaluate(pipeline, data, *, samples=128, steps=25, guidance=3.0, seed=0, pro
         some = type(part)(part.pixels[some], tuple(part.rows[i] for i in some))
         asked = choose(part.rows, samples, seed)
         pixels = draw(pipeline, pictures, asked, steps=steps, guidance=guidance, seeds=seed, progress=progress)
+        if drawn is not None:
+            drawn.extend(Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels)
         report[split] = {
             "combinations": len({row["text"] for row in part.rows}),
             "reconstruction": score(pipeline.vae, some),

@@ -52,8 +52,13 @@ def _mean(values):
     return round(float(np.mean(list(values))), 4)
 
 
-def evaluate(pipe, data, cutouts, *, samples=96, steps=25, guidance=3.0, seed=0, batch=32, progress=False):
-    """The scores on the collection `data`, of training scenes and of held-out ones (pairs never seen together)."""
+def evaluate(
+    pipe, data, cutouts, *, samples=96, steps=25, guidance=3.0, seed=0, batch=32, progress=False, drawn=None
+):
+    """The scores on the collection `data`, of training scenes and of held-out ones (pairs never seen together).
+
+    drawn  a list to which all samples are added, PIL pictures in the order of drawing
+    """
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
     bare = next((row["file_name"] for row in read_rows(data) if not {"objects", "map"} <= row.keys()), None)
@@ -63,8 +68,10 @@ def evaluate(pipe, data, cutouts, *, samples=96, steps=25, guidance=3.0, seed=0,
 
     def draw(kind, values):
         told = [{kind: value} for value in values] if hasattr(pipe.conditioner, "members") else values
-        drawn = pipe(told, steps=steps, guidance=guidance, seeds=seed, batch=batch, progress=progress)
-        return [detector(picture) for picture in drawn]
+        pictures = pipe(told, steps=steps, guidance=guidance, seeds=seed, batch=batch, progress=progress)
+        if drawn is not None:
+            drawn.extend(pictures)
+        return [detector(picture) for picture in pictures]
 
     report = {"samples": samples, "steps": steps, "guidance": guidance, "seed": seed}
     if "class" in known:
