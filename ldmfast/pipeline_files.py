@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -87,9 +89,30 @@ def _load(kind, folder, dtype):
         raise ValueError(f"{folder} could not be loaded: {reason}") from error
 
 
-def save_parts(folder, *, unet, vae, scheduler, conditioner, guidance, dtype=None):
-    """Write what `load_parts` reads. `dtype` converts the weights in the files only."""
-    folder = Path(folder)
+def save_parts(folder, *, dtype=None, **parts):
+    """Write what `load_parts` reads. `dtype` converts the weights in the files only.
+
+    All of it is written beside `folder` and then moved in, so that what was there stays until it is complete; what the
+    folder holds beside a pipeline's parts is left alone.
+    parts  unet, vae, scheduler, conditioner, guidance
+    """
+    folder = Path(folder).resolve()
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_parts(partial, dtype=dtype, **parts)
+        folder.mkdir(exist_ok=True)
+        for written in list(partial.iterdir()):
+            target = folder / written.name
+            if target.is_dir():
+                os.replace(target, partial / f"{written.name}.old")
+            os.replace(written, target)
+    finally:
+        shutil.rmtree(partial)
+
+
+def _write_parts(folder, *, unet, vae, scheduler, conditioner, guidance, dtype):
     conditioner.save_pretrained(folder / "conditioner", dtype=dtype)  # first: it may refuse
     for name, network in (("unet", unet), ("vae", vae)):
         module = copy.deepcopy(network)  # a cast there and back would round the live weights

@@ -8,6 +8,7 @@ from PIL import Image
 from test_pipeline_pictures import half_mask, picture, told_a_class, told_nothing
 
 from ldmfast import cli
+from ldmfast.commands import sample
 from ldmfast.models.conditioning_spatial import LowResolution
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # numpy's, about diffusers
@@ -51,6 +52,13 @@ def test_from_a_picture_and_a_mask(models, tmp_path):
     assert (pixels(out)[:, 8:] != pixels(models / "image.png")[:, 8:]).any()
     assert draw(models, "class", out, *begin, "--strength", "0.5", "--size", "8x12") == 0
     assert pixels(out).shape == (12, 8, 3)
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees
+    Image.new("RGB", (12, 8)).save(tmp_path / "turned.png", exif=exif)
+    assert sample._read(tmp_path / "turned.png", None).size == (8, 12)
 
 
 def test_a_picture_is_enlarged_by_a_model_for_that(models, tmp_path):

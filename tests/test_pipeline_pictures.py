@@ -306,6 +306,23 @@ def test_saving_and_loading_keeps_the_picture(tmp_path, kind):
         LatentDiffusionPipeline.from_pretrained(tmp_path, text_encoder="minilm")
 
 
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    home, pipe = tmp_path / "saved", told_a_class()
+    pipe.save_pretrained(home)
+    (home / "README.md").write_text("mine")
+    before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.vae), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            told_a_class().save_pretrained(home)
+    assert before == {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+    pipe.save_pretrained(home, dtype=torch.float16)
+    assert (home / "README.md").read_text() == "mine" and not any(home.rglob("*.old"))
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (home / weights).stat().st_size < 0.7 * len(before[home / weights])
+
+
 def test_sdxl_by_a_conditioner_of_two_text_towers():
     """As diffusers' own pipeline: the same context, pooled state and sizes, the empty caption all zeros."""
     pipe = stable_diffusion_xl()

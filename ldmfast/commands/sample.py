@@ -99,13 +99,13 @@ def _with_prompts(told, prompts):
 
 
 def _read(path, size):
-    """The picture in a file, at the size asked for; None for none."""
-    from PIL import Image
+    """The picture in a file, turned upright, at the size asked for; None for none."""
+    from PIL import Image, ImageOps
 
     if path is None:
         return None
     with Image.open(path) as picture:
-        picture = picture.convert("RGB")
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
     return picture.resize(size, Image.LANCZOS) if size and picture.size != size else picture
 
 
