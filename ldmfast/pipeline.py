@@ -10,11 +10,11 @@ pipeline_files.py describes the folder that a pipeline is saved to, request.py w
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from ldmfast import shipped
 from ldmfast.diffusion import sampling
 from ldmfast.diffusion.samplers import make_sampler
 from ldmfast.models.conditioning import Condition, Hybrid, Unconditional
@@ -23,7 +23,6 @@ from ldmfast.pictures import to_pil
 from ldmfast.pipeline_files import load_parts, save_parts
 from ldmfast.request import Request, listed, make_canvas, seed_list
 
-DEFAULT_MODEL = Path(__file__).parent / "assets" / "emoji64"
 STEPS, GUIDANCE, STRENGTH = 25, 3.0, 0.8
 
 
@@ -51,12 +50,12 @@ class LatentDiffusionPipeline:
 
     @classmethod
     def from_pretrained(cls, folder=None, *, text_encoder=None, dtype=torch.float32):
-        """Load a saved pipeline, the shipped one by default.
+        """Load a saved pipeline, or a shipped one by its name (shipped.py); by default the shipped text model.
 
         text_encoder  "minilm", a hub name or a folder, in place of the one that the pipeline names
         Raises FileNotFoundError if a part is missing, ValueError if one is damaged, OSError without a text encoder.
         """
-        return cls(**load_parts(folder or DEFAULT_MODEL, text_encoder=text_encoder, dtype=dtype))
+        return cls(**load_parts(shipped.locate(folder), text_encoder=text_encoder, dtype=dtype))
 
     def save_pretrained(self, folder, *, dtype=None):
         """Write the folder that `from_pretrained` reads. `dtype` converts the weights in the files only."""

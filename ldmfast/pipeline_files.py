@@ -19,6 +19,7 @@ from pathlib import Path
 import diffusers
 import torch
 
+from ldmfast import shipped
 from ldmfast.models.conditioning import TextEncoder, load_conditioner
 
 # the class that a part's config.json names -> ours
@@ -46,7 +47,8 @@ def load_parts(folder, *, text_encoder=None, dtype=torch.float32):
     folder = Path(folder)
     for part in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
         if not (folder / part).is_file():
-            raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no {part}")
+            known = "" if folder.exists() else f"; the models that ship are {', '.join(shipped.names())}"
+            raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no {part}{known}")
     extra = folder / "ldmfast.json"
     settings = json.loads(extra.read_text()) if extra.is_file() else {}
     parts = {name: _load(_class_of(folder / name), folder / name, dtype) for name in ("unet", "vae")}

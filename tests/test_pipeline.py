@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from ldmfast import shipped
 from ldmfast.models import TextEncoder
 from ldmfast.models.conditioning import locate
-from ldmfast.pipeline import DEFAULT_MODEL, TextToImagePipeline
+from ldmfast.pipeline import TextToImagePipeline
 from ldmfast.request import Request
 from ldmfast.training import emoji, evaluate
 from ldmfast.training.data import load_pictures
@@ -68,7 +69,7 @@ def test_diffusers_own_pipeline_draws_the_same_picture(pipeline):
     prompt = "a crown on a purple background"
     ours = pipeline(prompt, steps=4, guidance=3.0, seeds=5)[0]
     stock = diffusers.StableDiffusionPipeline.from_pretrained(
-        DEFAULT_MODEL,
+        shipped.locate(),
         text_encoder=pipeline.encoder.model,
         tokenizer=pipeline.encoder.tokenizer,
         torch_dtype=torch.float32,
@@ -89,7 +90,7 @@ def test_saving_and_loading_keeps_the_picture(pipeline, tmp_path):
 
 
 def test_the_shipped_weights_are_small():
-    weights = list(DEFAULT_MODEL.rglob("*.safetensors"))
+    weights = list(shipped.locate().rglob("*.safetensors"))
     assert len(weights) == 2 and sum(path.stat().st_size for path in weights) <= 20e6
 
 
@@ -118,7 +119,7 @@ def test_a_missing_part_is_named(tmp_path):
 
 
 def test_damaged_weights_are_named(tmp_path):
-    shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    shutil.copytree(shipped.locate(), tmp_path / "model")
     weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="vae could not be loaded"):

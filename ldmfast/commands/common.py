@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ldmfast import shipped
+
 
 def command(commands, name, text, run):
     """A parser for `name` among `commands`, which calls run(arguments)."""
@@ -12,7 +14,8 @@ def command(commands, name, text, run):
 
 
 def add_model_options(command):
-    command.add_argument("--model", help="a saved pipeline's folder (default: the shipped model)")
+    command.add_argument("--model", help="a saved pipeline's folder or released file, or a model that ships: "
+                         f"{', '.join(shipped.names())} (default: {shipped.TEXT})")  # fmt: skip
     command.add_argument("--text-encoder", help="'minilm', a hub name or a folder; default: the one trained with")
     command.add_argument("--lora", action="append", default=[], type=_lora, metavar="FILE[:SCALE]",
                          help="add this LoRA, as `ldmfast train lora` writes it; may be given again")  # fmt: skip
@@ -50,8 +53,9 @@ def _lora(text):
         return text, 1.0
 
 
-def pipeline(arguments):
-    """The pipeline that --model, --text-encoder, --lora, --device and --dtype name."""
+def pipeline(arguments, default=shipped.TEXT):
+    """The pipeline that --model, --text-encoder, --lora, --device and --dtype name.   default  where --model does not
+    """
     import torch
 
     from ldmfast.pipeline import LatentDiffusionPipeline
@@ -61,13 +65,11 @@ def pipeline(arguments):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.model and (Path(arguments.model).is_file() or Path(arguments.model, "text_encoder").is_dir()):
-        pipe = _stable_diffusion(arguments.model, arguments.text_encoder, dtype)
+    dtype, model = getattr(torch, arguments.dtype), arguments.model or default
+    if Path(model).is_file() or Path(model, "text_encoder").is_dir():
+        pipe = _stable_diffusion(model, arguments.text_encoder, dtype)
     else:
-        pipe = LatentDiffusionPipeline.from_pretrained(
-            arguments.model, text_encoder=arguments.text_encoder, dtype=dtype
-        )
+        pipe = LatentDiffusionPipeline.from_pretrained(model, text_encoder=arguments.text_encoder, dtype=dtype)
     if arguments.lora:
         from ldmfast.models.lora import load_lora
 

@@ -13,6 +13,12 @@ def add_options(made):
                        help="semantic maps in the model's palette colours")  # fmt: skip
 
 
+def given(arguments):
+    """{"class" | "boxes" | "map": values} of the options that were given."""
+    options = {"class": arguments.classes, "boxes": arguments.boxes, "map": arguments.maps}
+    return {kind: values for kind, values in options.items() if values}
+
+
 def inputs(arguments, conditioner):
     """The conditioner's inputs, one a picture, or None if none of the three options was given.
 
@@ -21,19 +27,18 @@ def inputs(arguments, conditioner):
     """
     from ldmfast.models.conditioning import takes
 
-    given = {"class": arguments.classes, "boxes": arguments.boxes, "map": arguments.maps}
-    given = {kind: values for kind, values in given.items() if values}
-    if not given:
+    asked = given(arguments)
+    if not asked:
         return None
     known = takes(conditioner)
-    for kind in given:
+    for kind in asked:
         if kind not in known:
             raise ValueError(f"this model takes no --{kind}; it is told {', '.join(known) or 'a prompt or nothing'}")
-    lengths = {len(values) for values in given.values()}
+    lengths = {len(values) for values in asked.values()}
     if len(lengths) > 1:
-        raise ValueError(f"{', '.join(f'--{kind} {len(v)}' for kind, v in given.items())}: give as many of each")
+        raise ValueError(f"{', '.join(f'--{kind} {len(v)}' for kind, v in asked.items())}: give as many of each")
     read = {"class": lambda text: _class(text, known["class"]), "boxes": _boxes, "map": _map}
-    columns = {kind: [read[kind](value) for value in values] for kind, values in given.items()}
+    columns = {kind: [read[kind](value) for value in values] for kind, values in asked.items()}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return rows if hasattr(conditioner, "members") else [next(iter(row.values())) for row in rows]
 

@@ -4,6 +4,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+from ldmfast import shipped
 from ldmfast.commands import conditions
 from ldmfast.commands.common import add_model_options, command, pipeline, width_height
 
@@ -52,7 +53,7 @@ def run(arguments):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     image, mask = (_read(path, arguments.size) for path in (arguments.image, arguments.mask))
     with imagefile.writing(arguments.output) as write, contextlib.ExitStack() as after:
-        pipe = pipeline(arguments)
+        pipe = pipeline(arguments, shipped.SCENES if conditions.given(arguments) else shipped.TEXT)
         asked = _inputs(arguments, pipe)
         columns = arguments.columns or (arguments.number if len(asked) > 1 else None)
 

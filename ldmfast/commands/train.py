@@ -27,7 +27,8 @@ def add(commands):
         if name == "lora":
             made.add_argument("--model", help="the saved pipeline to finetune (default: the shipped model)")
         elif name != "autoencoder":
-            made.add_argument("--autoencoder", required=True, help="--output of `ldmfast train autoencoder`")
+            made.add_argument("--autoencoder", required=True,
+                              help="--output of `ldmfast train autoencoder`, or a model that ships")  # fmt: skip
         made.add_argument("--output", required=True, help="the folder for checkpoints and the finished model")
         made.add_argument("--recipe", help="a recipe's name (`ldmfast recipes`) or YAML file; options override it")
         made.add_argument("--restart", action="store_true", help="begin again even if there is a checkpoint")

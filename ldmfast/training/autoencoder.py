@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ldmfast import imagefile
+from ldmfast import imagefile, shipped
 from ldmfast.models import AutoencoderKL, VQModel
 from ldmfast.pictures import to_pil
 from ldmfast.training import checkpoint, codebook, losses
@@ -65,8 +65,11 @@ def _unit_gain(model):
 
 
 def load(folder):
-    """The vae/ that a stage 1 wrote, float32. Raises FileNotFoundError naming the command that makes it."""
-    home = Path(folder, "vae")
+    """The vae/ that a stage 1 wrote, or of a shipped model by its name, float32.
+
+    Raises FileNotFoundError naming the command that makes it.
+    """
+    home = shipped.locate(folder) / "vae"
     if not (home / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no vae/; train it first: ldmfast train autoencoder --output {folder}")
     name = json.loads((home / "config.json").read_text())["_class_name"]
