@@ -122,6 +122,7 @@ class LatentDiffusionPipeline:
         """Latents [N, z, h, w] for N inputs and seeds.   watch(i, times, function giving the predicted latents)"""
         canvas = self.canvas(len(inputs)) if canvas is None else canvas
         device, dtype, scheduler = self.unet.device, self.unet.dtype, request.scheduler
+        inputs = self.conditioner.complete(inputs, seeds)
         told = self.condition(inputs, canvas, request.guided).to(device, dtype)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = self._noise(generators, canvas.size).to(device, dtype)

@@ -140,11 +140,11 @@ def test_iou():
     assert iou([0, 0, 0.5, 1], [0.25, 0, 0.75, 1]) == pytest.approx(1 / 3)
 
 
-def test_a_scene_is_told_by_class_boxes_or_map(collection):
+def test_a_scene_is_told_by_boxes_or_map(collection):
     folder, rows = collection
     one = next(row for row in rows if len(row["objects"]) == 1)
     several = next(row for row in rows if len(row["objects"]) > 1)
-    assert [next(iter(each)) for each in scene_denoiser.inputs(one, folder)] == ["class", "boxes", "map"]
+    assert [next(iter(each)) for each in scene_denoiser.inputs(one, folder)] == ["boxes", "map"]
     assert [next(iter(each)) for each in scene_denoiser.inputs(several, folder)] == ["boxes", "map"]
 
 
@@ -193,12 +193,12 @@ def test_what_is_no_collection_of_scenes_is_not_scored(tmp_path):
         evaluate_scenes.evaluate(None, tmp_path, {}, samples=1)
 
 
-def test_the_network_of_scenes_is_told_all_three(collection):
+def test_the_network_of_scenes_is_told_boxes_and_maps(collection):
     folder, rows = collection
     settings = ScenesConfig(channels=(16, 32), attention=(0, 1), groups=8, head_width=16, width=16, map_channels=2)
-    told = scene_denoiser.conditioner(settings, 16, 2)
+    told = scene_denoiser.conditioner(settings, 16, 2, rows)
     unet = denoiser.network(settings, (4, 16, 16), told).eval()
-    assert unet.config.in_channels == 4 + 2 + (10 + 2 + 10) + 2
+    assert unet.config.in_channels == 4 + (10 + 2 + 10) + 2
     one = next(row for row in rows if len(row["objects"]) == 1)
     x = torch.randn(1, 4, 16, 16)
     with torch.no_grad():
@@ -207,9 +207,34 @@ def test_the_network_of_scenes_is_told_all_three(collection):
             assert not torch.equal(told([value]).predict(unet, x, 500), nothing), value
 
 
+def test_a_class_is_told_as_one_of_its_boxes(collection):
+    _, rows = collection
+    boxes = scene_denoiser.class_boxes(rows)
+    shown = {o["object"] for row in rows if row["split"] == "train" for o in row["objects"]}
+    lone = {row["objects"][0]["object"] for row in rows if row["split"] == "train" and len(row["objects"]) == 1}
+    assert set(boxes) == shown and lone
+    for name in lone:
+        assert all([{"object": name, "box": box}] in [row["objects"] for row in rows] for box in boxes[name])
+    settings = ScenesConfig(channels=(16,), attention=(1,), width=16, map_channels=2)
+    told = scene_denoiser.conditioner(settings, 16, 2, rows)
+    name, label = next(iter(lone)), torch.zeros(64, 64, dtype=torch.uint8)
+    first, again, other = (told.complete([{"class": name, "map": label}], [seed])[0] for seed in (3, 3, 4))
+    assert first == again and set(first) == {"boxes", "map"} and first["boxes"][0]["object"] == name
+    assert {tuple(told.complete([{"class": name}], [s])[0]["boxes"][0]["box"]) for s in range(200)} == {
+        tuple(box) for box in boxes[name]
+    }
+    assert told.complete([{"map": label}], [0]) == [{"map": label}] and other
+    with pytest.raises(ValueError, match="class is drawn as boxes, and this input has both"):
+        told.complete([{"class": name, "boxes": []}], [0])
+    with pytest.raises(ValueError, match="did you mean"):
+        told.complete([{"class": name + "s"}], [0])
+    with pytest.raises(ValueError, match="a class is told as a box; call complete"):
+        told([{"class": name}])
+
+
 @pytest.mark.parametrize("option", ["--condition", "--text-encoder", "--class-key", "--text-layers"])
 def test_options_that_scenes_would_ignore_are_refused(option, capsys):
-    """What a scene is told is not chosen: it is all three."""
+    """What a scene is told is not chosen: it is boxes and maps."""
     with pytest.raises(SystemExit):
         cli.main(["train", "scenes", "--data", "d", "--autoencoder", "a", "--output", "o", option, "class"])
     assert f"unrecognized arguments: {option} class" in capsys.readouterr().err

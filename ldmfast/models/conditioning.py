@@ -28,6 +28,7 @@ HOMES = {
     "TwoTextEncoders": "ldmfast.models.conditioning_sdxl",
     "ClassEmbedder": "ldmfast.models.conditioning_tokens",
     "BoxEncoder": "ldmfast.models.conditioning_tokens",
+    "PlacedClass": "ldmfast.models.conditioning_tokens",
     "LayoutEncoder": "ldmfast.models.conditioning_transformer",
     "TransformerText": "ldmfast.models.conditioning_transformer",
     "MapEncoder": "ldmfast.models.conditioning_spatial",
@@ -147,6 +148,10 @@ class Conditioner(nn.Module):
         """The condition that says nothing, n times: for guidance and its dropout."""
         raise NotImplementedError
 
+    def complete(self, inputs, seeds):
+        """The inputs of N pictures with what they leave open drawn, each by its picture's seed; here nothing is."""
+        return inputs
+
     @property
     def device(self):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -245,6 +250,21 @@ class Hybrid(Conditioner):
     def empty(self, n):
         return _side_by_side([m.empty(n) for m in self.members.values()])
 
+    def complete(self, inputs, seeds):
+        """An input for a member that `stands_for` another is drawn as that one's."""
+        stand_ins = {name: m for name, m in self.members.items() if hasattr(m, "stands_for")}
+        return [self._completed(value, seed, stand_ins) for value, seed in zip(inputs, seeds, strict=True)]
+
+    @staticmethod
+    def _completed(value, seed, stand_ins):
+        given = [name for name in stand_ins if isinstance(value, dict) and name in value]
+        for name in given:
+            other = stand_ins[name].stands_for
+            if other in value:
+                raise ValueError(f"Hybrid: {name} is drawn as {other}, and this input has both; give one of them")
+            value = {k: v for k, v in value.items() if k != name} | {other: stand_ins[name].draw(value[name], seed)}
+        return value
+
     def save_pretrained(self, folder, *, dtype=None):
         for name, member in self.members.items():
             member.save_pretrained(Path(folder, name), dtype=dtype)
@@ -283,10 +303,10 @@ def __getattr__(name):
 def takes(conditioner):
     """{"class", "boxes", "map": the conditioner that takes it} of a conditioner or of a Hybrid's members."""
     from ldmfast.models.conditioning_spatial import MapEncoder
-    from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder
+    from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder, PlacedClass
     from ldmfast.models.conditioning_transformer import LayoutEncoder
 
-    kinds = {"class": ClassEmbedder, "boxes": (BoxEncoder, LayoutEncoder), "map": MapEncoder}
+    kinds = {"class": (ClassEmbedder, PlacedClass), "boxes": (BoxEncoder, LayoutEncoder), "map": MapEncoder}
     members = getattr(conditioner, "members", None)
     if members is None:
         return {kind: conditioner for kind, types in kinds.items() if isinstance(conditioner, types)}

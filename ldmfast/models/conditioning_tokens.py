@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import random
 
 import torch
 from torch import nn
@@ -70,6 +71,36 @@ class ClassEmbedder(Conditioner):
         if self.mode == "concat":
             return Condition(concat=vector[..., None, None])
         return Condition(context=vector[:, None])
+
+
+class PlacedClass(Conditioner):
+    """A class alone, for a Hybrid that is told boxes: one of the class's boxes is drawn, and told in its place.
+
+    p(picture | class) = sum over boxes of p(picture | class, box) p(box | class): a network that is told where the
+    object stands learns in a fraction of the steps what it looks like.
+
+    boxes       {class: [[x0, y0, x1, y1], ...]}, those of the collection that the model was trained on
+    stands_for  the member that the box is told to
+    """
+
+    def __init__(self, boxes, stands_for="boxes"):
+        super().__init__(boxes=boxes, stands_for=stands_for)
+        self.classes, self.stands_for = ClassNames(list(boxes), "PlacedClass"), stands_for
+        self.boxes = [[check_box(box, "PlacedClass") for box in each] for each in boxes.values()]
+        if bare := next((name for name, each in boxes.items() if not each), None):
+            raise ValueError(f"PlacedClass: no box of {bare!r} to draw from")
+
+    def draw(self, value, seed):
+        """The layout that is told for the class `value`; the same one for the same seed."""
+        index = self.classes.index(value)
+        box = self.boxes[index][random.Random(seed).randrange(len(self.boxes[index]))]
+        return [{"object": self.classes.names[index], "box": box}]
+
+    def forward(self, inputs):
+        raise ValueError("PlacedClass: a class is told as a box; call complete(inputs, seeds) of the Hybrid first")
+
+    def empty(self, n):
+        return Condition()
 
 
 def check_objects(value, classes, most):

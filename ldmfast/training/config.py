@@ -181,7 +181,7 @@ class DenoiserConfig(LatentsConfig):
 
 @dataclass(frozen=True)
 class ScenesConfig(LatentsConfig):
-    """Stage 2 on composed scenes: a denoiser that is told a class, boxes or a semantic map."""
+    """Stage 2 on composed scenes: a denoiser that is told boxes, among them a class's, or a semantic map."""
 
     channels: tuple = option((32, 64, 96), "channels at each resolution")
     groups: int = option(16, "groups of GroupNorm")
@@ -189,7 +189,7 @@ class ScenesConfig(LatentsConfig):
     min_snr: float = option(0.0, "min-SNR-gamma loss weighting; 0 turns it off")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     guidance_dropout: float = option(0.1, "share of what is told replaced by nothing")
-    plain_captions: float = option(0.5, "share of draws that tell a scene's class, or boxes where it has several")
+    plain_captions: float = option(0.5, "share of draws that tell boxes; the others tell boxes or the map")
     width: int = option(128, "channels of the boxes' tokens")
     map_channels: int = option(8, "channels that a semantic map is brought to, and boxes are filled with")
 

@@ -1,7 +1,8 @@
-"""Stage 2 on composed scenes: one denoiser that is told a class, boxes or a semantic map, its encoders trained jointly.
+"""Stage 2 on composed scenes: one denoiser that is told boxes or a semantic map, its encoders trained jointly.
 
-A step tells each picture of its batch one kind of thing, so that the three share what they learn of the objects: a
-scene of one object its class, its box or its map; a scene of several its boxes or its map.
+A step tells each picture of its batch one kind of thing, so that both share what they learn of the objects. A class
+alone is told as one of the boxes that it has in the collection (`PlacedClass`): told by itself, as a label, a token or
+a vector beside the latent, its objects were still mosaics of the right colours when boxes held theirs.
 """
 
 from pathlib import Path
@@ -12,23 +13,39 @@ from PIL import Image
 
 from ldmfast.models.conditioning import Hybrid
 from ldmfast.models.conditioning_spatial import MapEncoder
-from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder
+from ldmfast.models.conditioning_tokens import BoxEncoder, PlacedClass
 from ldmfast.training import denoiser, scenes
+from ldmfast.training.data import read_rows
+
+LAYOUTS = 16  # boxes of a class that are kept to draw from
 
 
-def conditioner(config, side, halvings):
-    """The three encoders side by side: the class beside every place of the latent; boxes as three tokens and
-    filled in beside the latent, with its coordinates; the map's channels beside the latent.
+def conditioner(config, side, halvings, rows):
+    """Boxes as three tokens and filled in beside the latent, with its coordinates; the map's channels beside the
+    latent; a class as one of the boxes that it has in `rows`.
 
     side      of the latent
     halvings  of the first stage: 2 for f = 4
     """
     torch.manual_seed(config.seed)
     return Hybrid(**{
-        "class": ClassEmbedder(list(scenes.OBJECTS), config.map_channels, mode="concat"),
+        "class": PlacedClass(class_boxes(rows)),
         "boxes": BoxEncoder(list(scenes.OBJECTS), config.width, objects=3, grid=side, paint=config.map_channels),
         "map": MapEncoder(list(scenes.CLASSES), config.map_channels, stages=halvings, palette=scenes.palette()),
     })  # fmt: skip
+
+
+def class_boxes(rows, most=LAYOUTS):
+    """{object: at most `most` boxes} of the training scenes: of those that it has alone, or else of all. An object
+    that they do not show is left out."""
+    alone, any_ = ({name: [] for name in scenes.OBJECTS} for _ in range(2))
+    for row in rows:
+        for each in row["objects"] if row["split"] == "train" else ():
+            any_[each["object"]].append(each["box"])
+            if len(row["objects"]) == 1:
+                alone[each["object"]].append(each["box"])
+    found = {name: (alone[name] or any_[name])[:most] for name in scenes.OBJECTS}
+    return {name: boxes for name, boxes in found.items() if boxes}
 
 
 def read_map(path):
@@ -39,15 +56,15 @@ def read_map(path):
 
 def inputs(row, folder):
     """What a scene can be told, one kind each; the first is drawn most."""
-    told = [{"boxes": row["objects"]}, {"map": read_map(Path(folder, row["map"]))}]
-    return [{"class": row["objects"][0]["object"]}, *told] if len(row["objects"]) == 1 else told
+    return [{"boxes": row["objects"]}, {"map": read_map(Path(folder, row["map"]))}]
 
 
 def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     """Train on the scenes in `data`, write checkpoints and the finished pipeline to `folder`. Returns the losses."""
     vae = denoiser.load_autoencoder(autoencoder).config
     halvings = len(vae.block_out_channels) - 1
+    told = conditioner(config, vae.sample_size >> halvings, halvings, read_rows(data))
     return denoiser.train(
-        data, autoencoder, folder, config, conditioner=conditioner(config, vae.sample_size >> halvings, halvings),
-        describe=lambda row: inputs(row, data), restart=restart, quiet=quiet,
+        data, autoencoder, folder, config, conditioner=told, describe=lambda row: inputs(row, data), restart=restart,
+        quiet=quiet,
     )  # fmt: skip
