@@ -15,6 +15,7 @@ from ldmfast.commands import conditions
 from ldmfast.models.conditioning import Hybrid
 from ldmfast.models.conditioning_spatial import MapEncoder
 from ldmfast.models.conditioning_tokens import BoxEncoder, ClassEmbedder
+from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.training import denoiser, emoji, evaluate_scenes, scene_denoiser, scenes
 from ldmfast.training.config import ScenesConfig
 from ldmfast.training.detect import Detector, iou
@@ -264,3 +265,16 @@ def test_from_scenes_to_samples_on_the_command_line(collection, tmp_path, capsys
     assert Image.open(drawn).size == (10 * 68 - 4, 64)  # two of the classes, and of boxes and maps of either split
     report = json.loads(scores.read_text())
     assert 0 <= report["class"]["retrieved"] <= 1 and report["heldout"]["map"]["ground_alone"] > 0.5
+
+
+def test_the_model_that_ships_draws_the_class_the_boxes_and_the_map(cutouts, tmp_path):
+    pipe, detector = LatentDiffusionPipeline.from_pretrained("scenes64"), Detector(cutouts)
+    names = ["panda", "soccer ball", "car", "dog"]
+    found = [detector(p) for p in pipe([{"class": name} for name in names], steps=15)]
+    assert sum(each.objects[0]["object"] == name for each, name in zip(found, names, strict=True)) >= 3
+
+    rng = np.random.default_rng(1)
+    _, label, objects = scenes.draw(cutouts, rng, ["soccer ball", "panda"], "yellow", 64)
+    boxes, mapped = (detector(p) for p in pipe([{"boxes": objects}, {"map": torch.from_numpy(label)}], steps=15))
+    assert evaluate_scenes.boxes_score([boxes], [objects])["iou"] > 0.5
+    assert evaluate_scenes.map_score([mapped], [label])["agreement"] > 0.8

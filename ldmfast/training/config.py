@@ -1,4 +1,4 @@
-"""What a training run is made of. Where the shipped model's recipe differs, assets/emoji64/train.sh says so.
+"""What a training run is made of. Where a shipped model's recipe differs, ldmfast/recipes says so.
 
 Every field is also an option of `ldmfast train ...` (`save_every` is `--save-every`) and a key of a recipe.
 """
