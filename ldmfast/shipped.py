@@ -3,7 +3,7 @@
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
-TEXT = "emoji64"  # told a prompt
+TEXT = "emoji600"  # told a prompt
 SCENES = "scenes64"  # told a class, boxes or a semantic map
 
 
