@@ -22,6 +22,8 @@ template <class T> void add_chunk(Moments& moments, const T* x, int64_t count, d
   const float mean = reduce_add((s[0] + s[1]) + (s[2] + s[3])) / (float)count;
 
   for (int64_t i = 0; i < whole; i += 2 * kPair) {
+    __builtin_prefetch(x + i + kChunk);  // the next chunk, while this pass has its own at hand
+    __builtin_prefetch(x + i + kChunk + kPair);
     load_pair(x + i, v[0], v[1]);
     load_pair(x + i + kPair, v[2], v[3]);
     for (int j = 0; j < 4; ++j) {
@@ -54,9 +56,20 @@ template <class T> void add_row(Moments& moments, const T* x, int64_t count, dou
 template <class T, bool kSilu> void write_row(const T* x, T* y, int64_t count, int64_t ahead, Affine k) {
   const VecF mean = splat(k.mean), a = splat(k.a), b = splat(k.b);
   int64_t i = 0;
+  for (; i + kAbreast * kPair <= count; i += kAbreast * kPair) {
+    VecF v[2 * kAbreast];
+#pragma GCC unroll 3
+    for (int j = 0; j < kAbreast; ++j) {
+      __builtin_prefetch(x + i + j * kPair + ahead, 0, 2);  // 0.62 -> 0.56 ms of one thread
+      load_pair(x + i + j * kPair, v[2 * j], v[2 * j + 1]);
+    }
+#pragma GCC unroll 6
+    for (int j = 0; j < 2 * kAbreast; ++j) v[j] = apply<T, kSilu>(v[j], mean, a, b);
+#pragma GCC unroll 3
+    for (int j = 0; j < kAbreast; ++j) write_pair<T, kSilu>(y + i + j * kPair, v[2 * j], v[2 * j + 1]);
+  }
   for (; i + kPair <= count; i += kPair) {
     VecF u, v;
-    __builtin_prefetch(x + i + ahead, 0, 2);  // 0.62 -> 0.56 ms, [2, 320, 64, 64] bfloat16, one thread of a Zen 4
     load_pair(x + i, u, v);
     write_pair<T, kSilu>(y + i, apply<T, kSilu>(u, mean, a, b), apply<T, kSilu>(v, mean, a, b));
   }

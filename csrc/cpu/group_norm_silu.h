@@ -14,6 +14,14 @@ constexpr int64_t kSlab = 256;              // channels that one task sums
 constexpr int64_t kWriteBytes = 32 * 1024;  // of x that one task writes
 constexpr int64_t kSerial = 16 * 1024;      // elements below which waking threads costs more than it gives
 
+// Pairs of vectors whose steps the compiler alternates (CMakeLists.txt), for each step of SiLU waits for its last one.
+// 0.39 -> 0.34 ms of writing [2, 320, 64, 64] bfloat16, one thread of a Zen 4; 16 registers hold one pair.
+#if defined(__AVX512F__)
+constexpr int kAbreast = 3;
+#else
+constexpr int kAbreast = 1;
+#endif
+
 struct Moments {
   double count, mean, m2;
 
@@ -100,9 +108,11 @@ Plan plan_of(const GroupNormSiluArgs& g) {
 // The first pixel's value is subtracted from float32, whose sums would else lose what the mean is larger than the rest.
 template <class T> constexpr bool kPivot = sizeof(T) == 4;
 
-// sums of kPairs * kPair channels over a chunk's pixels: of x - pivot, and of squares about the chunk's mean
+// Sums of kPairs * kPair channels over a chunk's pixels: of x - pivot, and of squares about the chunk's mean.
+// ahead: elements from here to the block that is summed next, which no prefetcher of the processor finds
 template <class T, int kPairs>
-LDMFAST_INLINE void block_sums(const T* x, const T* pivot, int64_t pixels, int64_t stride, float* sum, float* square) {
+LDMFAST_INLINE void block_sums(const T* x, const T* pivot, int64_t pixels, int64_t stride, int64_t ahead, float* sum,
+                               float* square) {
   constexpr int kVectors = 2 * kPairs;
   VecF m[kVectors] = {}, s[kVectors] = {}, q[kVectors] = {}, v[kVectors];
   for (int j = 0; kPivot<T> && j < kVectors; j += 2) load_pair(pivot + j * kLanes, m[j], m[j + 1]);
@@ -114,6 +124,8 @@ LDMFAST_INLINE void block_sums(const T* x, const T* pivot, int64_t pixels, int64
   }
   for (int j = 0; j < kVectors; ++j) m[j] += s[j] / (float)pixels;
   for (int64_t p = 0; p < pixels; ++p) {
+    __builtin_prefetch(x + p * stride + ahead, 0, 2);
+    if (kPairs * kPair * sizeof(T) > 64) __builtin_prefetch(x + p * stride + ahead + 64 / sizeof(T), 0, 2);
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; j += 2) load_pair(x + p * stride + j * kLanes, v[j], v[j + 1]);
 #pragma GCC unroll 4
@@ -143,10 +155,11 @@ void slab_sums(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t 
   float *sum = plan.sums + (n * plan.chunks + chunk) * 2 * g.C, *square = sum + g.C;
   int64_t c = slab * kSlab;
   for (; c + 2 * kPair <= end; c += 2 * kPair) {
-    block_sums<T, 2>(x + c, pivot + c, pixels, g.stride_xp, sum + c, square + c);
+    const int64_t ahead = c + 2 * kPair < g.C ? 2 * kPair : kPixels * g.stride_xp - c;
+    block_sums<T, 2>(x + c, pivot + c, pixels, g.stride_xp, ahead, sum + c, square + c);
   }
   for (; c + kPair <= end; c += kPair) {
-    block_sums<T, 1>(x + c, pivot + c, pixels, g.stride_xp, sum + c, square + c);
+    block_sums<T, 1>(x + c, pivot + c, pixels, g.stride_xp, kPair, sum + c, square + c);
   }
   for (; c < end; ++c) channel_sums(x + c, pivot + c, pixels, g.stride_xp, sum + c, square + c);
 }
@@ -195,6 +208,19 @@ template <class T, bool kSilu> void merge(const GroupNormSiluArgs& g, const Plan
   for (int64_t group = first; group < end; ++group) merge_channels<T, kSilu>(g, plan, n, group);
 }
 
+template <class T, bool kSilu, int kPairs>
+LDMFAST_INLINE void write_pairs(const T* x, T* y, const float* mean, const float* a, const float* b) {
+  VecF v[2 * kPairs];
+#pragma GCC unroll 3
+  for (int j = 0; j < kPairs; ++j) load_pair(x + j * kPair, v[2 * j], v[2 * j + 1]);
+#pragma GCC unroll 6
+  for (int j = 0; j < 2 * kPairs; ++j) {
+    v[j] = apply<T, kSilu>(v[j], load(mean + j * kLanes), load(a + j * kLanes), load(b + j * kLanes));
+  }
+#pragma GCC unroll 3
+  for (int j = 0; j < kPairs; ++j) write_pair<T, kSilu>(y + j * kPair, v[2 * j], v[2 * j + 1]);
+}
+
 template <class T, bool kSilu>
 void write_block(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t block) {
   const int64_t end = min64(g.P, (block + 1) * plan.rows);
@@ -203,13 +229,10 @@ void write_block(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_
     const T* x = (const T*)g.x + n * g.stride_xn + p * g.stride_xp;  // [C]
     T* y = (T*)g.y + (n * g.P + p) * g.C;                            // [C]
     int64_t c = 0;
-    for (; c + kPair <= g.C; c += kPair) {
-      VecF u, v;
-      load_pair(x + c, u, v);
-      u = apply<T, kSilu>(u, load(mean + c), load(a + c), load(b + c));
-      v = apply<T, kSilu>(v, load(mean + c + kLanes), load(a + c + kLanes), load(b + c + kLanes));
-      write_pair<T, kSilu>(y + c, u, v);
+    for (; c + kAbreast * kPair <= g.C; c += kAbreast * kPair) {
+      write_pairs<T, kSilu, kAbreast>(x + c, y + c, mean + c, a + c, b + c);
     }
+    for (; c + kPair <= g.C; c += kPair) write_pairs<T, kSilu, 1>(x + c, y + c, mean + c, a + c, b + c);
     for (; c < g.C; c += kLanes) {
       const int64_t w = min64(kLanes, g.C - c);
       VecF v = apply<T, kSilu>(load_first(x + c, w), load_first(mean + c, w), load_first(a + c, w),
