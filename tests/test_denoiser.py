@@ -17,7 +17,18 @@ from PIL import Image
 from ldmfast.models.conditioning import Unconditional
 from ldmfast.models.conditioning_tokens import ClassEmbedder
 from ldmfast.pipeline import LatentDiffusionPipeline
-from ldmfast.training import autoencoder, checkpoint, decoder, denoiser, emoji, latents, parallel, shown, told
+from ldmfast.training import (
+    autoencoder,
+    checkpoint,
+    decoder,
+    denoiser,
+    emoji,
+    first_stages,
+    latents,
+    parallel,
+    shown,
+    told,
+)
 from ldmfast.training.config import AutoencoderConfig, DecoderConfig, DenoiserConfig
 from ldmfast.training.data import load_pictures
 from ldmfast.training.draw import Draw
@@ -58,6 +69,8 @@ def test_a_decoder_is_sharpened_by_a_discriminator_under_the_same_latents(home, 
     )  # fmt: skip
     found = decoder.train(home / "pictures", home, tmp_path, config, quiet=True)
     assert (found["adversarial"], found["perceptual"], found["steps"]) == (0.5, "squeezenet1.1", 2)
+    row = first_stages.evaluate([tmp_path], home / "pictures", split="train", count=4)["rows"][0]
+    assert (row["adversarial"], row["trained_with"], row["steps"]) == (0.5, "squeezenet1.1", 2)
     before, after = autoencoder.load(home), autoencoder.load(tmp_path)
     kept = checkpoint.load(tmp_path / "decoder.pt")
     assert {"logvar", "discriminator.0.weight"} <= kept["model"].keys() and len(kept["optimizer"]) == 3

@@ -129,6 +129,19 @@ def test_the_discriminator_is_isolas(layers):
         net(torch.rand(2, 3, side // 2, side // 2))
 
 
+def test_a_spectrally_normalised_discriminator_sees_how_strong_a_picture_is():
+    net = adversarial.Discriminator(8, 2, "spectral")
+    convolutions = [m for m in net if isinstance(m, torch.nn.Conv2d)]
+    for _ in range(50):  # each forward improves its estimate of the largest singular value
+        net(torch.rand(2, 3, 32, 32))
+    for convolution in convolutions:
+        assert torch.linalg.matrix_norm(convolution.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():  # batch norm divides a factor out; here the logits' spread follows it
+        spread = [net(x * factor).std().item() for factor in (1.0, 0.5)]
+    assert spread[1] < 0.7 * spread[0]
+
+
 def test_the_released_discriminator_sees_70_pixels():
     net = adversarial.Discriminator()
     assert net(torch.rand(2, 3, 256, 256)).shape == (2, 1, 30, 30)
@@ -315,6 +328,8 @@ FULL = {
     "kl": {"adversarial": 0.5, "adversarial_start": 1, "logvar": "learned", "crop": 14},
     "vq": {"family": "vq", "adversarial": 0.5, "adversarial_start": 4, "logvar": "learned", "revive_every": 2,
            "codebook_start": 1},
+    "spectral": {"adversarial": 0.5, "adversarial_start": 4, "discriminator_lead": 3, "discriminator_norm": "spectral",
+                 "logvar": "learned"},
 }  # fmt: skip
 
 
@@ -376,7 +391,7 @@ def test_scores_are_of_the_quantised_pictures(collection):
     "wrong",
     [{"family": "gan"}, {"codebook": 0}, {"revive_every": -1}, {"codebook_start": -1}, {"perceptual": "lpips"},
      {"logvar": "free"}, {"adversarial": -0.5}, {"discriminator_lead": -1}, {"start": "zero"}, {"crop": 3},
-     {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}],
+     {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}, {"discriminator_norm": "group"}],
 )  # fmt: skip
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

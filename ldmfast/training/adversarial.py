@@ -1,6 +1,7 @@
 """The patch discriminator of stage 1: hinge losses, a delayed start, and the adaptive weight.
 
-Source: Isola et al. 2017 (the network), Esser et al. 2021, equation 7 (the weight), Rombach et al. 2022, appendix G.
+Source: Isola et al. 2017 (the network), Miyato et al. 2018 (spectral norm), Esser et al. 2021, equation 7 (the weight),
+Rombach et al. 2022, appendix G.
 """
 
 from __future__ import annotations
@@ -8,27 +9,33 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 
 class Discriminator(nn.Sequential):
-    """Pictures [N, 3, H, W] to one logit a patch [N, 1, h, w]: convolutions of 4x4, batch norm, leaky ReLU.
+    """Pictures [N, 3, H, W] to one logit a patch [N, 1, h, w]: convolutions of 4x4, normalised, and leaky ReLU.
 
     channels  width after the first convolution; it doubles with each layer, to 8 times that at most
     layers    convolutions of stride 2
+    norm      "batch": batch norm after all but the first and the last, as released with LDM. It takes pictures and
+              reconstructions in batches of their own, so what a blur does to the strength of a feature is divided out.
+              "spectral": every convolution's weight is divided by its largest singular value instead
     """
 
-    def __init__(self, channels: int = 64, layers: int = 3):
-        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+    def __init__(self, channels: int = 64, layers: int = 3, norm: str = "batch"):
+        batch, widths = norm == "batch", [channels * min(2**i, 8) for i in range(layers + 1)]
         parts = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, layers + 1):
             stride = 2 if i < layers else 1
-            parts += [
-                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[i]),
-                nn.LeakyReLU(0.2),
-            ]
+            parts.append(nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=not batch))
+            parts += [nn.BatchNorm2d(widths[i])] if batch else []
+            parts.append(nn.LeakyReLU(0.2))
         super().__init__(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.apply(_initialise)
+        if not batch:
+            for part in self:
+                if isinstance(part, nn.Conv2d):
+                    spectral_norm(part)
 
     def smallest(self) -> int:
         """The least side of a picture that leaves a logit."""

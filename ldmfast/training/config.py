@@ -6,6 +6,7 @@ Every field is also an option of `ldmfast train ...` (`save_every` is `--save-ev
 from dataclasses import dataclass, field, fields
 
 PERCEPTUAL = ("none", "auto", "lpips-vgg", "squeezenet1.1", "efficientnet-lite0", "ms-ssim")
+NORMS = ("batch", "spectral")
 CONDITIONS = ("text", "transformer", "class", "inpainting", "super-resolution", "none")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
@@ -66,6 +67,7 @@ class PictureLossConfig(RunConfig):
     discriminator_lead: int = option(0, "steps before that in which the discriminator already learns")
     discriminator_channels: int = option(64, "channels after the discriminator's first convolution")
     discriminator_layers: int = option(3, "convolutions of stride 2 in the discriminator")
+    discriminator_norm: str = option("batch", "normalisation in the discriminator", NORMS)
     discriminator_rate: float = option(0.0, "peak learning rate of the discriminator; 0: as what it judges")
 
     def __post_init__(self):

@@ -33,9 +33,12 @@ def evaluate(folders, data, *, split="heldout", size=None, count=512, seed=0, sc
 
 
 def _training(folder) -> dict:
-    """How it was trained, where its folder says so."""
-    path = Path(folder, "autoencoder.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """How it was trained, where its folder says so: the whole first stage, or its decoder again."""
+    for name in ("autoencoder.json", "decoder.json"):
+        path = Path(folder, name)
+        if path.is_file():
+            return json.loads(path.read_text())
+    return {}
 
 
 def _row(folder, model, trained) -> dict:

@@ -36,7 +36,7 @@ class Objective(nn.Module):
 
     def _discriminator(self, side):
         c = self.config
-        net = adversarial.Discriminator(c.discriminator_channels, c.discriminator_layers)
+        net = adversarial.Discriminator(c.discriminator_channels, c.discriminator_layers, c.discriminator_norm)
         least = net.smallest()
         if side < least:
             raise ValueError(f"{side} pixels: a discriminator of {c.discriminator_layers} layers needs {least}")
