@@ -3,12 +3,17 @@
 python tests/test_zoo.py      the table of rows
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import tempfile
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it: the table would wait for the hub's tokenizer
 
 import pytest
 import released_layout as layout
