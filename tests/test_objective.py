@@ -142,6 +142,43 @@ def test_a_spectrally_normalised_discriminator_sees_how_strong_a_picture_is():
     assert spread[1] < 0.7 * spread[0]
 
 
+class Steps(torch.nn.Module):
+    """A backbone of two maps: the picture at half and at a quarter of its size."""
+
+    name = "steps"
+
+    def stages(self, x):
+        return [F.avg_pool2d(x, 2), F.avg_pool2d(x, 4)]
+
+
+def test_a_discriminator_of_features_has_a_head_on_each_map():
+    net = adversarial.FeatureDiscriminator(Steps(), 8, 2)
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    logits = net(x)
+    assert logits.shape == (2, 2, 16, 16)
+    coarse = net.heads[1](F.avg_pool2d(x, 4))
+    assert torch.allclose(logits[:, 1], coarse[:, 0].repeat_interleave(2, 1).repeat_interleave(2, 2), atol=1e-3)
+    adversarial.generator_loss(net, x).backward()
+    assert x.grad.abs().sum() > 0 and all(name.startswith("heads.") for name in net.state_dict())
+    with pytest.raises(ValueError, match="discriminator_layers=3: steps has 2 feature maps"):
+        adversarial.FeatureDiscriminator(Steps(), 8, 3)
+
+
+def test_a_discriminator_of_features_learns_what_a_blur_is():
+    s = stage(adversarial=0.5, discriminator_features="squeezenet1.1", discriminator_layers=2)
+    optimizer = torch.optim.AdamW(s.discriminator.parameters(), lr=3e-3)
+    x = torch.rand(8, 3, 32, 32) * 2 - 1
+    losses_ = []
+    for _ in range(30):
+        loss = adversarial.discriminator_loss(s.discriminator, x, F.avg_pool2d(x, 3, stride=1, padding=1))
+        losses_.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses_[-1] < 0.8 * losses_[0]
+    assert not any("fire" in name for name in s.state_dict())  # SqueezeNet is not ours to save
+
+
 def test_the_released_discriminator_sees_70_pixels():
     net = adversarial.Discriminator()
     assert net(torch.rand(2, 3, 256, 256)).shape == (2, 1, 30, 30)
@@ -328,6 +365,8 @@ FULL = {
     "kl": {"adversarial": 0.5, "adversarial_start": 1, "logvar": "learned", "crop": 14},
     "vq": {"family": "vq", "adversarial": 0.5, "adversarial_start": 4, "logvar": "learned", "revive_every": 2,
            "codebook_start": 1},
+    "features": {"adversarial": 0.5, "adversarial_start": 2, "discriminator_features": "squeezenet1.1",
+                 "discriminator_layers": 2, "logvar": "learned"},
     "spectral": {"adversarial": 0.5, "adversarial_start": 4, "discriminator_lead": 3, "discriminator_norm": "spectral",
                  "logvar": "learned"},
 }  # fmt: skip
@@ -391,7 +430,8 @@ def test_scores_are_of_the_quantised_pictures(collection):
     "wrong",
     [{"family": "gan"}, {"codebook": 0}, {"revive_every": -1}, {"codebook_start": -1}, {"perceptual": "lpips"},
      {"logvar": "free"}, {"adversarial": -0.5}, {"discriminator_lead": -1}, {"start": "zero"}, {"crop": 3},
-     {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}, {"discriminator_norm": "group"}],
+     {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}, {"discriminator_norm": "group"},
+     {"discriminator_features": "pixels"}],
 )  # fmt: skip
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

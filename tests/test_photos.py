@@ -136,8 +136,9 @@ def test_the_table_of_first_stages(folder, tmp_path, monkeypatch, capsys):
     assert main([*command, "--split", "none"]) == 2 and main([*command, "--count", "0"]) == 2
 
 
-def test_a_model_is_not_scored_by_its_teacher(folder, tmp_path):
-    (tmp_path / "autoencoder.json").write_text('{"perceptual": "distance"}')
+@pytest.mark.parametrize("part", ["perceptual", "discriminator_features"])
+def test_a_model_is_not_scored_by_its_teacher(part, folder, tmp_path):
+    (tmp_path / "autoencoder.json").write_text(json.dumps({part: "distance"}))
     c = dataclasses.replace(TINY, steps=1)
     autoencoder.build(c).save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="was trained with distance; score it with another"):

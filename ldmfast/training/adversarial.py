@@ -1,7 +1,7 @@
-"""The patch discriminator of stage 1: hinge losses, a delayed start, and the adaptive weight.
+"""The patch discriminators of stage 1: hinge losses, a delayed start, and the adaptive weight.
 
-Source: Isola et al. 2017 (the network), Miyato et al. 2018 (spectral norm), Esser et al. 2021, equation 7 (the weight),
-Rombach et al. 2022, appendix G.
+Source: Isola et al. 2017 (the network), Miyato et al. 2018 (spectral norm), Sauer et al. 2021 (features), Esser et al.
+2021, equation 7 (the weight), Rombach et al. 2022, appendix G.
 """
 
 from __future__ import annotations
@@ -43,6 +43,37 @@ class Discriminator(nn.Sequential):
         return 3 * 2 ** strides.count(2)
 
 
+class FeatureDiscriminator(nn.Module):
+    """Pictures [N, 3, H, W] to logits [N, maps, h, w]: a small head on each of a frozen network's feature maps.
+
+    It starts from features that already tell pictures apart, so that what it says of a patch is of use after hundreds
+    of steps.   Source: Sauer et al. 2021, section 3, without its random mixing of the maps.
+
+    backbone  of training/backbones.py; neither trained nor saved with the heads
+    channels  width of a head
+    maps      of backbone.stages, from the finest on
+    """
+
+    def __init__(self, backbone: nn.Module, channels: int = 64, maps: int = 3):
+        super().__init__()
+        self.__dict__["backbone"] = backbone  # not a submodule
+        with torch.no_grad():
+            widths = [x.shape[1] for x in backbone.stages(torch.zeros(1, 3, 32, 32))]
+        if maps > len(widths):
+            raise ValueError(f"discriminator_layers={maps}: {backbone.name} has {len(widths)} feature maps")
+        self.heads = nn.ModuleList(_head(width, channels) for width in widths[:maps])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.backbone.to(x.device).stages(x)
+        logits = [head(a) for head, a in zip(self.heads, maps, strict=False)]
+        return torch.cat([F.interpolate(a, logits[0].shape[2:]) for a in logits], dim=1)  # all maps count alike
+
+
+def _head(width: int, channels: int) -> nn.Sequential:
+    first, last = nn.Conv2d(width, channels, 3, padding=1), nn.Conv2d(channels, 1, 1)
+    return nn.Sequential(spectral_norm(first), nn.LeakyReLU(0.2), spectral_norm(last))
+
+
 def _initialise(m: nn.Module) -> None:
     if isinstance(m, nn.Conv2d):
         nn.init.normal_(m.weight, 0.0, 0.02)
@@ -61,11 +92,11 @@ def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last: torch.Tensor) -> t
     return (of_nll / (of_g + 1e-4)).clamp(0, 1e4).detach()
 
 
-def generator_loss(discriminator: Discriminator, decoded: torch.Tensor) -> torch.Tensor:
+def generator_loss(discriminator: nn.Module, decoded: torch.Tensor) -> torch.Tensor:
     """What the first stage is told: -mean D(y), a scalar."""
     return -discriminator(decoded).float().mean()
 
 
-def discriminator_loss(discriminator: Discriminator, pictures: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+def discriminator_loss(discriminator: nn.Module, pictures: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
     """`hinge` of pictures and their reconstructions [N, 3, H, W]; no gradient goes to the latter."""
     return hinge(discriminator(pictures), discriminator(decoded.detach()))

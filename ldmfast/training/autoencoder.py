@@ -220,6 +220,7 @@ def train(data, folder, config, *, restart=False, quiet=False):
         "trained": score(model, pictures),
         "perceptual": stage.perceptual.name if stage.perceptual is not None else "none",
         "adversarial": config.adversarial,
+        "discriminator_features": config.discriminator_features if config.adversarial else "none",
         "steps": config.steps,
         "loss": history,
     }

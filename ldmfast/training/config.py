@@ -6,6 +6,7 @@ Every field is also an option of `ldmfast train ...` (`save_every` is `--save-ev
 from dataclasses import dataclass, field, fields
 
 PERCEPTUAL = ("none", "auto", "lpips-vgg", "squeezenet1.1", "efficientnet-lite0", "ms-ssim")
+FEATURES = ("none", "squeezenet1.1", "efficientnet-lite0")
 NORMS = ("batch", "spectral")
 CONDITIONS = ("text", "transformer", "class", "inpainting", "super-resolution", "none")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -66,7 +67,8 @@ class PictureLossConfig(RunConfig):
     adversarial_start: int = option(0, "first step whose loss has the discriminator's term")
     discriminator_lead: int = option(0, "steps before that in which the discriminator already learns")
     discriminator_channels: int = option(64, "channels after the discriminator's first convolution")
-    discriminator_layers: int = option(3, "convolutions of stride 2 in the discriminator")
+    discriminator_layers: int = option(3, "its convolutions of stride 2; of features, the maps that it sees")
+    discriminator_features: str = option("none", "network whose features it sees; none: it sees pixels", FEATURES)
     discriminator_norm: str = option("batch", "normalisation in the discriminator", NORMS)
     discriminator_rate: float = option(0.0, "peak learning rate of the discriminator; 0: as what it judges")
 

@@ -61,6 +61,7 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
         "trained": score(vae, sample_of(pictures, 512, config.seed)),
         "perceptual": model.perceptual.name if model.perceptual is not None else "none",
         "adversarial": config.adversarial,
+        "discriminator_features": config.discriminator_features if config.adversarial else "none",
         "steps": config.steps,
         "loss": history,
     }

@@ -18,14 +18,15 @@ def evaluate(folders, data, *, split="heldout", size=None, count=512, seed=0, sc
     split   of the collection `data`; `count` of its pictures at most
     size    pixels a side; None: what each model says it was made for
     scorer  a distance of training/perceptual.py. None: `make_scorer`, which must suit every model: one that was
-            trained with the scoring network is refused, for it would be marked by its own teacher.
+            trained with the scoring network, in the loss or in the discriminator, is refused: its own teacher would
+            mark it.
     Returns {"split", "pictures", "distance", "rows": [...]}. Raises ValueError, FileNotFoundError.
     """
     scorer = scorer or perceptual.make_scorer()
     rows = []
     for folder in folders:
         model, trained = load(folder), _training(folder)
-        if trained.get("perceptual") == scorer.name:
+        if scorer.name in (trained.get("perceptual"), trained.get("discriminator_features")):
             raise ValueError(f"{folder} was trained with {scorer.name}; score it with another distance")
         pictures = sample_of(load_pictures(data, size or model.config.sample_size, split=split), count, seed)
         rows.append(_row(folder, model, trained) | score(model, pictures, scorer=scorer))
@@ -52,6 +53,7 @@ def _row(folder, model, trained) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_with": trained.get("perceptual", "unknown"),
         "adversarial": trained.get("adversarial"),
+        "discriminator_features": trained.get("discriminator_features"),
         "steps": trained.get("steps"),
     }
 

@@ -36,6 +36,9 @@ class Objective(nn.Module):
 
     def _discriminator(self, side):
         c = self.config
+        if c.discriminator_features != "none":
+            backbone = perceptual.BACKBONES[c.discriminator_features]()
+            return adversarial.FeatureDiscriminator(backbone, c.discriminator_channels, c.discriminator_layers)
         net = adversarial.Discriminator(c.discriminator_channels, c.discriminator_layers, c.discriminator_norm)
         least = net.smallest()
         if side < least:
