@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
@@ -13,16 +14,16 @@ def add(commands):
 
     stages = commands.add_parser("train", help="train the autoencoder, then the denoiser")
     stages = stages.add_subparsers(title="stages", required=True, metavar="STAGE")
-    for name, config, run in (
-        ("autoencoder", AutoencoderConfig, _train_autoencoder),
-        ("decoder", DecoderConfig, _train_decoder),
-        ("denoiser", DenoiserConfig, _train_denoiser),
-        ("scenes", ScenesConfig, _train_scenes),
-        ("lora", LoraConfig, _train_lora),
+    for name, config, module, made_there in (
+        ("autoencoder", AutoencoderConfig, "autoencoder", "vae"),
+        ("decoder", DecoderConfig, "decoder", "vae"),
+        ("denoiser", DenoiserConfig, "denoiser", "pipeline"),
+        ("scenes", ScenesConfig, "scene_denoiser", "pipeline"),
+        ("lora", LoraConfig, "lora", "pytorch_lora_weights.safetensors"),
     ):
         text = config.__doc__.split("\n")[0]
         made = stages.add_parser(name, help=text, description=text)
-        made.set_defaults(run=run, config=config)
+        made.set_defaults(run=_train, config=config, module=module, made=made_there)
         made.add_argument("--data", required=True, help="the folder of pictures")
         if name == "lora":
             made.add_argument("--model", help="the saved pipeline to finetune (default: the shipped model)")
@@ -78,55 +79,20 @@ def _recipes(arguments):
         print(f"{name:16} {found.pop('about')} ({', '.join(found)})")
 
 
-def _train_autoencoder(arguments):
-    from ldmfast.training import autoencoder, parallel
+def _train(arguments):
+    from ldmfast.training import parallel
 
-    metrics = autoencoder.train(
-        arguments.data, arguments.output, _config(arguments), restart=arguments.restart, quiet=arguments.quiet
+    stage = importlib.import_module(f"ldmfast.training.{arguments.module}")
+    source = [getattr(arguments, name) for name in ("autoencoder", "model") if hasattr(arguments, name)]
+    result = stage.train(
+        arguments.data, *source, arguments.output, _config(arguments), restart=arguments.restart, quiet=arguments.quiet
     )
     if parallel.leave():
-        print(f"{Path(arguments.output, 'vae')}: reconstruction {json.dumps(metrics['trained'])}")
+        print(f"{Path(arguments.output, arguments.made)}: {_said(result)}")
 
 
-def _train_decoder(arguments):
-    from ldmfast.training import decoder, parallel
-
-    metrics = decoder.train(
-        arguments.data, arguments.autoencoder, arguments.output, _config(arguments),
-        restart=arguments.restart, quiet=arguments.quiet,
-    )  # fmt: skip
-    if parallel.leave():
-        print(f"{Path(arguments.output, 'vae')}: reconstruction {json.dumps(metrics['trained'])}")
-
-
-def _train_denoiser(arguments):
-    from ldmfast.training import denoiser, parallel
-
-    history = denoiser.train(
-        arguments.data, arguments.autoencoder, arguments.output, _config(arguments),
-        restart=arguments.restart, quiet=arguments.quiet,
-    )  # fmt: skip
-    if parallel.leave():
-        print(f"{Path(arguments.output, 'pipeline')}: loss {history[-1][1]:.4f} at step {history[-1][0]}")
-
-
-def _train_scenes(arguments):
-    from ldmfast.training import parallel, scene_denoiser
-
-    history = scene_denoiser.train(
-        arguments.data, arguments.autoencoder, arguments.output, _config(arguments),
-        restart=arguments.restart, quiet=arguments.quiet,
-    )  # fmt: skip
-    if parallel.leave():
-        print(f"{Path(arguments.output, 'pipeline')}: loss {history[-1][1]:.4f} at step {history[-1][0]}")
-
-
-def _train_lora(arguments):
-    from ldmfast.training import lora, parallel
-
-    history = lora.train(
-        arguments.data, arguments.model, arguments.output, _config(arguments),
-        restart=arguments.restart, quiet=arguments.quiet,
-    )  # fmt: skip
-    if parallel.leave():
-        print(f"{Path(arguments.output, 'pytorch_lora_weights.safetensors')}: loss {history[-1][1]:.4f}")
+def _said(result):
+    """What a stage returns, in a line: a first stage's metrics, or the loss's history of (step, loss)."""
+    if isinstance(result, dict):
+        return f"reconstruction {json.dumps(result['trained'])}"
+    return f"loss {result[-1][1]:.4f} at step {result[-1][0]}"
