@@ -42,6 +42,9 @@ def group_norm(C, H, W, *, N=2, groups=32, layout=None, mean=0.0, add=False, mod
         if sliced == "channels":
             wide = randn(N, 2 * C, H, W, dtype=dtype, mean=mean)
             x = (layout(wide) if layout else wide)[:, C // 2 : C // 2 + C]
+        elif sliced == "odd":  # channels that begin where no access of 4 or 16 bytes can
+            wide = randn(N, C + 2, H, W, dtype=dtype, mean=mean)
+            x = (layout(wide) if layout else wide)[:, 1 : C + 1]
         elif sliced == "batch":
             x = randn(2 * N, C, H, W, dtype=dtype, mean=mean)[::2]
         elif sliced == "width":
@@ -131,6 +134,9 @@ def _cases():
         yield Case(GN, f"empty-{name}", group_norm(320, 8, 8, N=0, layout=layout))
         yield Case(GN, f"odd-group-{name}", group_norm(21, 5, 3, groups=7, layout=layout))
         yield Case(GN, f"one-group-{name}", group_norm(24, 5, 3, groups=1, layout=layout))
+        for side in (4, 13):
+            wide = group_norm(1280, side, side, groups=1, layout=layout, sliced="odd")
+            yield Case(GN, f"one-group-odd-slice-{side}x{side}-{name}", wide)
     yield Case(GN, "batch-slice", group_norm(320, 8, 8, sliced="batch"))
     yield Case(GN, "width-slice", group_norm(320, 8, 8, sliced="width"))
 

@@ -78,10 +78,16 @@ template <typename T, bool CL> void start(const Plan& plan, const Launch& where)
 }
 }  // namespace
 
+// The most that any addresses need: they are not known yet, and decide how wide an access is.
 size_t group_norm_silu_workspace(const GroupNormSiluArgs& a) {
   if (a.N * a.C * a.P == 0) return 0;
-  const Plan plan = group_norm::make_plan(a, nullptr);
-  return plan.fused ? 0 : a.N * a.groups * int64_t(plan.params.tiles) * plan.params.slices * 4 * sizeof(float);
+  int64_t parts = 0;
+  for (int64_t widest : {group_norm::kWidest, int64_t(4), int64_t(1)}) {
+    const Plan plan = group_norm::make_plan(a, nullptr, widest);
+    const int64_t wanted = int64_t(plan.params.tiles) * plan.params.slices;
+    if (!plan.fused && wanted > parts) parts = wanted;
+  }
+  return a.N * a.groups * parts * 4 * sizeof(float);
 }
 
 void group_norm_silu(const GroupNormSiluArgs& a, const Launch& where) {

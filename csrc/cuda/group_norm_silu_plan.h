@@ -44,18 +44,22 @@ struct Shape {
   int64_t extent, unit, bytes, tasks;                     // unit: bytes of one step of the extent; bytes: of a task
 };
 
-inline int64_t vector_of(const GroupNormSiluArgs& a) {
+// elements an access, `widest` at most
+inline int64_t vector_of(const GroupNormSiluArgs& a, int64_t widest) {
   const int64_t gc = a.C / a.groups, wide = 16 / int64_t(size_of(a.dtype));
   for (int64_t v : {wide, int64_t(4)}) {
-    if ((v < wide && !a.channels_last) || !can_access(a, v)) continue;   // 8 bytes: compiled for channels_last only
+    if (v > widest || !can_access(a, v)) continue;
+    if (v < wide && !a.channels_last) continue;   // 8 bytes: compiled for channels_last only
     if (!a.channels_last || (gc >= v && (bundle_of(a, v) > 0 || gc % v == 0))) return v;
   }
   return 1;
 }
 
-inline Shape shape_of(const GroupNormSiluArgs& a) {
+constexpr int64_t kWidest = 8;   // 16 bytes of 16-bit elements
+
+inline Shape shape_of(const GroupNormSiluArgs& a, int64_t widest = kWidest) {
   Shape s;
-  s.vector = vector_of(a);
+  s.vector = vector_of(a, widest);
   s.group_channels = s.width = a.C / a.groups;
   s.bundle = s.tiles = 1;
   if (a.channels_last) {
@@ -130,8 +134,8 @@ inline Plan make_split_plan(const GroupNormSiluArgs& a, int64_t most_parts = INT
 }
 
 // Without a device: what the workspace must hold for any; a device with clusters needs no more than that.
-inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device) {
-  const Shape s = shape_of(a);
+inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device, int64_t widest = kWidest) {
+  const Shape s = shape_of(a, widest);
   Plan plan = plan_of(a, s);
   const bool enough = s.tasks >= kFewBlocks;
   plan.fused = true;
