@@ -140,7 +140,7 @@ def test_the_text_encoder_by_name_and_by_folder(pipeline):
     states = again.states(["a cat", ""])
     assert states.shape == (2, again.tokens, 384)
     assert torch.equal(states, pipeline.encoder.states(["a cat", ""]))
-    assert again.cut(["a cat", "a cat " * 40]) == ["a cat " * 40]
+    assert again.cut(["a cat", "a cat " * 40]) == [("a cat " * 40, again.tokens)]
 
 
 def test_a_text_encoder_of_another_width_is_refused(pipeline):

@@ -13,7 +13,7 @@ from PIL import Image
 from ldmfast import UNet
 from ldmfast.diffusion.samplers import SAMPLERS, make_sampler
 from ldmfast.models import AutoencoderKL
-from ldmfast.models.conditioning import Hybrid
+from ldmfast.models.conditioning import Hybrid, Unconditional
 from ldmfast.models.conditioning_sdxl import TwoTextEncoders
 from ldmfast.models.conditioning_spatial import LowResolution, MapEncoder, MaskedImage
 from ldmfast.models.conditioning_tokens import ClassEmbedder
@@ -337,6 +337,11 @@ def test_sdxl_by_a_conditioner_of_two_text_towers():
     assert got.size == (32, 32) and np.abs(array(got) - array(wanted)).max() <= 2
     with pytest.raises(ValueError, match="a caption must be a string; got 3"):
         ours([3], steps=1)
+    most = min(tower.config.max_position_embeddings for tower in (pipe.text_encoder, pipe.text_encoder_2))
+    long = "a " * most
+    assert ours.conditioner.cut(["a b", long]) == [(long, most)]
+    beside = Hybrid(text=ours.conditioner, label=Unconditional())
+    assert beside.cut([{"text": long}, {"label": None}, {"text": "a"}]) == [(long, most)]
 
 
 class Words:
@@ -344,7 +349,9 @@ class Words:
 
     model_max_length, added_tokens_encoder, tokenize = 7, {}, staticmethod(list)
 
-    def __call__(self, captions, **_):
+    def __call__(self, captions, truncation=True, **_):
+        if not truncation:
+            return {"input_ids": [[0, *text.encode(), 51] for text in captions]}
         ids = [([0] + [ord(c) % 50 for c in text] + [51] * 7)[:6] + [51] for text in captions]
         return transformers.BatchEncoding({"input_ids": torch.tensor(ids)})
 

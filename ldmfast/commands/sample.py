@@ -55,6 +55,8 @@ def run(arguments):
     with imagefile.writing(arguments.output) as write, contextlib.ExitStack() as after:
         pipe = pipeline(arguments, shipped.SCENES if conditions.given(arguments) else shipped.TEXT)
         asked = _inputs(arguments, pipe)
+        for caption, tokens in pipe.conditioner.cut(asked):
+            print(f"ldmfast: only the first {tokens} tokens count of: {caption}", file=sys.stderr)
         columns = arguments.columns or (arguments.number if len(asked) > 1 else None)
 
         def sheet(pictures):
@@ -86,8 +88,6 @@ def _inputs(arguments, pipe):
         raise ValueError(f"nothing was asked for; this model is told --{' or --'.join(known)}")
     if not prompts:
         raise ValueError("the prompt is empty: say what to draw, as in 'a red apple on a yellow background'")
-    for caption in pipe.conditioner.cut(prompts) if hasattr(pipe.conditioner, "cut") else ():
-        print(f"ldmfast: only the first {pipe.conditioner.tokens} tokens count of: {caption}", file=sys.stderr)
     return prompts
 
 

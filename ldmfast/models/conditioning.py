@@ -152,6 +152,10 @@ class Conditioner(nn.Module):
         """The inputs of N pictures with what they leave open drawn, each by its picture's seed; here nothing is."""
         return inputs
 
+    def cut(self, inputs):
+        """What of the inputs is longer than what is read of it: a list of (caption, tokens that are read)."""
+        return []
+
     @property
     def device(self):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -249,6 +253,10 @@ class Hybrid(Conditioner):
 
     def empty(self, n):
         return _side_by_side([m.empty(n) for m in self.members.values()])
+
+    def cut(self, inputs):
+        there = {name: [value[name] for value in inputs if name in value] for name in self.members}
+        return [long for name, member in self.members.items() for long in member.cut(there[name])]
 
     def complete(self, inputs, seeds):
         """An input for a member that `stands_for` another is drawn as that one's."""

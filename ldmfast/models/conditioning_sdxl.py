@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from ldmfast.models.conditioning import Condition, Conditioner
+from ldmfast.models.conditioning_text import too_long
 
 
 class TwoTextEncoders(Conditioner):
@@ -46,6 +47,10 @@ class TwoTextEncoders(Conditioner):
     def train(self, mode=True):
         """It stays in eval mode: it is frozen."""
         return super().train(False)
+
+    def cut(self, inputs):
+        most = min(model.config.max_position_embeddings for model in self.models)
+        return too_long(self.tokenizers[0], inputs, most)
 
     @torch.no_grad()
     def forward(self, inputs):

@@ -86,10 +86,8 @@ class TextEncoder(Conditioner):
         """It stays in eval mode: it is frozen."""
         return super().train(False)
 
-    def cut(self, captions):
-        """The captions that are longer than `tokens` tokens, and so would lose their end."""
-        lengths = [len(ids) for ids in self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
-        return [caption for caption, length in zip(captions, lengths, strict=True) if length > self.tokens]
+    def cut(self, inputs):
+        return too_long(self.tokenizer, inputs, self.tokens)
 
     @torch.no_grad()
     def states(self, captions, batch=64):
@@ -124,3 +122,11 @@ def _load(where):
     kind = AutoConfig.from_pretrained(model).model_type
     loader = CLIPTextModel if kind in ("clip", "clip_text_model") else AutoModel
     return loader.from_pretrained(model), AutoTokenizer.from_pretrained(tokenizer)
+
+
+def too_long(tokenizer, captions, tokens):
+    """[(caption, tokens)] of the captions that are longer than so many tokens, and so would lose their end."""
+    if not captions:
+        return []
+    found = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+    return [(caption, tokens) for caption, ids in zip(captions, found, strict=True) if len(ids) > tokens]

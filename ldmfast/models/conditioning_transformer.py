@@ -10,7 +10,7 @@ from torch import nn
 
 from ldmfast import ops
 from ldmfast.models.conditioning import Condition, Conditioner
-from ldmfast.models.conditioning_text import locate
+from ldmfast.models.conditioning_text import locate, too_long
 from ldmfast.models.conditioning_tokens import ClassNames, check_objects
 
 
@@ -93,10 +93,8 @@ class TransformerText(Conditioner):
             self._tokenizer = AutoTokenizer.from_pretrained(locate(self.tokenizer_name))
         return self._tokenizer
 
-    def cut(self, captions):
-        """The captions that are longer than `tokens` tokens, and so would lose their end."""
-        lengths = [len(ids) for ids in self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
-        return [caption for caption, length in zip(captions, lengths, strict=True) if length > self.tokens]
+    def cut(self, inputs):
+        return too_long(self.tokenizer, inputs, self.tokens)
 
     def forward(self, inputs):
         wrong = next((c for c in inputs if not isinstance(c, str)), None)
