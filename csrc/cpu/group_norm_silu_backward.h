@@ -95,6 +95,14 @@ template <class T> LDMFAST_INLINE void write(T* p, VecF x, int64_t n) {
 
 // ---- channels_last: the lanes are channels; n of them are left where kCount is 1 ----
 
+// Pixels between what is read and what is prefetched: the stride is too long for the processor's own prefetchers.
+// Near a chunk's end that is the next chunk's beginning.
+// (float32's rows of a strip are two lines and got slower by it.)
+constexpr int64_t kAhead = 16;
+template <class T> LDMFAST_INLINE void prefetch_row(const T* p, int64_t stride) {
+  if (sizeof(T) == 2) __builtin_prefetch(p + kAhead * stride);
+}
+
 template <class T> struct Pixels {
   const T *x, *dy;  // [pixels, C] from one channel on
   T* dx;
@@ -109,7 +117,10 @@ void moments(const Pixels<T>& at, const T* pivot, int64_t before, int64_t n, flo
   for (int j = 0; j < kCount; ++j) p[j] = read(pivot + j * kLanes, n);
   for (int64_t i = 0; i < at.pixels; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kCount; ++j) s[j] += read(at.x + i * at.stride_x + j * kLanes, n) - p[j];
+    for (int j = 0; j < kCount; ++j) {
+      prefetch_row(at.x + i * at.stride_x + j * kLanes, at.stride_x);
+      s[j] += read(at.x + i * at.stride_x + j * kLanes, n) - p[j];
+    }
   }
 #pragma GCC unroll 2
   for (int j = 0; j < kCount; ++j) {
@@ -143,6 +154,8 @@ template <class T, bool kSilu, int kCount> void sums(const Pixels<T>& at, const 
   for (int64_t i = 0; i < at.pixels; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kCount; ++j) {
+      prefetch_row(at.x + i * at.stride_x + j * kLanes, at.stride_x);
+      prefetch_row(at.dy + i * at.stride + j * kLanes, at.stride);
       const VecF m = read(at.x + i * at.stride_x + j * kLanes, n) - mean[j];
       const VecF g = through_act<T, kSilu>(read(at.dy + i * at.stride + j * kLanes, n), m * slope[j] + offset[j]);
       if (kKeepsG<T, kSilu>) write(at.dx + i * at.stride + j * kLanes, g, n);
@@ -170,8 +183,10 @@ template <class T, bool kSilu, int kCount> void gradient(const Pixels<T>& at, co
   for (int64_t i = 0; i < at.pixels; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kCount; ++j) {
-      const VecF m = read(at.x + i * at.stride_x + j * kLanes, n) - mean[j];
       const int64_t here = i * at.stride + j * kLanes;
+      prefetch_row(at.x + i * at.stride_x + j * kLanes, at.stride_x);
+      prefetch_row(at.dy + here, at.stride);
+      const VecF m = read(at.x + i * at.stride_x + j * kLanes, n) - mean[j];
       const VecF g = kKeepsG<T, kSilu> ? read(at.dx + here, n)
                                        : through_act<T, kSilu>(read(at.dy + here, n), m * slope[j] + offset[j]);
       const VecF dx = g * slope[j] - constant[j] - m * linear[j];
