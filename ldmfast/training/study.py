@@ -37,8 +37,8 @@ class StudyConfig:
 
     factors: tuple = (1, 4, 8, 16)
     size: int = 64  # pixels a side
-    first_stage_steps: int = 150
-    seconds: float = 80.0  # of training the denoiser, evaluation not counted
+    first_stage_steps: int = 400
+    seconds: float = 120.0  # of training the denoiser, evaluation not counted
     points: int = 3  # evaluations in that time
     batch: int = 16
     samples: int = 48
