@@ -36,7 +36,7 @@ def channels_last(x):
 
 
 def group_norm(C, H, W, *, N=2, groups=32, layout=None, mean=0.0, add=False, modulate=False, float_params=False,
-               affine=True, silu=True, sliced=None, eps=1e-5):  # fmt: skip
+               affine=True, silu=True, sliced=None, eps=1e-5, outlier=None):  # fmt: skip
     def make(dtype):
         x = randn(N, C, H, W, dtype=dtype, mean=mean)
         if sliced == "channels":
@@ -51,6 +51,8 @@ def group_norm(C, H, W, *, N=2, groups=32, layout=None, mean=0.0, add=False, mod
             x = randn(N, C, H, W + 3, dtype=dtype, mean=mean)[..., 1 : W + 1]
         elif layout:
             x = layout(x)
+        if outlier:  # in each first pixel, about which a kernel might sum
+            x[:, :, 0, 0] *= outlier
         param = torch.float32 if float_params else dtype
         weight, bias = (randn(C, dtype=param), randn(C, dtype=param)) if affine else (None, None)
         kwargs = {"silu": silu, "eps": eps}
@@ -125,6 +127,7 @@ def _cases():
         yield Case(GN, f"1x1-{name}", group_norm(320, 1, 1, layout=layout))
         yield Case(GN, f"off-centre-{name}", group_norm(320, 8, 8, layout=layout, mean=300.0))
         yield Case(GN, f"off-centre-large-{name}", group_norm(320, 64, 64, layout=layout, mean=300.0), big=True)
+        yield Case(GN, f"outlier-{name}", group_norm(320, 12, 13, layout=layout, outlier=1000.0))
         yield Case(GN, f"add-{name}", group_norm(640, 5, 5, layout=layout, add=True))
         yield Case(GN, f"modulated-{name}", group_norm(320, 6, 7, layout=layout, modulate=True))
         yield Case(GN, f"everything-{name}", group_norm(96, 9, 5, layout=layout, add=True, modulate=True, eps=1e-6))
