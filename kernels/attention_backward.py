@@ -269,8 +269,8 @@ class Configuration:
     num_stages: int
 
 
-def configurations(d: int, itemsize: int, mask_rows: bool) -> dict[str, Configuration]:
-    """Tiles of the three kernels for a head width; mask_rows: each query has its own row of a mask.
+def configurations(d: int, itemsize: int, masked: bool, mask_rows: bool) -> dict[str, Configuration]:
+    """Tiles of the three kernels for a head width; mask_rows: each query has its own row of the mask.
 
     No tile takes more than 99 KB of shared memory where `mma.sync` is used, and none spills (bench/resources.py).
     """
@@ -279,8 +279,9 @@ def configurations(d: int, itemsize: int, mask_rows: bool) -> dict[str, Configur
         size = 16 if mask_rows else 32
         return dict.fromkeys(("statistics", "keys", "queries"), Configuration(size, size, 8, 1))
     step = 64 if d <= 64 else 32
-    # a mask's rows are prefetched as well, which the widest heads leave no registers for
-    queries = Configuration(64, step // 2 if mask_rows else step, 4, 1 if mask_rows and d > 128 else 2)
+    # a mask is prefetched as well, which the widest heads leave no registers for
+    tight = masked and d > 128
+    queries = Configuration(64, step // 2 if mask_rows or tight else step, 4, 1 if tight else 2)
     # two sums a program up to BOTH, of a width's operands each: fewer rows an iteration where they fill the registers
     keys = replace(queries, block_step=min(queries.block_step, 64 if d <= 40 else 32 if d <= 128 else 16))
     statistics = Configuration(64, step, 4, 2)
@@ -332,7 +333,7 @@ def attention_backward(dout, q, k, v, out, dq, dk, dv, mask, scale):
             maxnreg=255,  # left alone, ptxas stops at 32 for some and spills
         )  # fmt: skip
 
-    configs = configurations(d, q.element_size(), strides_m[2] != 0)
+    configs = configurations(d, q.element_size(), mask is not None, strides_m[2] != 0)
     scalars = factor, float(scale)
     splits, share = shares(length, triton.cdiv(keys, configs["keys"].block) * heads * n)
     parts = (dk, dv) if splits == 1 else q.new_empty((2, splits, *k.shape), dtype=torch.float32)

@@ -125,6 +125,7 @@ def test_attention_backward(shape, mask, dtype, scale):
         ("group_norm_silu_backward", "[2, 320, 64, 64] bfloat16", 90, 5),  # contiguous in one launch, the other in four
         ("attention_backward", "40] x 4096 bfloat16", 80, 3),
         ("attention_backward", "[2, 256, 8, 160] x 256 bfloat16", 80, 4),
+        ("attention_backward", "[2, 4096, 8, 160] x 77 bfloat16 key mask", 80, 4),
     ],
 )
 def test_the_unets_configurations_compile_and_fit(op, label, arch, kernels):
