@@ -45,6 +45,14 @@ def test_the_gradient_is_finite_where_features_vanish():
 
 
 @needs_networks
+@pytest.mark.parametrize("network", backbones.INSTALLED.values(), ids=backbones.INSTALLED)
+def test_building_a_network_draws_nothing(network):
+    network.cache_clear()
+    before = torch.get_rng_state()
+    network()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(("network", "least"), [(backbones.squeezenet, 4), (backbones.efficientnet_lite0, 2)])
 @torch.no_grad()
 def test_the_networks_see_what_is_there(network, least):

