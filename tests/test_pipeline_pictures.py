@@ -341,7 +341,7 @@ def test_sdxl_by_a_conditioner_of_two_text_towers():
     long = "a " * most
     assert ours.conditioner.cut(["a b", long]) == [(long, most)]
     beside = Hybrid(text=ours.conditioner, label=Unconditional())
-    assert beside.cut([{"text": long}, {"label": None}, {"text": "a"}]) == [(long, most)]
+    assert beside.cut([{"text": long}, {"label": None}, {"text": "a"}, "a text", None]) == [(long, most)]
 
 
 class Words:

@@ -255,8 +255,9 @@ class Hybrid(Conditioner):
         return _side_by_side([m.empty(n) for m in self.members.values()])
 
     def cut(self, inputs):
-        there = {name: [value[name] for value in inputs if name in value] for name in self.members}
-        return [long for name, member in self.members.items() for long in member.cut(there[name])]
+        dicts = [value for value in inputs if isinstance(value, dict)]  # forward refuses the others
+        told = {name: [value[name] for value in dicts if name in value] for name in self.members}
+        return [long for name, member in self.members.items() for long in member.cut(told[name])]
 
     def complete(self, inputs, seeds):
         """An input for a member that `stands_for` another is drawn as that one's."""
