@@ -25,21 +25,18 @@ def evaluate(folders, data, *, split="heldout", size=None, count=512, seed=0, sc
     scorer = scorer or perceptual.make_scorer()
     rows = []
     for folder in folders:
-        model, trained = load(folder), _training(folder)
-        if scorer.name in (trained.get("perceptual"), trained.get("discriminator_features")):
+        model, trainings = load(folder), _trainings(folder)
+        if any(scorer.name in (t.get("perceptual"), t.get("discriminator_features")) for t in trainings):
             raise ValueError(f"{folder} was trained with {scorer.name}; score it with another distance")
         pictures = sample_of(load_pictures(data, size or model.config.sample_size, split=split), count, seed)
-        rows.append(_row(folder, model, trained) | score(model, pictures, scorer=scorer))
+        rows.append(_row(folder, model, trainings[0] if trainings else {}) | score(model, pictures, scorer=scorer))
     return {"split": split, "pictures": len(pictures), "distance": scorer.name, "rows": rows}
 
 
-def _training(folder) -> dict:
-    """How it was trained, where its folder says so: the whole first stage, or its decoder again."""
-    for name in ("autoencoder.json", "decoder.json"):
-        path = Path(folder, name)
-        if path.is_file():
-            return json.loads(path.read_text())
-    return {}
+def _trainings(folder) -> list[dict]:
+    """How it was trained, the last training first, where its folder says so: its decoder again, the whole stage."""
+    paths = [Path(folder, name) for name in ("decoder.json", "autoencoder.json")]
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
 def _row(folder, model, trained) -> dict:
