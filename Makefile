@@ -20,10 +20,10 @@ demo: .venv/built
 
 test: .venv/built .venv/tools host-kernels
 	$(BIN)/python -m pytest tests
-	# side by side, for neither uses two cores; Triton's kernels were compiled by tests/test_triton.py
+	# side by side, for neither uses two cores; Triton's kernels were compiled by tests/ops/test_triton.py
 	$(BIN)/python bench/resources.py --only cuda >build/resources.log 2>&1 & resources=$$!; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_backward.py \
-		tests/test_ops_numbers.py -k "triton"; interpreted=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_triton.py tests/ops/test_triton_backward.py \
+		tests/ops/test_ops_numbers.py -k "triton"; interpreted=$$?; \
 	wait $$resources; spilled=$$?; cat build/resources.log; exit $$((interpreted | spilled))
 
 bench: .venv/built .venv/tools

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timing import Row, add_row, device, measure_in_turn, name_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldmfast.training import autoencoder, denoiser
+from ldmfast.training import train_autoencoder, train_denoiser
 from ldmfast.training.config import AutoencoderConfig, DenoiserConfig
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -33,7 +33,7 @@ def stock_of(kind, model):
 
 def denoising(config):
     """(ours, stock's class, loss of a model): noise prediction on 16x16 latents, told by cross-attention."""
-    ours = denoiser.build(config, latent_channels=4, latent_size=16, context_width=WIDTH)
+    ours = train_denoiser.build(config, latent_channels=4, latent_size=16, context_width=WIDTH)
     torch.manual_seed(1)
     x, noise = (torch.randn(config.batch, 4, 16, 16, device=device()) for _ in "xn")
     t = torch.randint(1000, (config.batch,), device=device())
@@ -43,7 +43,7 @@ def denoising(config):
 
 def reconstructing(config):
     """(ours, stock's class, loss of a model): L1 through the mean latent."""
-    ours = autoencoder.build(config)
+    ours = train_autoencoder.build(config)
     torch.manual_seed(1)
     x = torch.rand(config.batch, 3, config.size, config.size, device=device()) * 2 - 1
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from ldmfast.training import checkpoint, emoji
+from ldmfast.data import emoji
+from ldmfast.training import checkpoint
 
 CUTOUTS = Path(__file__).parents[1] / "tests" / "data" / "emoji"
 TRAIN = ["-m", "ldmfast", "train"]

@@ -26,11 +26,11 @@ timeout 60 $PYTHON -m ldmfast doctor || red="doctor"
 $PYTHON bench/resources.py --arch 90 --json "$OUT/resources.json" || red="$red resources"
 
 stage "numbers and contract, every backend"
-timeout 150 $PYTHON -m pytest -q --maxfail=20 tests/test_ops_numbers.py -k "(cuda and not host) or triton" \
+timeout 150 $PYTHON -m pytest -q --maxfail=20 tests/ops/test_ops_numbers.py -k "(cuda and not host) or triton" \
   || red="$red numbers"
-timeout 150 $PYTHON -m pytest -q --maxfail=20 tests/test_backward.py -k "(cuda and not host) or triton" \
+timeout 150 $PYTHON -m pytest -q --maxfail=20 tests/ops/test_backward.py -k "(cuda and not host) or triton" \
   || red="$red gradients"
-timeout 90 $PYTHON -m pytest -q tests/test_ops_contract.py || red="$red contract"
+timeout 90 $PYTHON -m pytest -q tests/ops/test_ops_contract.py || red="$red contract"
 
 stage "compute-sanitizer"
 if command -v compute-sanitizer >/dev/null; then

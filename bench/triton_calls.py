@@ -1,6 +1,6 @@
 """Calls of the Triton launchers, on tensors of no device, whose launches are the shipped configurations.
 
-bench/resources.py records what they launch; tests/test_triton.py compiles it.
+bench/resources.py records what they launch; tests/ops/test_triton.py compiles it.
 """
 
 import torch

@@ -1,7 +1,7 @@
 // The ordinary call of an op on the CPU, without Python in between: whether PyTorch's dispatcher would only pass it on,
 // and ddim_step whole. Each returns "no" for anything unusual; ldmfast/ops then does it all in Python, errors included.
 //
-// No torch here either. Python hands over the functions that are asked (ldmfast/ops/watch.py); a tensor's address, shape
+// No torch here either. Python hands over the functions that are asked (ldmfast/ops/dispatcher.py); a tensor's address, shape
 // and type come through DLPack's exchange interface, a table of C functions that torch publishes from 2.10 on.
 // Source: dlpack.h, version 1.3 (https://github.com/dmlc/dlpack), DLPackExchangeAPI.
 #define PY_SSIZE_T_CLEAN

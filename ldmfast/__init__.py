@@ -13,8 +13,8 @@ from ldmfast._version import __version__
 
 _HOMES = {
     "AutoencoderKL": "ldmfast.models.autoencoder",
-    "Condition": "ldmfast.models.conditioning",
-    "Conditioner": "ldmfast.models.conditioning",
+    "Condition": "ldmfast.conditioning.base",
+    "Conditioner": "ldmfast.conditioning.base",
     "DDIMScheduler": "ldmfast.diffusion.ddim",
     "DDPMScheduler": "ldmfast.diffusion.ddpm",
     "LatentDiffusionPipeline": "ldmfast.pipeline",
@@ -24,8 +24,8 @@ _HOMES = {
     "UNet2D": "ldmfast.models.unet2d",
     "VQModel": "ldmfast.models.vq",
     "explain": "ldmfast.ops",
-    "load": "ldmfast.loading",
-    "optimize": "ldmfast.dropin",
+    "load": "ldmfast.pipeline.load",
+    "optimize": "ldmfast.pipeline.optimize",
     "use_backend": "ldmfast.ops",
 }
 __all__ = [*_HOMES, "__version__", "ops"]

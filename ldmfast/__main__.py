@@ -1,5 +1,5 @@
 import sys
 
-from ldmfast.cli import main
+from ldmfast.commands.cli import main
 
 sys.exit(main())

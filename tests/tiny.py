@@ -1,9 +1,13 @@
-"""Tiny random networks in the shapes of the families, and how far two answers are apart."""
+"""Tiny random networks in the shapes of the families, how far two answers are apart, and where the test data lies."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+
+CUTOUTS = Path(__file__).parent / "data" / "emoji"
 
 SD1 = {
     "sample_size": 16,

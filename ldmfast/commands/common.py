@@ -79,8 +79,8 @@ def pipeline(arguments, default=shipped.TEXT):
 
 def _stable_diffusion(path, text_encoder, dtype):
     """A released file, or a folder with its own text encoder."""
-    from ldmfast.loading import load
     from ldmfast.pipeline import LatentDiffusionPipeline
+    from ldmfast.pipeline.load import load
 
     if text_encoder is not None:
         raise ValueError(f"--text-encoder {text_encoder}, but {path} has an encoder of its own")

@@ -25,12 +25,10 @@ def inputs(arguments, conditioner):
     Several classes, files or maps are several pictures; options given together are told together, one by one.
     Raises ValueError for an option that the model does not take, FileNotFoundError, or ValueError naming the file.
     """
-    from ldmfast.models.conditioning import takes
-
     asked = given(arguments)
     if not asked:
         return None
-    known = takes(conditioner)
+    known = conditioner.by_option()
     for kind in asked:
         if kind not in known:
             raise ValueError(f"this model takes no --{kind}; it is told {', '.join(known) or 'a prompt or nothing'}")

@@ -13,7 +13,7 @@ def add(commands):
 
 
 def _convert(arguments):
-    from ldmfast.convert import convert
+    from ldmfast.released.conversion import convert
 
     lines = convert(
         arguments.source, arguments.target, ema=arguments.ema, config=arguments.config,

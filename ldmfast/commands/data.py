@@ -30,7 +30,7 @@ def add(commands):
 
 
 def _data_emoji(arguments):
-    from ldmfast.training import emoji
+    from ldmfast.data import emoji
 
     if arguments.cutouts:
         cutouts = emoji.folder_cutouts(arguments.cutouts)
@@ -41,7 +41,7 @@ def _data_emoji(arguments):
 
 
 def _data_scenes(arguments):
-    from ldmfast.training import emoji, scenes
+    from ldmfast.data import emoji, scenes
 
     cutouts = emoji.folder_cutouts(arguments.cutouts) if arguments.cutouts else emoji.font_cutouts(arguments.font)
     count = scenes.build(cutouts, arguments.output, count=arguments.count, size=arguments.size, seed=arguments.seed)
@@ -49,7 +49,7 @@ def _data_scenes(arguments):
 
 
 def _data_photos(arguments):
-    from ldmfast.training import photos
+    from ldmfast.data import photos
 
     count = photos.build(
         photos.collect(arguments.photos), arguments.output, size=arguments.size, count=arguments.crops,

@@ -5,7 +5,6 @@ import json
 import tempfile
 from pathlib import Path
 
-from ldmfast import imagefile
 from ldmfast.commands.common import add_model_options, command, pipeline
 
 
@@ -24,13 +23,14 @@ def add(commands):
 
 
 def run(arguments):
-    from ldmfast.models.conditioning import takes
-    from ldmfast.training import checkpoint, emoji, scenes
-    from ldmfast.training.evaluate import evaluate
-    from ldmfast.training.evaluate_scenes import evaluate as evaluate_scenes
+    from ldmfast.data import emoji, scenes
+    from ldmfast.evaluation.samples import evaluate
+    from ldmfast.evaluation.scene_samples import evaluate as evaluate_scenes
+    from ldmfast.pictures import grid, writing
+    from ldmfast.training import checkpoint
 
     pipe = pipeline(arguments)
-    composed = bool(takes(pipe.conditioner))
+    composed = bool(pipe.conditioner.by_option())
     _require_sense(arguments, pipe.conditioner, composed)
     drawn = [] if arguments.sheet else None
     settings = dict(
@@ -39,7 +39,7 @@ def run(arguments):
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        write = stack.enter_context(imagefile.writing(arguments.sheet)) if arguments.sheet else None
+        write = stack.enter_context(writing(arguments.sheet)) if arguments.sheet else None
         data, cutouts = arguments.data or Path(scratch, "pictures"), None
         if composed or not arguments.data:
             folder, font = arguments.cutouts, arguments.font
@@ -52,7 +52,7 @@ def run(arguments):
         else:
             report = evaluate(pipe, data, **settings, extractors=_extractors(arguments))
         if write:
-            write(imagefile.grid(drawn, 16))
+            write(grid(drawn, 16))
     text = json.dumps(report, indent=2)
     if arguments.output:
         checkpoint.write_text(arguments.output, text + "\n")
@@ -66,16 +66,16 @@ def _require_sense(arguments, conditioner, composed):
     if conditioner.mode == "none" or conditioner.takes_pictures:
         raise ValueError(
             "evaluate draws from captions, classes, boxes or maps, and this model is told none of them; "
-            "in Python, ldmfast.training.evaluate.distances compares pictures that were drawn"
+            "in Python, ldmfast.evaluation.samples.distances compares pictures that were drawn"
         )
 
 
 def _extractors(arguments):
-    from ldmfast.training import features, metrics
+    from ldmfast.metrics import features, sets
 
     found = {features.NAME: features.features} if arguments.distances else {}
     if arguments.inception:
         if not Path(arguments.inception).is_file():  # before anything is drawn
             raise FileNotFoundError(f"--inception {arguments.inception}: no such file")
-        found["inception"] = lambda pictures: metrics.inception_features(pictures, arguments.inception)
+        found["inception"] = lambda pictures: sets.inception_features(pictures, arguments.inception)
     return found

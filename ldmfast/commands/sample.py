@@ -45,14 +45,14 @@ def _add_image_options(made):
 
 
 def run(arguments):
-    from ldmfast import imagefile
+    from ldmfast.pictures import grid, writing
 
     for name in ("number", "scale", "columns", "preview_every"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     image, mask = (_read(path, arguments.size) for path in (arguments.image, arguments.mask))
-    with imagefile.writing(arguments.output) as write, contextlib.ExitStack() as after:
+    with writing(arguments.output) as write, contextlib.ExitStack() as after:
         pipe = pipeline(arguments, shipped.SCENES if conditions.given(arguments) else shipped.TEXT)
         asked = _inputs(arguments, pipe)
         for caption, tokens in pipe.conditioner.cut(asked):
@@ -60,7 +60,7 @@ def run(arguments):
         columns = arguments.columns or (arguments.number if len(asked) > 1 else None)
 
         def sheet(pictures):
-            return imagefile.grid(pictures, columns, arguments.scale or max(1, 256 // max(pictures[0].size)))
+            return grid(pictures, columns, arguments.scale or max(1, 256 // max(pictures[0].size)))
 
         pictures = pipe(
             [each for each in asked for _ in range(arguments.number)],
@@ -75,8 +75,6 @@ def run(arguments):
 
 def _inputs(arguments, pipe):
     """What the model is told, one entry a prompt, class, file of boxes or map."""
-    from ldmfast.models.conditioning import takes
-
     told, prompts = conditions.inputs(arguments, pipe.conditioner), arguments.prompt
     if told is not None:
         return told if not prompts else _with_prompts(told, prompts)
@@ -84,7 +82,7 @@ def _inputs(arguments, pipe):
         if prompts:
             raise ValueError(f"this model takes no prompt: leave out {prompts[0]!r}")
         return [None]
-    if not prompts and (known := takes(pipe.conditioner)):
+    if not prompts and (known := pipe.conditioner.by_option()):
         raise ValueError(f"nothing was asked for; this model is told --{' or --'.join(known)}")
     if not prompts:
         raise ValueError("the prompt is empty: say what to draw, as in 'a red apple on a yellow background'")
@@ -114,14 +112,14 @@ def _previewer(arguments, sheet, after):
     """A function that writes the pictures as they are so far, to a file that is gone once the result is there."""
     if not arguments.preview_every:
         return None
-    from ldmfast import imagefile
+    from ldmfast.pictures import writing
 
     output = Path(arguments.output)
     path = output.with_name(f"{output.stem}.preview{output.suffix}")
     after.callback(path.unlink, missing_ok=True)
 
     def show(step, steps, pictures):
-        with imagefile.writing(path) as write:
+        with writing(path) as write:
             write(sheet(pictures))
 
     return show

@@ -20,34 +20,32 @@ def add(commands):
 
 
 def run(arguments):
-    from ldmfast.training import study, study_report
+    from ldmfast.study import report, trials
 
-    config = _config(arguments, study)
+    config = _config(arguments, trials)
     data = arguments.data or _emoji(Path(arguments.output, "pictures"), arguments.font, config.size)
-    report = study.run(
-        data, arguments.output, config, first_stages=arguments.first_stages, quiet=arguments.quiet
-    )
-    for claim in report["claims"]:
+    found = trials.run(data, arguments.output, config, first_stages=arguments.first_stages, quiet=arguments.quiet)
+    for claim in found["claims"]:
         print(f"{'held' if claim['held'] else 'did not hold'}: {claim['claim']} ({claim['figures']})")
-    print(study_report.write(report, arguments.output))
+    print(report.write(found, arguments.output))
 
 
-def _config(arguments, study):
+def _config(arguments, trials):
     given = {"seconds": arguments.seconds, "first_stage_steps": arguments.first_stage_steps}
     if arguments.factors:
         given["factors"] = arguments.factors
-        unknown = sorted(set(given["factors"]) - {1, *study.LATENT_CHANNELS})
+        unknown = sorted(set(given["factors"]) - {1, *trials.LATENT_CHANNELS})
         if unknown:
             raise ValueError(f"--factors: {unknown[0]} is none of 1, 4, 8, 16")
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         if name != "factors" and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
-    return dataclasses.replace(study.FULL if arguments.full else study.QUICK, **given)
+    return dataclasses.replace(trials.FULL if arguments.full else trials.QUICK, **given)
 
 
 def _emoji(folder, font, size):
-    from ldmfast.training import emoji
+    from ldmfast.data import emoji
 
     if not folder.is_dir():
         emoji.build(emoji.font_cutouts(font), folder, size=size, count=4)

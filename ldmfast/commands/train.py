@@ -14,16 +14,16 @@ def add(commands):
 
     stages = commands.add_parser("train", help="train the autoencoder, then the denoiser")
     stages = stages.add_subparsers(title="stages", required=True, metavar="STAGE")
-    for name, config, module, made_there in (
-        ("autoencoder", AutoencoderConfig, "autoencoder", "vae"),
-        ("decoder", DecoderConfig, "decoder", "vae"),
-        ("denoiser", DenoiserConfig, "denoiser", "pipeline"),
-        ("scenes", ScenesConfig, "scene_denoiser", "pipeline"),
-        ("lora", LoraConfig, "lora", "pytorch_lora_weights.safetensors"),
+    for name, config, made_there in (
+        ("autoencoder", AutoencoderConfig, "vae"),
+        ("decoder", DecoderConfig, "vae"),
+        ("denoiser", DenoiserConfig, "pipeline"),
+        ("scenes", ScenesConfig, "pipeline"),
+        ("lora", LoraConfig, "pytorch_lora_weights.safetensors"),
     ):
         text = config.__doc__.split("\n")[0]
         made = stages.add_parser(name, help=text, description=text)
-        made.set_defaults(run=_train, config=config, module=module, made=made_there)
+        made.set_defaults(run=_train, config=config, stage=name, made=made_there)
         made.add_argument("--data", required=True, help="the folder of pictures")
         if name == "lora":
             made.add_argument("--model", help="the saved pipeline to finetune (default: the shipped model)")
@@ -82,7 +82,7 @@ def _recipes(arguments):
 def _train(arguments):
     from ldmfast.training import parallel
 
-    stage = importlib.import_module(f"ldmfast.training.{arguments.module}")
+    stage = importlib.import_module(f"ldmfast.training.train_{arguments.stage}")
     source = [getattr(arguments, name) for name in ("autoencoder", "model") if hasattr(arguments, name)]
     result = stage.train(
         arguments.data, *source, arguments.output, _config(arguments), restart=arguments.restart, quiet=arguments.quiet

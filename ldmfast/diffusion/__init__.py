@@ -7,9 +7,9 @@ _HOMES = {
     "DDPMScheduler": "ldmfast.diffusion.ddpm",
     "PNDMScheduler": "ldmfast.diffusion.pndm",
     "SAMPLERS": "ldmfast.diffusion.samplers",
-    "add_noise": "ldmfast.diffusion.objective",
+    "add_noise": "ldmfast.diffusion.loss",
     "alphas_cumprod": "ldmfast.diffusion.schedule",
-    "denoising_loss": "ldmfast.diffusion.objective",
+    "denoising_loss": "ldmfast.diffusion.loss",
     "make_sampler": "ldmfast.diffusion.samplers",
     "make_scheduler": "ldmfast.diffusion.schedule",
 }

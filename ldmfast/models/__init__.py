@@ -4,9 +4,9 @@ import importlib
 
 _HOMES = {
     "AutoencoderKL": "ldmfast.models.autoencoder",
-    "Condition": "ldmfast.models.conditioning",
-    "Conditioner": "ldmfast.models.conditioning",
-    "TextEncoder": "ldmfast.models.conditioning_text",
+    "Condition": "ldmfast.conditioning.base",
+    "Conditioner": "ldmfast.conditioning.base",
+    "TextEncoder": "ldmfast.conditioning.text",
     "UNet": "ldmfast.models.unet",
     "UNet2D": "ldmfast.models.unet2d",
     "VQModel": "ldmfast.models.vq",

@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from torch import nn
 
 from ldmfast.models.blocks import Conditioning, downsample, image_attention, mid_block, resnet, upsample
-from ldmfast.models.dropin import DropIn
+from ldmfast.models.drop_in import DropIn
 from ldmfast.models.guard import obstacle, obstacles
 from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of, weights_channels_last
 

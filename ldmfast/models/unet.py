@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ldmfast.models.blocks import Conditioning, down_block, has_cross_attention, mid_block, up_block
-from ldmfast.models.checks import add_residual, add_residuals, check_inputs, timestep_tensor
-from ldmfast.models.dropin import DropIn
+from ldmfast.models.drop_in import DropIn
+from ldmfast.models.input_checks import add_residual, add_residuals, check_inputs, timestep_tensor
 from ldmfast.models.layers import (
     channels_last,
     conv2d,

@@ -18,8 +18,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.nn.modules.module import _has_any_global_hook
 
 from ldmfast.models.blocks import Conditioning, down_block, mid_block, up_block
-from ldmfast.models.checks import check_sample, timestep_tensor
-from ldmfast.models.dropin import DropIn
+from ldmfast.models.drop_in import DropIn
+from ldmfast.models.input_checks import check_sample, timestep_tensor
 from ldmfast.models.layers import (
     channels_last,
     conv2d,

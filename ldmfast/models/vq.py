@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ldmfast.models.autoencoder import decode, encode
-from ldmfast.models.dropin import DropIn
+from ldmfast.models.drop_in import DropIn
 from ldmfast.models.layers import channels_last, conv2d, in_layout_of, weights_channels_last
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ldmfast.ops import native, triton
+from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_tensors, short
 from ldmfast.ops.registry import Op
 
@@ -142,7 +142,7 @@ def _triton(q, k, v, scale, mask):
     return out
 
 
-_triton.refuses(triton.refuse)
+_triton.refuses(triton_backend.refuse)
 
 
 @_triton.refuses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldmfast.ops import native, triton
+from ldmfast.ops import native, triton_backend
 from ldmfast.ops.attention import _check as check_forward
 from ldmfast.ops.attention import _expanded
 from ldmfast.ops.attention import op as forward
@@ -106,7 +106,7 @@ def _triton(dout, q, k, v, out, scale, mask):
     return dq, dk, dv
 
 
-_triton.refuses(triton.refuse)
+_triton.refuses(triton_backend.refuse)
 
 
 @_triton.refuses

@@ -8,10 +8,10 @@ import struct
 
 import torch
 
-from ldmfast.ops import native, triton
+from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_float, require_shape, require_tensors, short
+from ldmfast.ops.dispatcher import EXTENSION
 from ldmfast.ops.registry import Op, chosen_backend
-from ldmfast.ops.watch import EXTENSION
 
 NAME = "ddim_step"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -245,4 +245,4 @@ def _triton(sample, model_output, coefficients, table, guidance, noise, clip):
     return prev, x0
 
 
-_triton.refuses(triton.refuse)
+_triton.refuses(triton_backend.refuse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldmfast.ops import native, triton
+from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.ddim_step import _check as check_forward
 from ldmfast.ops.ddim_step import _empty, _layout, _ready
@@ -110,7 +110,7 @@ def _triton(dprev, dx0, sample, model_output, coefficients, table, guidance, noi
     return gradients
 
 
-_triton.refuses(triton.refuse)
+_triton.refuses(triton_backend.refuse)
 
 
 @forward.gradient()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ldmfast.ops import native, triton
+from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
 from ldmfast.ops.registry import Op
 
@@ -167,4 +167,4 @@ def _triton(x, weight, bias, groups, eps, silu, add, scale, shift):
     return y
 
 
-_triton.refuses(triton.refuse)
+_triton.refuses(triton_backend.refuse)

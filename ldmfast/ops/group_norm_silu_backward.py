@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldmfast.ops import native, triton
+from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.group_norm_silu import _check as check_forward
 from ldmfast.ops.group_norm_silu import _common, _kernel_layout, _layout, _output
@@ -117,7 +117,7 @@ def _triton(dy, x, weight, bias, groups, eps, silu, add, scale, shift):
     return dx, sums
 
 
-_triton.refuses(triton.refuse)
+_triton.refuses(triton_backend.refuse)
 
 
 @forward.gradient()

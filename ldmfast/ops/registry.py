@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldmfast.ops.watch import nothing_watches
+from ldmfast.ops.dispatcher import nothing_watches
 
 LIBRARY = torch.library.Library("ldmfast", "DEF")
 OPS: dict[str, Op] = {}  # what a user calls, by name

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ldmfast.ops import native, triton
+from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors, short
 from ldmfast.ops.registry import Op
 
@@ -141,4 +141,4 @@ def _triton(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_p
     return out
 
 
-_triton.refuses(triton.refuse)
+_triton.refuses(triton_backend.refuse)

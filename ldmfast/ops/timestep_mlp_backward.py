@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldmfast.ops import native, triton
+from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.registry import Op
 from ldmfast.ops.timestep_mlp import _check as check_forward
@@ -91,7 +91,7 @@ def _triton(dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift,
     return gradients
 
 
-_triton.refuses(triton.refuse)
+_triton.refuses(triton_backend.refuse)
 
 
 @forward.gradient()

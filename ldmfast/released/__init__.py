@@ -4,7 +4,7 @@
     infer.py, settings.py  what the shapes say, and what only the family knows
     keys.py, keys_text.py  the names, both ways
     parts.py               a checkpoint taken apart and put together; conditioner_parts.py for what steers it
-    folder.py, weights.py  diffusers' folders; tensors from files
+    diffusers_folder.py, weights.py  diffusers' folders; tensors from files
 
-`ldmfast/loading.py` and `ldmfast/convert.py` are what people call.
+`ldmfast/pipeline/load.py` and `ldmfast/released/conversion.py` are what people call.
 """

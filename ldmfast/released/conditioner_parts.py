@@ -6,7 +6,8 @@ import importlib
 import re
 from collections.abc import Iterable
 
-from ldmfast.models.conditioning import HOMES, Conditioner
+from ldmfast.conditioning import CONDITIONERS
+from ldmfast.conditioning.base import Conditioner
 from ldmfast.released.families import DENOISERS
 from ldmfast.released.keys import Entry
 
@@ -92,8 +93,8 @@ def make_conditioner(config: dict) -> Conditioner:
     """A conditioner of that config.json, its weights random. Raises ValueError for a class that is not known."""
     settings = {k: v for k, v in config.items() if k != "_class_name"}
     name = config.get("_class_name")
-    if name not in HOMES:
-        raise ValueError(f"a conditioner of class {name} is not known; expected one of {', '.join(HOMES)}")
+    if name not in CONDITIONERS:
+        raise ValueError(f"a conditioner of class {name} is not known; expected one of {', '.join(CONDITIONERS)}")
     if name == "Hybrid":
         raise ValueError("several conditioners side by side (Hybrid) have no place in the released layout")
-    return getattr(importlib.import_module(HOMES[name]), name).from_settings(settings)
+    return getattr(importlib.import_module(CONDITIONERS[name]), name).from_settings(settings)

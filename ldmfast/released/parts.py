@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ldmfast.models.checkpoints import kind
+from ldmfast.models.weight_files import kind
 from ldmfast.released import infer, keys_text
 from ldmfast.released.conditioner_parts import conditioner_config, conditioner_entries, make_conditioner
 from ldmfast.released.families import DENOISERS, recognise, recognise_first_stage

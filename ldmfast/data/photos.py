@@ -1,0 +1,166 @@
+"""A collection of crops from real photographs, split by photograph: nothing of a held-out one is ever trained on.
+
+The photographs come from installed packages, each with its author and licence noted in the rows, or from a folder.
+    Debian lomiri-wallpapers-16.04   CC-BY-4.0, CC-BY-SA-4.0, CC0-1.0
+    Debian mate-backgrounds          GPL-2+ (the photographs in nature/)
+    PyPI   scikit-learn              CC-BY (its two sample images)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import random
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ldmfast.data.collection import SUFFIXES
+
+SHARE = Path("/usr/share")
+DRAWN = {"analogpattern_by_Peter_Nerlich.jpg", "umang_by_Abhishek_Mudgal.jpg"}  # wallpapers that are no photographs
+SOURCES = {
+    "lomiri-wallpapers-16.04": "apt install lomiri-wallpapers-16.04",
+    "mate-backgrounds": "apt install mate-backgrounds",
+    "scikit-learn": "pip install --no-deps scikit-learn",
+}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A file, and who made it under which licence."""
+
+    path: Path
+    source: str
+    author: str = ""
+    licence: str = ""
+
+
+def installed(share: Path = SHARE) -> tuple[list[Photo], list[str]]:
+    """(photographs found, sources that are missing), in a fixed order."""
+    found = {
+        "lomiri-wallpapers-16.04": _debian(share, "lomiri-wallpapers-16.04", "backgrounds/*_by_*.jpg", "16.04"),
+        "mate-backgrounds": _debian(share, "mate-backgrounds", "backgrounds/mate/nature/*.jpg", "nature"),
+        "scikit-learn": _scikit_learn(),
+    }
+    missing = [name for name, photos in found.items() if not photos]
+    return [photo for photos in found.values() for photo in photos], missing
+
+
+def _debian(share: Path, package: str, pattern: str, folder: str) -> list[Photo]:
+    """A package's pictures that its copyright file names, with author and licence from there."""
+    listing = share / "doc" / package / "copyright"
+    if not listing.is_file():
+        return []
+    known = _copyright(listing.read_text(encoding="utf-8"))
+    photos = []
+    for path in sorted(share.glob(pattern)):
+        entry = known.get(f"{folder}/{path.name}")
+        if entry and path.name not in DRAWN:
+            photos.append(Photo(path, package, *entry))
+    return photos
+
+
+def _copyright(text: str) -> dict[str, tuple[str, str]]:
+    """{file: (author, licence)} from Debian's machine-readable copyright format."""
+    known = {}
+    for stanza in re.split(r"\n\s*\n", text):
+        fields = dict(re.findall(r"^(Files|Copyright|License):((?:.*\n?)(?:[ \t]+.*\n?)*)", stanza, flags=re.MULTILINE))
+        if {"Files", "Copyright", "License"} <= fields.keys():
+            author = "; ".join(line.strip() for line in fields["Copyright"].splitlines() if line.strip())
+            entry = author, fields["License"].split("\n")[0].strip()
+            known |= dict.fromkeys(fields["Files"].split(), entry)
+    return known
+
+
+def _scikit_learn() -> list[Photo]:
+    """Its two sample images; the package is found, not imported."""
+    spec = importlib.util.find_spec("sklearn")
+    homes = [Path(home, "datasets", "images") for home in (spec.submodule_search_locations or ())] if spec else []
+    found = [path for home in homes for path in sorted(home.glob("*.jpg"))]
+    return [Photo(path, "scikit-learn", "see datasets/images/README.txt there", "CC-BY") for path in found]
+
+
+def in_folder(folder: str | Path) -> list[Photo]:
+    """The pictures below a folder. Raises FileNotFoundError if there is none."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    return [Photo(path, str(folder)) for path in paths]
+
+
+def split_of(photos: list[Photo], share: float, seed: int) -> list[str]:
+    """ "train" or "heldout" for each photograph: `share` of them, at least one and not all, drawn by `seed`.
+
+    Raises ValueError for fewer than two photographs or a share outside 0 to 1.
+    """
+    if len(photos) < 2:
+        raise ValueError(f"{len(photos)} photograph(s): a split by photograph needs at least two")
+    if not 0 < share < 1:
+        raise ValueError(f"heldout={share} must lie between 0 and 1")
+    count = min(max(1, round(share * len(photos))), len(photos) - 1)
+    held = set(random.Random(seed).sample(range(len(photos)), count))
+    return ["heldout" if i in held else "train" for i in range(len(photos))]
+
+
+def crops(photo: Photo, size: int, count: int, rng: random.Random):
+    """`count` square crops of `size` pixels at random places and scales.
+
+    A crop's side in the photograph is spread evenly in its logarithm, from 2 * size to the photograph's shorter side:
+    the smallest are still shrunk by half, so that no JPEG block is learned.
+    """
+    with Image.open(photo.path) as picture:
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+    shorter = min(picture.size)
+    least = min(2 * size, shorter)
+    for _ in range(count):
+        side = round(math.exp(rng.uniform(math.log(least), math.log(shorter))))
+        left, top = (rng.randint(0, length - side) for length in picture.size)
+        box = (left, top, left + side, top + side)
+        yield box, picture.resize((size, size), Image.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def build(photos: list[Photo], folder, *, size: int = 64, count: int = 120, heldout: float = 0.2, seed: int = 0) -> int:
+    """Write the collection to `folder` (see training/data.py). Returns the number of crops.
+
+    count    crops of each photograph
+    heldout  share of the photographs (not of the crops) kept from training
+    """
+    if size < 1 or count < 1:
+        raise ValueError(f"size={size} and count={count} must be at least 1")
+    splits = split_of(photos, heldout, seed)
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (photo, split) in enumerate(zip(photos, splits, strict=True)):
+        credit = {"photo": photo.path.name, "source": photo.source, "author": photo.author, "licence": photo.licence}
+        for i, (box, picture) in enumerate(crops(photo, size, count, random.Random(f"{seed}/{photo.path.name}"))):
+            name = f"{number:03d}-{i:04d}.png"
+            picture.save(folder / name)
+            rows.append({"file_name": name, "text": "", "split": split, **credit, "box": box})
+    partial = folder / "metadata.jsonl.partial"
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(folder / "metadata.jsonl")
+    return len(rows)
+
+
+def collect(folder: str | None = None) -> list[Photo]:
+    """The photographs of `folder`, or the installed ones; a source that is missing is named on stderr.
+
+    Raises FileNotFoundError with what to install if there is none.
+    """
+    if folder:
+        return in_folder(folder)
+    photos, missing = installed()
+    ways = "; ".join(SOURCES[name] for name in missing)
+    if not photos:
+        raise FileNotFoundError(f"no photographs are installed: {ways}; or give --photos FOLDER")
+    if missing:
+        print(f"ldmfast: without {', '.join(missing)} ({ways})", file=sys.stderr)
+    return photos

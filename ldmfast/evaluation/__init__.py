@@ -1,0 +1,1 @@
+"""A finished model's figures: samples against a collection, composed scenes, autoencoders."""

@@ -1,0 +1,69 @@
+"""What every drop-in model shares: taking over a live stock model, its name in saved files, explain()."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from ldmfast.models import guard
+from ldmfast.models.layers import weights_channels_last
+from ldmfast.models.weight_files import check_folder, check_loaded
+
+
+class DropIn:
+    """Mixed into a subclass of a diffusers model, before it. `stock` is that diffusers class."""
+
+    stock: type
+
+    @classmethod
+    def adopt(cls, model: nn.Module):
+        """A live stock model under our forward: its very parameters, submodules and configuration, nothing copied.
+
+        The convolutions' weights are laid out channels_last in place, which changes no value.
+        Raises TypeError for another class, ValueError for a model whose forward is already wrapped.
+        """
+        if type(model) is cls:
+            return model
+        if type(model) is not cls.stock:
+            more = "; compile what adopt returns" if hasattr(model, "_orig_mod") else ""
+            raise TypeError(f"{cls.__name__} takes over a {cls.stock.__name__}; got {type(model).__name__}{more}")
+        if "forward" in model.__dict__:
+            raise ValueError(f"this {cls.stock.__name__}'s forward is wrapped: take it over first, then offload it")
+        new = cls.__new__(cls)
+        new.__dict__.update(model.__dict__)
+        weights_channels_last(new)
+        return new
+
+    @classmethod
+    def from_single_file(cls, *args, **kwargs):
+        """As diffusers' from_single_file: a checkpoint in the released layout, such as SD1.5's one file."""
+        model = super().from_single_file(*args, **kwargs)
+        weights_channels_last(model)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source, *, allow_missing: bool = False, output_loading_info: bool = False, **kwargs):
+        """As diffusers' from_pretrained, from a folder or the hub; weights that the checkpoint lacks are an error.
+
+        allow_missing  take them at random, as diffusers does
+        Raises ValueError with one sentence for a missing weight, a truncated file, a web page saved in place of one,
+        another model's or another family's checkpoint.
+        """
+        check_folder(Path(source) / (kwargs.get("subfolder") or ""), cls.stock.__name__)
+        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        if not allow_missing:
+            check_loaded(cls.stock.__name__, source, info)
+        weights_channels_last(model)
+        return (model, info) if output_loading_info else model
+
+    def explain(self) -> list[str]:
+        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
+        return guard.explain(self)
+
+    def to_json_string(self) -> str:
+        """The configuration as diffusers writes it, under the name of diffusers' class, so that diffusers loads it."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = self.stock.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"

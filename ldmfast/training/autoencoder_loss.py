@@ -1,0 +1,150 @@
+"""The loss of stage 1, with everything in it that learns or counts beside the model.
+
+    (L1 + ssim + perceptual) / exp(logvar) + logvar  +  KL or codebook term  +  adaptive weight * adversarial term
+
+Every term is a mean over elements. Rombach et al. sum over a picture instead; that scales the whole loss by the number
+of its values, which Adam does not see, and the weight of the KL term by latent elements / picture elements: their 1e-6
+at f = 8 and 4 channels is 2e-8 here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ldmfast.metrics import backbones, perceptual
+from ldmfast.training import adversarial, losses
+from ldmfast.training.codebook import Codebook, flat
+from ldmfast.training.loop import Phase
+from ldmfast.training.step import mixed
+
+
+class Objective(nn.Module):
+    """What decoded pictures are told: the terms above but the regulariser's, with everything in them that learns.
+
+    It yields a loss for each of `phases()`. `perceptual` is the distance in use, or None.   side  of the pictures
+    Raises ValueError where they are too small for the discriminator.
+    """
+
+    def __init__(self, config, side):
+        super().__init__()
+        self.config = config
+        self.logvar = nn.Parameter(torch.zeros(())) if config.logvar == "learned" else None
+        self.discriminator = self._discriminator(side) if config.adversarial else None
+        # its weights are not ours to train, average or save: not a submodule
+        distance = perceptual.make(config.perceptual, config.lpips) if config.perceptual != "none" else None
+        self.__dict__["perceptual"] = distance
+
+    def _discriminator(self, side):
+        c = self.config
+        if c.discriminator_features != "none":
+            backbone = backbones.INSTALLED[c.discriminator_features]()
+            return adversarial.FeatureDiscriminator(backbone, c.discriminator_channels, c.discriminator_layers)
+        net = adversarial.Discriminator(c.discriminator_channels, c.discriminator_layers, c.discriminator_norm)
+        least = net.smallest()
+        if side < least:
+            raise ValueError(f"{side} pixels: a discriminator of {c.discriminator_layers} layers needs {least}")
+        return net.to(memory_format=torch.channels_last)
+
+    def phases(self, learners) -> list[Phase]:
+        """The networks that follow losses of their own, in the order in which they are yielded.
+
+        learners  the parameters that learn from the first one
+        """
+        phases = [Phase("loss", list(learners))]
+        if self.logvar is not None:
+            phases.append(Phase("logvar", [self.logvar], weight_decay=0.0, betas=(0.5, 0.9)))
+        if self.discriminator is not None:
+            rate = self.config.discriminator_rate or None
+            weights = list(self.discriminator.parameters())
+            phases.append(Phase("discriminator", weights, learning_rate=rate, weight_decay=0.0, betas=(0.5, 0.9)))
+        return phases
+
+    def judge(self, pictures, decoded, regulariser, last, draw):
+        """Yield a scalar for each phase; None for a discriminator that has not started.
+
+        pictures, decoded  [B, 3, H, W] in [-1, 1]
+        regulariser        the KL or codebook term, or 0
+        last               the decoder's last weight, at which the adaptive weight compares gradients
+        draw               the step's random draws; the terms are logged there
+        """
+        c = self.config
+        reconstruction = self._reconstruction(pictures, decoded, draw)
+        nll = reconstruction if self.logvar is None else losses.nll(reconstruction, self.logvar.detach())
+        learns = self.discriminator is not None and draw.step >= c.adversarial_start - c.discriminator_lead
+        started = learns and draw.step >= c.adversarial_start
+        total = nll + regulariser
+        if started:
+            g = adversarial.generator_loss(self.discriminator, decoded)
+            weight = adversarial.adaptive_weight(nll, g, last)
+            draw.log("generator", g)
+            draw.log("adaptive_weight", weight)
+            total = total + c.adversarial * weight * g
+        yield total
+        if self.logvar is not None:
+            draw.log("logvar", self.logvar)
+            yield losses.nll(reconstruction.detach(), self.logvar)
+        if self.discriminator is not None:
+            yield adversarial.discriminator_loss(self.discriminator, pictures, decoded) if learns else None
+
+    def _reconstruction(self, pictures, decoded, draw):
+        c = self.config
+        reconstruction = losses.reconstruction(pictures, decoded, ssim_weight=c.ssim_weight)
+        if self.perceptual is not None:
+            distance = self.perceptual.to(pictures.device)(pictures, decoded).mean()
+            draw.log(self.perceptual.name, distance)
+            reconstruction = reconstruction + c.perceptual_weight * distance
+        draw.log("reconstruction", reconstruction)
+        return reconstruction
+
+
+class FirstStage(Objective):
+    """A first stage in training: `vae`, and what learns or counts beside it."""
+
+    def __init__(self, vae, config):
+        super().__init__(config, config.crop or config.size)
+        self.vae = vae
+        self.codebook = Codebook(config.codebook, config.latent_channels) if config.family == "vq" else None
+        self.revived_at = -1
+
+    def phases(self) -> list[Phase]:
+        return super().phases(self.vae.parameters())
+
+    def losses_of(self, pictures, draw, books):
+        """Yield a scalar for each phase, as `judge` does.
+
+        pictures  [B, 3, H, W] in [-1, 1]
+        books     the codebook [K, c] and its average, in which dead codes are re-seeded; empty for a KL model
+        """
+        autoencode = self._through_posterior if self.codebook is None else self._through_codebook
+        decoded, regulariser = autoencode(pictures, draw, books)
+        yield from self.judge(pictures, decoded, regulariser, self.vae.decoder.conv_out.weight, draw)
+
+    def _through_posterior(self, pictures, draw, books):
+        posterior = self.vae.encode(pictures).latent_dist
+        noise = draw.normal(*posterior.mean.shape[1:])
+        kl = losses.kl(posterior)
+        draw.log("kl", kl)
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, self.config.kl_weight * kl
+
+    def _through_codebook(self, pictures, draw, books):
+        latents, seed = self.vae.encode(pictures).latents.float(), mixed(self.config.seed, draw.step)
+        self.codebook.note(flat(latents), seed)
+        if draw.step < self.config.codebook_start:
+            return self.vae.decode_quantised(latents), 0.0
+        if self._revives(draw.step):
+            draw.log("revived_codes", self.codebook.revive(books, seed))
+        codes, loss, index = self.vae.quantise(latents)
+        self.codebook.count(index)
+        draw.log("codebook", loss)
+        return self.vae.decode_quantised(codes), self.config.codebook_weight * loss
+
+    def _revives(self, step):
+        """At the codebook's first step, which seeds all of it from the data, then at every `revive_every`th until the
+        last fifth of the training, so that every code has time to settle; once a step."""
+        c = self.config
+        since = step - c.codebook_start
+        due = c.revive_every and since % c.revive_every == 0 and step <= 0.8 * c.steps
+        due = (due or since == 0 < c.codebook_start) and step != self.revived_at
+        self.revived_at = step
+        return bool(due)

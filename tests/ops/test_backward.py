@@ -1,0 +1,191 @@
+"""Every op's gradient, backend and dtype within the error budget, on the U-Net's shapes and the awkward ones.
+
+The gradient with regard to each input is held against the float64 one, as cases.py holds outputs: at most twice the
+error of autograd through the reference in the same dtype, plus a floor. `python tests/ops/test_backward.py [--big]`
+prints the table of worst errors instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a run as a script
+
+from cases import CASES, DTYPES, FLOOR, exactly, tuples
+from test_ops_numbers import BACKENDS, SLOW, device_for, poisoned  # noqa: F401 - the fixture applies here too
+from torch.library import opcheck
+
+from ldmfast.ops.registry import BACKWARD_OPS, OPS, Op
+
+# what the backward ops have no gradient for: the reference gives it (checked in test_ops_contract.py)
+WITHOUT = {"attention": {4}, "timestep_mlp": {0}, "ddim_step": {3}, "group_norm_silu": set()}
+NEGLIGIBLE = 0.01  # a gradient smaller than this share of the largest one is held to that share's size
+
+
+def backward_op(name):
+    return BACKWARD_OPS[f"{name}_backward"]
+
+
+def differentiable(op, arguments):
+    return [i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)
+            and value.is_floating_point() and i not in WITHOUT[op]]  # fmt: skip
+
+
+def gradients(call, op, arguments, grads):
+    """Of call(*arguments) with regard to each differentiable argument."""
+    leaves = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
+    chosen = differentiable(op, leaves)
+    for i in chosen:
+        leaves[i].requires_grad_()
+    outputs = tuples(call(*leaves))
+    return torch.autograd.grad(outputs, [leaves[i] for i in chosen], grads, allow_unused=True, materialize_grads=True)
+
+
+@functools.lru_cache(maxsize=4)
+def prepared(case, dtype, device):
+    """(arguments, the outputs' gradients, exact gradients, those of the reference in dtype)"""
+    torch.manual_seed(sum(map(ord, case.label)))
+    args, kwargs = case.make(dtype)
+    arguments = OPS[case.op].normalise(*args, **kwargs)
+    reference = OPS[case.op].reference
+    grads = tuple(torch.randn_like(out) for out in tuples(reference(*arguments)))
+    exact = gradients(reference, case.op, exactly(arguments), exactly(grads))
+    same = gradients(reference, case.op, arguments, grads)
+    return arguments, grads, exact, same
+
+
+def refusal(case, dtype, backend):
+    arguments, grads, *_ = prepared(case, dtype, device_for(backend))
+    return OPS[case.op].backends[backend].refusal(arguments) or backward_refusal(case.op, arguments, grads, backend)
+
+
+def backward_inputs(op, arguments, grads):
+    if op == "attention":
+        return *grads, *arguments[:3], OPS[op].reference(*arguments), *arguments[3:]
+    return *grads, *arguments
+
+
+def backward_refusal(op, arguments, grads, backend):
+    found = backward_op(op).backends.get(backend)
+    return found.refusal(backward_inputs(op, arguments, grads)) if found else f"{op}_backward has no such kernel"
+
+
+def errors(case, dtype, backend):
+    """(worst error over the gradients, its budget)"""
+    arguments, grads, exact, same = prepared(case, dtype, device_for(backend))
+    ours = gradients(lambda *inputs: OPS[case.op](*inputs, backend), case.op, arguments, grads)
+    largest = max((value.norm().item() for value in exact), default=0.0)
+    worst = (0.0, 1.0)
+    for mine, true, theirs in zip(ours, exact, same, strict=True):
+        assert mine.shape == true.shape and mine.dtype == theirs.dtype, (mine.shape, mine.dtype)
+        norm = max(true.norm().item(), NEGLIGIBLE * largest) or 1.0
+        error = (mine.double() - true).norm().item() / norm
+        budget = 2 * (theirs.double() - true).norm().item() / norm + FLOOR[dtype]
+        worst = max(worst, (error, budget), key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else float("inf"))
+    return worst
+
+
+@pytest.fixture(autouse=True)
+def closed_form(monkeypatch):
+    """`torch` is the closed form that stands in each op's file; without this it is autograd through the forward's."""
+    fused = Op.fused
+    monkeypatch.setattr(Op, "fused", lambda op, args, name: fused(op, args, name) or True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.big], ids=lambda case: f"{case.op}-{case.label}")
+def test_within_budget(case, backend, dtype):
+    with torch.device(device_for(backend)):
+        if reason := refusal(case, dtype, backend):
+            pytest.skip(f"{backend}: {reason}")
+        error, budget = errors(case, dtype, backend)
+    assert error <= budget
+
+
+SMALL = {case.op: case for case in CASES if case.label in ("everything-contiguous", "mask-additive", "odd", "noise")}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    arguments, grads, *_ = prepared(SMALL[name], torch.float32, "cpu")
+    opcheck(getattr(torch.ops.ldmfast, f"{name}_backward").default, (*backward_inputs(name, arguments, grads), None))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradcheck(name):
+    """The closed form, in float64, against differences."""
+    x = functools.partial(torch.randn, dtype=torch.float64)
+    args, kwargs = {
+        "group_norm_silu": lambda: ((x(2, 4, 2, 2), x(4), x(4), 2), {"add": x(2, 4), "scale": x(2, 4)}),
+        "attention": lambda: ((x(1, 3, 2, 4), x(1, 2, 2, 4), x(1, 2, 2, 4)), {"mask": x(3, 2)}),
+        "timestep_mlp": lambda: ((x(2), x(4, 4), x(4), x(3, 4), x(3)), {"dim": 4}),
+        "ddim_step": lambda: ((x(2, 3), x(4, 3), 0.3, 0.6), {"guidance": 3.0, "noise": x(2, 3), "sigma": 0.2}),
+    }[name]()
+    arguments = list(OPS[name].normalise(*args, **kwargs))
+    for i in differentiable(name, arguments):
+        arguments[i].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *inputs: OPS[name](*inputs, "torch"), arguments)
+
+
+@pytest.mark.parametrize("name", ["group_norm_silu", "attention"])
+def test_second_derivative(name):
+    x = functools.partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    function, inputs = {
+        "group_norm_silu": (lambda x, w, b: OPS[name](x, w, b, 2, 1e-5, True, None, None, None, None),
+                            (x(1, 4, 2, 2), x(4), x(4))),
+        "attention": (lambda q, k, v: OPS[name](q, k, v, 0.5, None, None),
+                      (x(1, 3, 1, 4), x(1, 2, 1, 4), x(1, 2, 1, 4))),
+    }[name]  # fmt: skip
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_an_op_that_only_autograd_calls_has_no_derivative():
+    arguments, grads, *_ = prepared(SMALL["ddim_step"], torch.float32, "cpu")
+    out = BACKWARD_OPS["ddim_step_backward"](grads[0].requires_grad_(), *grads[1:], *arguments, None)
+    with pytest.raises(NotImplementedError, match="ddim_step_backward: has no derivative"):
+        out[0].sum().backward()
+
+
+def worst_row(op, backend, dtype, big):
+    """(worst (error, budget, label), cases that ran, the last refusal): nearest to its budget counts as worst."""
+    worst, ran, reason = None, 0, None
+    for case in CASES:
+        if case.op != op or case.big and not (big and backend not in SLOW):
+            continue
+        with torch.device(device_for(backend)):
+            if refused := refusal(case, dtype, backend):
+                reason = refused
+                continue
+            error, budget = errors(case, dtype, backend)
+        ran += 1
+        if worst is None or not error / budget <= worst[0] / worst[1]:
+            worst = error, budget, case.label
+    return worst, ran, reason
+
+
+def main() -> int:
+    failed = 0
+    Op.fused = lambda op, args, name: True  # `torch` is the closed form, as in the tests
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for op, backend, dtype in itertools.product(OPS, BACKENDS, DTYPES):
+        worst, ran, reason = worst_row(op, backend, dtype, "--big" in sys.argv)
+        line = f"{op:<16} {backend:<10} {str(dtype).removeprefix('torch.'):<9}"
+        if not ran:
+            print(f"{line} refuses: {reason}")
+            continue
+        right = worst[0] <= worst[1]
+        failed += not right
+        print(f"{line} {ran:>3} cases, nearest its budget: error {worst[0]:.2e} of {worst[1]:.2e} ({worst[2]})"
+              f"{'' if right else '  FAILS'}{f'; some refused: {reason}' if reason else ''}", flush=True)  # fmt: skip
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

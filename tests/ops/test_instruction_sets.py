@@ -1,0 +1,40 @@
+"""The CPU kernels in every instruction set that this machine has, the one in use apart: a process each.
+
+The other tests run the best one only, and the kernels differ: in lanes, rows in registers, dot products.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldmfast.ops import native
+
+HERE = Path(__file__).parent
+NOT_HERE = "this processor does not have it"
+
+
+def ran(isa, *command):
+    environment = {**os.environ, "LDMFAST_CPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+def test_the_numbers_of_an_instruction_set(isa):
+    module = native.module("cpu")
+    if isa not in module.compiled_isas().split():
+        pytest.skip(f"{isa} is not compiled for this architecture")
+    if isa == module.active_isa():
+        pytest.skip(f"{isa} is the one that every other test runs")
+    probe = ran(isa, "-c", "from ldmfast.ops import native; print(native.module('cpu').active_isa())")
+    if probe.returncode and NOT_HERE in probe.stderr:
+        pytest.skip(f"{isa}: {NOT_HERE}")
+    assert probe.stdout.strip() == isa, probe.stderr
+    tests = [str(HERE / name) for name in ("test_ops_numbers.py", "test_backward.py")]
+    found = ran(isa, "-m", "pytest", "-q", "-k", "cpu and not host", *tests)
+    assert found.returncode == 0, found.stdout[-4000:]
+    assert "passed" in found.stdout.splitlines()[-1]

@@ -1,0 +1,289 @@
+"""Stage 1's loss: each term against a formula written out here, the discriminator's timing, the codebook's lives."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training import CUTOUTS, same
+
+from ldmfast.data import emoji
+from ldmfast.models import VQModel
+from ldmfast.training import adversarial, checkpoint, codebook, config, losses, train_autoencoder
+from ldmfast.training.autoencoder_loss import FirstStage
+from ldmfast.training.loop import Run, optimize
+from ldmfast.training.step import Draw
+
+TINY = config.AutoencoderConfig(
+    steps=6, batch=4, size=16, channels=(8, 16), groups=4, warmup=1, save_every=2, log_every=2, precision="fp32",
+    discriminator_channels=4, discriminator_layers=1, codebook=32, latent_channels=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emoji") / "collection"
+    cutouts = emoji.folder_cutouts(CUTOUTS)
+    emoji.build({"lemon": cutouts["lemon"]}, folder, size=16, count=1)
+    return folder
+
+
+def stage(**changes):
+    c = dataclasses.replace(TINY, **changes)
+    return FirstStage(train_autoencoder.build(c), c).train()
+
+
+def draw(step=0):
+    return Draw(0, step, 0, 4)
+
+
+def pictures(count=4):
+    return torch.rand(count, 3, 16, 16) * 2 - 1
+
+
+# --- terms -----------------------------------------------------------------------------------------------------------
+
+
+class Distance(torch.nn.Module):
+    name = "distance"
+
+    def forward(self, x, y):
+        return (x - y).square().mean(dim=(1, 2, 3))
+
+
+def test_the_loss_of_a_kl_model_is_the_sum_of_its_terms():
+    s = stage(kl_weight=0.1, ssim_weight=0.5, logvar="learned", perceptual_weight=2.0)
+    s.__dict__["perceptual"] = Distance()
+    s.logvar.data.fill_(-0.7)
+    x = pictures()
+    total, of_logvar = s.losses_of(x, draw(), [])
+    posterior = s.vae.encode(x).latent_dist
+    y = s.vae.decode(posterior.mean + posterior.std * draw().normal(2, 8, 8)).sample
+    rec = (x - y).abs().mean() + 0.5 * (1 - losses.ssim(y, x).mean()) + 2.0 * (x - y).square().mean()
+    mean, logvar = posterior.mean, posterior.logvar
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    assert torch.allclose(total, rec / math.exp(-0.7) - 0.7 + 0.1 * kl, rtol=1e-5)
+    assert torch.allclose(of_logvar, rec / math.exp(-0.7) - 0.7, rtol=1e-5)
+    of_logvar.backward()
+    assert s.vae.decoder.conv_out.weight.grad is None  # logvar follows a loss of its own
+    assert s.logvar.grad == pytest.approx(1 - rec.item() / math.exp(-0.7), rel=1e-5)
+
+
+def test_logvar_settles_at_the_logarithm_of_the_reconstruction():
+    value = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([value], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        losses.nll(torch.tensor(0.05), value).backward()
+        optimizer.step()
+    assert value.item() == pytest.approx(math.log(0.05), abs=1e-2)
+
+
+def test_the_loss_of_a_vq_model_is_the_sum_of_its_terms():
+    s = stage(family="vq", codebook_weight=0.7, commitment=0.3, ssim_weight=0.0, revive_every=0)
+    x = pictures()
+    (total,) = s.losses_of(x, draw(), [])
+    z = s.vae.encode(x).latents
+    book = s.vae.quantize.embedding.weight
+    rows = z.permute(0, 2, 3, 1).reshape(-1, 2)
+    index = (rows[:, None] - book).square().sum(dim=2).argmin(dim=1)
+    codes = book[index].view(4, 8, 8, 2).permute(0, 3, 1, 2)
+    y = s.vae.decode(codes, force_not_quantize=True).sample
+    term = (codes.detach() - z).square().mean() * 0.3 + (codes - z.detach()).square().mean()
+    assert torch.allclose(total, (x - y).abs().mean() + 0.7 * term, rtol=1e-5)
+    assert s.codebook.counts.sum() == len(rows) and s.codebook.counts.tolist() == index.bincount(minlength=32).tolist()
+
+
+def test_the_gradient_goes_straight_through_the_codebook():
+    model = stage(family="vq").vae
+    z = torch.randn(2, 2, 4, 4, requires_grad=True)
+    codes, _, index = model.quantise(z)
+    assert torch.allclose(codes.permute(0, 2, 3, 1).reshape(-1, 2), model.quantize.embedding.weight[index])
+    wanted = torch.randn_like(codes)
+    (codes * wanted).sum().backward()
+    assert torch.equal(z.grad, wanted) and model.quantize.embedding.weight.grad is None
+
+
+def test_the_discriminator_starts_late_and_its_term_is_weighed():
+    s = stage(adversarial=0.5, adversarial_start=3, kl_weight=0.0, ssim_weight=0.0)
+    x = pictures()
+    before, none = s.losses_of(x, draw(2), [])
+    assert none is None
+    d = draw(3)
+    after, of_discriminator = s.losses_of(x, d, [])
+    y = s.vae.decode(*_latents(s, x, 3)).sample
+    assert before.item() == pytest.approx((s.vae.decode(*_latents(s, x, 2)).sample - x).abs().mean().item(), rel=1e-5)
+    term = 0.5 * d.scalars["adaptive_weight"] * adversarial.generator_loss(s.discriminator, y)
+    assert after.item() == pytest.approx(((y - x).abs().mean() + term).item(), rel=1e-4)
+    wanted = adversarial.hinge(s.discriminator(x), s.discriminator(y))
+    assert of_discriminator.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_the_discriminator_learns_before_the_first_stage_hears_of_it():
+    s = stage(adversarial=0.5, adversarial_start=5, discriminator_lead=2, kl_weight=0.0, ssim_weight=0.0)
+    x = pictures()
+    assert list(s.losses_of(x, draw(2), []))[1] is None
+    d = draw(3)
+    total, of_discriminator = s.losses_of(x, d, [])
+    y = s.vae.decode(*_latents(s, x, 3)).sample
+    assert total.item() == pytest.approx((y - x).abs().mean().item(), rel=1e-5) and "generator" not in d.scalars
+    assert of_discriminator.item() == pytest.approx(adversarial.hinge(s.discriminator(x), s.discriminator(y)).item())
+    list(s.losses_of(x, d := draw(5), []))
+    assert "generator" in d.scalars
+
+
+def _latents(s, x, step):
+    posterior = s.vae.encode(x).latent_dist
+    return (posterior.mean + posterior.std * draw(step).normal(2, 8, 8),)
+
+
+def test_each_network_follows_its_own_loss():
+    s = stage(adversarial=0.5, logvar="learned")
+    run = Run(s, s.config, phases=s.phases())
+    before = {name: value.clone() for name, value in s.state_dict().items()}
+    x = pictures()
+    for _ in range(2):  # the first is the warm-up's, at rate 0
+        scalars = optimize(run, lambda d: s.losses_of(x, d, []))
+    changed = {name.split(".")[0] for name, value in s.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"vae", "logvar", "discriminator"}
+    assert {"loss", "loss/logvar", "loss/discriminator", "kl", "generator", "reconstruction"} <= scalars.keys()
+    assert len(run.average) == len(list(s.vae.parameters()))  # neither logvar nor the discriminator is averaged
+
+
+@torch.no_grad()
+def test_weights_of_unit_gain_let_the_picture_through():
+    """The share of an untrained model's reconstructions that differs between pictures, and is not drawn for all."""
+    share = {}
+    x = pictures(32)[:, :, :1, :1].expand(32, 3, 16, 16)  # plain colours
+    for start in ("torch", "unit"):
+        vae = stage(start=start, channels=(8, 16, 16, 16), groups=1).vae
+        assert (vae.quant_conv.bias[2:] == -6).all()
+        y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        share[start] = (y.var(dim=0).mean() / y.square().mean()).item()
+    assert share["unit"] > 0.3 and share["unit"] > 5 * share["torch"], share
+
+
+# --- the codebook ----------------------------------------------------------------------------------------------------
+
+
+def test_latents_pass_unquantised_until_the_codebook_starts():
+    s = stage(family="vq", codebook_start=2, revive_every=0, ssim_weight=0.0)
+    x, weight = pictures(), s.vae.quantize.embedding.weight
+    first = weight.detach().clone()
+    (total,) = s.losses_of(x, draw(1), [weight.data])
+    z = s.vae.encode(x).latents
+    assert total.item() == pytest.approx((s.vae.decode_quantised(z) - x).abs().mean().item(), rel=1e-5)
+    assert torch.equal(weight, first) and s.codebook.counts.sum() == 0 and s.codebook.seen > 0
+    total.backward()
+    assert s.vae.encoder.conv_in.weight.grad.abs().sum() > 0
+    list(s.losses_of(x, draw(2), [weight.data]))
+    distance = (weight.detach()[:, None] - codebook.flat(z).detach()).abs().amax(dim=2)  # exact, unlike cdist's
+    assert distance.min(dim=1).values.max() < 1e-6 and len(weight.unique(dim=0)) == 32 and s.codebook.counts.sum() > 0
+
+
+def test_a_codebook_comes_to_life_in_training(collection, tmp_path):
+    """Codes that start far from every encoding are never chosen without revival, and are with it."""
+    used = {}
+    for revive in (0, 2):
+        c = dataclasses.replace(TINY, family="vq", revive_every=revive, export="fp32")
+        used[revive] = train_autoencoder.train(collection, tmp_path / str(revive), c, quiet=True)["trained"]["used"]
+    assert used[2] > 0.5 and used[2] > 2 * used[0]
+
+
+def test_revived_codes_reach_the_average(collection):
+    s = stage(family="vq", revive_every=1)
+    run = Run(s, s.config, phases=s.phases())
+    some = train_autoencoder.load_pictures(collection, 16)
+    step = train_autoencoder.loss_of(s, some, s.config, lambda: train_autoencoder.books_of(run))
+    weight, average = train_autoencoder.books_of(run)
+    assert weight.data_ptr() == s.vae.quantize.embedding.weight.data_ptr()
+    average.fill_(100.0)
+    next(iter(step(draw())))
+    assert average.abs().max() < 100 and torch.equal(average, weight)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+FULL = {
+    "kl": {"adversarial": 0.5, "adversarial_start": 1, "logvar": "learned", "crop": 14},
+    "vq": {"family": "vq", "adversarial": 0.5, "adversarial_start": 4, "logvar": "learned", "revive_every": 2,
+           "codebook_start": 1},
+    "features": {"adversarial": 0.5, "adversarial_start": 2, "discriminator_features": "squeezenet1.1",
+                 "discriminator_layers": 2, "logvar": "learned"},
+    "spectral": {"adversarial": 0.5, "adversarial_start": 4, "discriminator_lead": 3, "discriminator_norm": "spectral",
+                 "logvar": "learned"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_a_stopped_run_with_a_discriminator_resumes_bit_for_bit(family, collection, tmp_path, monkeypatch):
+    c = dataclasses.replace(TINY, **FULL[family])
+
+    def train(folder):
+        train_autoencoder.train(collection, folder, c, quiet=True)
+        return checkpoint.load(folder / "autoencoder.pt")
+
+    whole = train(tmp_path / "whole")
+    real = train_autoencoder.loss_of
+
+    def stopping(*arguments):
+        step = real(*arguments)
+
+        def interrupted(d):
+            if d.step == 3:
+                raise KeyboardInterrupt
+            return step(d)
+
+        return interrupted
+
+    monkeypatch.setattr(train_autoencoder, "loss_of", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts")
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "parts" / "autoencoder.pt")["step"] == 3
+    parts = train(tmp_path / "parts")
+    assert len(whole["optimizer"]) == 3 and any("discriminator" in name for name in whole["model"])
+    assert same(whole, parts)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("family", ["kl", "vq"])
+def test_every_factor_trains_and_loads(levels, family, collection, tmp_path):
+    c = dataclasses.replace(TINY, channels=(8,) * levels, family=family, steps=1, save_every=1, log_every=1)
+    metrics = train_autoencoder.train(collection, tmp_path, c, quiet=True)["trained"]
+    assert metrics.keys() == {"psnr", "ssim"} | ({"perplexity", "used"} if family == "vq" else set())
+    model = train_autoencoder.load(tmp_path)
+    z = train_autoencoder.encode_all(model, train_autoencoder.load_pictures(collection, 16))[0]
+    assert z.shape[2] == 16 // 2 ** (levels - 1) and isinstance(model, VQModel) == (family == "vq")
+    assert (z * model.config.scaling_factor).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_scores_are_of_the_quantised_pictures(collection):
+    s = stage(family="vq")
+    some = train_autoencoder.load_pictures(collection, 16)
+    x = some.batch(slice(None))
+    with torch.no_grad():
+        y = s.vae.eval().decode(s.vae.encode(x).latents).sample.clamp(-1, 1)
+    found = train_autoencoder.score(s.vae, some, scorer=Distance())
+    assert found["psnr"] == pytest.approx(losses.psnr(y, x).mean().item(), abs=0.01)
+    assert found["distance"] == pytest.approx(F.mse_loss(y, x).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"family": "gan"}, {"codebook": 0}, {"revive_every": -1}, {"codebook_start": -1}, {"perceptual": "lpips"},
+     {"logvar": "free"}, {"adversarial": -0.5}, {"discriminator_lead": -1}, {"start": "zero"}, {"crop": 3},
+     {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}, {"discriminator_norm": "group"},
+     {"discriminator_features": "pixels"}],
+)  # fmt: skip
+def test_a_wrong_configuration_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        dataclasses.replace(TINY, **wrong)
+
+
+def test_pictures_too_small_for_the_discriminator_are_refused():
+    with pytest.raises(ValueError, match="16 pixels: a discriminator of 3 layers needs 24"):
+        stage(adversarial=0.5, discriminator_layers=3)
