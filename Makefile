@@ -30,7 +30,7 @@ bench: .venv/built .venv/tools
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
 lint: .venv/tools
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 # The .cu sources built for the CPU: the test-only backend cuda-host.
 host-kernels: .venv/built

@@ -52,8 +52,17 @@ class BuildModules(build_ext):
         import pybind11
 
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator, f"-DLDMFAST_OUTPUT={output}",
-                     f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]  # fmt: skip
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            *generator,
+            f"-DLDMFAST_OUTPUT={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
         self.spawn(configure)
         self.spawn(["cmake", "--build", str(build), "--parallel", str(jobs())])
 

@@ -53,8 +53,14 @@ def group_norm(N, C, size, layout, dtypes=(BF16, FP32)) -> Case:
     def eager(x, weight, bias, groups):
         return F.silu(F.group_norm(x, groups, weight, bias))
 
-    return Case("group_norm_silu", f"{N}x{C}x{size}x{size} {layout}", make, eager,
-                lambda dtype: 2 * N * C * size * size * dtype.itemsize, dtypes=dtypes)  # fmt: skip
+    return Case(
+        "group_norm_silu",
+        f"{N}x{C}x{size}x{size} {layout}",
+        make,
+        eager,
+        lambda dtype: 2 * N * C * size * size * dtype.itemsize,
+        dtypes=dtypes,
+    )
 
 
 def attention(N, L, S, H, D, dtypes=(BF16,)) -> Case:
@@ -64,8 +70,9 @@ def attention(N, L, S, H, D, dtypes=(BF16,)) -> Case:
     def eager(q, k, v):
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
-    return Case("attention", f"{N}x{L}x{S} {H}x{D}", make, eager, lambda dtype: 4 * N * L * S * H * D, "TFLOP/s",
-                dtypes)  # fmt: skip
+    return Case(
+        "attention", f"{N}x{L}x{S} {H}x{D}", make, eager, lambda dtype: 4 * N * L * S * H * D, "TFLOP/s", dtypes
+    )
 
 
 def timestep(N, dim, width) -> Case:
@@ -80,8 +87,13 @@ def timestep(N, dim, width) -> Case:
         row = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1).to(w1.dtype)
         return F.linear(F.silu(F.linear(row, w1, b1)), w2, b2)
 
-    return Case("timestep_mlp", f"{N} {dim}-{width}-{width}", make, eager,
-                lambda dtype: (dim * width + width * width) * dtype.itemsize)  # fmt: skip
+    return Case(
+        "timestep_mlp",
+        f"{N} {dim}-{width}-{width}",
+        make,
+        eager,
+        lambda dtype: (dim * width + width * width) * dtype.itemsize,
+    )
 
 
 def ddim(N, size) -> Case:
@@ -95,8 +107,9 @@ def ddim(N, size) -> Case:
         x0 = (sample - (1 - alpha_t) ** 0.5 * eps) / alpha_t**0.5
         return alpha_prev**0.5 * x0 + (1 - alpha_prev) ** 0.5 * eps, x0
 
-    return Case("ddim_step", f"{N}x4x{size}x{size} guided", make, eager,
-                lambda dtype: 5 * N * 4 * size * size * dtype.itemsize)  # fmt: skip
+    return Case(
+        "ddim_step", f"{N}x4x{size}x{size} guided", make, eager, lambda dtype: 5 * N * 4 * size * size * dtype.itemsize
+    )
 
 
 CASES = (
@@ -120,8 +133,12 @@ CASES = (
     ddim(8, 64),
     ddim(1, 128),
 )
-PARAMS = [pytest.param(case, dtype, backend, id=f"{case.label}-{name_of(dtype)}-{backend}")
-          for case in CASES for dtype in case.dtypes for backend in BACKENDS]  # fmt: skip
+PARAMS = [
+    pytest.param(case, dtype, backend, id=f"{case.label}-{name_of(dtype)}-{backend}")
+    for case in CASES
+    for dtype in case.dtypes
+    for backend in BACKENDS
+]
 EAGER: set[tuple[str, str, str]] = set()  # whose eager row is in the table
 
 
@@ -145,8 +162,9 @@ def product(dtype: torch.dtype) -> Callable:
 ROOFS: dict[tuple, float] = {}  # bytes or operations per second
 
 
-@pytest.mark.parametrize("size", sorted({case.amount(dtype) for case in CASES for dtype in case.dtypes
-                                         if case.unit == "GB/s"}))  # fmt: skip
+@pytest.mark.parametrize(
+    "size", sorted({case.amount(dtype) for case in CASES for dtype in case.dtypes if case.unit == "GB/s"})
+)
 @torch.inference_mode()
 def test_copy(benchmark, size):
     seconds = measure(benchmark, copy(size), seconds=0.1)
@@ -191,8 +209,12 @@ BACKWARD = (
     attention(1, 256, 256, 8, 160),
     timestep(2, 320, 1280),
 )
-BACKWARD_PARAMS = [pytest.param(case, dtype, backend, id=f"backward-{case.label}-{name_of(dtype)}-{backend}")
-                   for case in BACKWARD for dtype in case.dtypes for backend in BACKENDS]  # fmt: skip
+BACKWARD_PARAMS = [
+    pytest.param(case, dtype, backend, id=f"backward-{case.label}-{name_of(dtype)}-{backend}")
+    for case in BACKWARD
+    for dtype in case.dtypes
+    for backend in BACKENDS
+]
 # of the forward's bytes or operations: 3 reads and writes for 2; 5 products for 2; the weights' gradients, too
 SHARE = {"group_norm_silu": 1.5, "attention": 2.5, "timestep_mlp": 2.0}
 
@@ -218,9 +240,10 @@ def test_backward(benchmark, case, dtype, backend):
     if reason:
         pytest.skip(f"{backward.name}: {backend}: {reason}")
     seconds, eager = measure_in_turn(
-        benchmark, lambda: backward.run(*inputs, backend),
+        benchmark,
+        lambda: backward.run(*inputs, backend),
         lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True),
-    )  # fmt: skip
+    )
     amount, shape = case.amount(dtype) * SHARE[case.op], (backward.name, case.shape, name_of(dtype))
     roof = ROOFS.get((case.unit, dtype)) if case.unit == "TFLOP/s" else None
     if shape not in EAGER:

@@ -78,8 +78,11 @@ def operations(model, loss) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("make, config", [(denoising, DenoiserConfig()), (reconstructing, AutoencoderConfig())],
-                         ids=["denoiser", "autoencoder"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, config",
+    [(denoising, DenoiserConfig()), (reconstructing, AutoencoderConfig())],
+    ids=["denoiser", "autoencoder"],
+)
 def test_step(benchmark, make, config, dtype):
     ours, kind, loss = make(config)
     stock = stock_of(kind, ours)

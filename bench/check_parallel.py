@@ -23,9 +23,18 @@ from ldmfast.training import checkpoint
 CUTOUTS = Path(__file__).parents[1] / "tests" / "data" / "emoji"
 TRAIN = ["-m", "ldmfast", "train"]
 LAUNCH = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no",
-]  # fmt: skip
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
 NETWORK = ["--channels", "32,64", "--attention", "0,1", "--groups", "8", "--head-width", "32", "--condition", "none"]
 
 
@@ -46,10 +55,26 @@ def compare(home, options):
     small = ["--size", "32", "--channels", "16,32", "--groups", "8", "--steps", "30", "--output", str(home / "vae")]
     run([*TRAIN, "autoencoder", "--data", str(home / "pictures"), *small, "--warmup", "2", "--quiet"])
     denoiser = [
-        "denoiser", "--data", str(home / "pictures"), "--autoencoder", str(home / "vae"), *NETWORK, "--warmup", "5",
-        "--steps", str(options.steps), "--precision", options.precision, "--device", options.device, "--log-every", "1",
-        "--save-every", "5", "--quiet",
-    ]  # fmt: skip
+        "denoiser",
+        "--data",
+        str(home / "pictures"),
+        "--autoencoder",
+        str(home / "vae"),
+        *NETWORK,
+        "--warmup",
+        "5",
+        "--steps",
+        str(options.steps),
+        "--precision",
+        options.precision,
+        "--device",
+        options.device,
+        "--log-every",
+        "1",
+        "--save-every",
+        "5",
+        "--quiet",
+    ]
     run([*TRAIN, *denoiser, "--batch", str(2 * options.batch), "--output", str(home / "one")])
     two = lambda name: [*LAUNCH, *TRAIN, *denoiser, "--batch", str(options.batch), "--output", str(home / name)]  # noqa: E731
     run(two("two"))
@@ -59,8 +84,10 @@ def compare(home, options):
     run(two("killed"))
     whole, resumed = (checkpoint.load(home / name / "denoiser.pt") for name in ("two", "killed"))
     same = all(torch.equal(value, resumed["model"][name]) for name, value in whole["model"].items())
-    print(f"started again: step {resumed['step']}, weights {'equal' if same else 'DIFFER from'} those of the run that "
-          f"was not killed, histories {'equal' if whole['history'] == resumed['history'] else 'DIFFER'}")  # fmt: skip
+    print(
+        f"started again: step {resumed['step']}, weights {'equal' if same else 'DIFFER from'} those of the run that "
+        f"was not killed, histories {'equal' if whole['history'] == resumed['history'] else 'DIFFER'}"
+    )
 
 
 def run(arguments):

@@ -32,8 +32,11 @@ def figures(name: str, stock, take_over: Callable, run: Callable) -> bool:
     mine = networks.error(run(take_over(half), torch.bfloat16), exact)
     del half
     single = networks.error(run(take_over(stock), torch.float32), exact)
-    print(f"{name:16} float32 {single:.2e} (limit {LIMITS['float32']:.0e})   bfloat16 {mine:.3e}, stock {theirs:.3e}"
-          f": {mine / theirs:.3f} times (limit {LIMITS['bfloat16']})", flush=True)  # fmt: skip
+    print(
+        f"{name:16} float32 {single:.2e} (limit {LIMITS['float32']:.0e})   bfloat16 {mine:.3e}, stock {theirs:.3e}"
+        f": {mine / theirs:.3f} times (limit {LIMITS['bfloat16']})",
+        flush=True,
+    )
     return single <= LIMITS["float32"] and mine <= LIMITS["bfloat16"] * theirs
 
 

@@ -200,8 +200,10 @@ def main() -> int:
     for usage in usages:
         print(f"sm_{usage.arch:<2} {usage.registers:9} {usage.shared:7} {usage.spill:6}  {usage.kernel}: {usage.label}")
     spilling = sum(usage.spill > 0 for usage in usages)
-    print(f"{len(usages)} kernels compiled, {spilling} spill; at most {max(u.registers for u in usages)} registers, "
-          f"{max(u.shared for u in usages)} bytes of shared memory (CUDA: what is static)")  # fmt: skip
+    print(
+        f"{len(usages)} kernels compiled, {spilling} spill; at most {max(u.registers for u in usages)} registers, "
+        f"{max(u.shared for u in usages)} bytes of shared memory (CUDA: what is static)"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(usage) for usage in usages], indent=1) + "\n")
     return 1 if spilling else 0

@@ -1,6 +1,6 @@
 """Runs every small case of every op and of its gradient in the CUDA backend once, for compute-sanitizer:
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize.py
+compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize.py
 """
 
 from __future__ import annotations

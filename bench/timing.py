@@ -117,8 +117,13 @@ class Row:
 
     def info(self) -> dict:
         """For the JSON record."""
-        found = {"op": self.op, "backend": self.backend, "shape": self.shape, "dtype": self.dtype,
-                 self.unit: round(self.rate, 3)}  # fmt: skip
+        found = {
+            "op": self.op,
+            "backend": self.backend,
+            "shape": self.shape,
+            "dtype": self.dtype,
+            self.unit: round(self.rate, 3),
+        }
         if self.roof:
             found["percent_of_copy" if self.unit == "GB/s" else "percent_of_matmul"] = round(self.percent, 1)
         if self.eager:

@@ -35,8 +35,24 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def group_norm(C, H, W, *, N=2, groups=32, layout=None, mean=0.0, add=False, modulate=False, float_params=False,
-               affine=True, silu=True, sliced=None, eps=1e-5, outlier=None):  # fmt: skip
+def group_norm(
+    C,
+    H,
+    W,
+    *,
+    N=2,
+    groups=32,
+    layout=None,
+    mean=0.0,
+    add=False,
+    modulate=False,
+    float_params=False,
+    affine=True,
+    silu=True,
+    sliced=None,
+    eps=1e-5,
+    outlier=None,
+):
     def make(dtype):
         x = randn(N, C, H, W, dtype=dtype, mean=mean)
         if sliced == "channels":
@@ -192,8 +208,10 @@ def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
 
 def exactly(arguments):
     """The arguments in float64: what they say after rounding."""
-    return [value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for value in arguments]  # fmt: skip
+    return [
+        value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for value in arguments
+    ]
 
 
 def tuples(value):

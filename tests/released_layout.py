@@ -29,9 +29,13 @@ def res_block(name, inputs, outputs, time, scale_shift):
 
 
 def attention_block(name, channels):
-    return {**norm(f"{name}.norm", channels), f"{name}.qkv.weight": (3 * channels, channels, 1),
-            f"{name}.qkv.bias": (3 * channels,), f"{name}.proj_out.weight": (channels, channels, 1),
-            f"{name}.proj_out.bias": (channels,)}  # fmt: skip
+    return {
+        **norm(f"{name}.norm", channels),
+        f"{name}.qkv.weight": (3 * channels, channels, 1),
+        f"{name}.qkv.bias": (3 * channels,),
+        f"{name}.proj_out.weight": (channels, channels, 1),
+        f"{name}.proj_out.bias": (channels,),
+    }
 
 
 def spatial_transformer(name, channels, context, depth, is_linear):
@@ -53,8 +57,21 @@ def spatial_transformer(name, channels, context, depth, is_linear):
     return table
 
 
-def denoiser(inputs, outputs, ch, mult, ds, *, context=None, depth=1, scale_shift=False, updown=False, is_linear=False,
-             label=None, layers=2):  # fmt: skip
+def denoiser(
+    inputs,
+    outputs,
+    ch,
+    mult,
+    ds,
+    *,
+    context=None,
+    depth=1,
+    scale_shift=False,
+    updown=False,
+    is_linear=False,
+    label=None,
+    layers=2,
+):
     """openaimodel's UNetModel.   ds  the downsampling factors with attention;   depth  an int, or one a level"""
     depths = depth if isinstance(depth, tuple) else (depth,) * len(mult)
     time = 4 * ch

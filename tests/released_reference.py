@@ -133,8 +133,11 @@ def unet(tensors, x, t, heads, context=None, vector=None, layers=2):
     while m.has(f"input_blocks.{number}"):
         block = m["input_blocks"][str(number)]
         down = number % (layers + 1) == 0  # the step to the next level, where it is a residual block
-        x = layer(block["0"], x, emb, context, heads, down=down) if block["0"].has("in_layers") else (
-            layer(block["0"], x, emb, context, heads))  # fmt: skip
+        x = (
+            layer(block["0"], x, emb, context, heads, down=down)
+            if block["0"].has("in_layers")
+            else (layer(block["0"], x, emb, context, heads))
+        )
         if block.has("1"):
             x = layer(block["1"], x, emb, context, heads)
         skips.append(x)

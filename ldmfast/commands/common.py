@@ -14,14 +14,27 @@ def command(commands, name, text, run):
 
 
 def add_model_options(command):
-    command.add_argument("--model", help="a saved pipeline's folder or released file, or a model that ships: "
-                         f"{', '.join(shipped.names())} (default: {shipped.TEXT})")  # fmt: skip
+    command.add_argument(
+        "--model",
+        help="a saved pipeline's folder or released file, or a model that ships: "
+        f"{', '.join(shipped.names())} (default: {shipped.TEXT})",
+    )
     command.add_argument("--text-encoder", help="'minilm', a hub name or a folder; default: the one trained with")
-    command.add_argument("--lora", action="append", default=[], type=_lora, metavar="FILE[:SCALE]",
-                         help="add this LoRA, as `ldmfast train lora` writes it; may be given again")  # fmt: skip
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=_lora,
+        metavar="FILE[:SCALE]",
+        help="add this LoRA, as `ldmfast train lora` writes it; may be given again",
+    )
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                         help="of the networks (default: float32)")  # fmt: skip
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the networks (default: float32)",
+    )
     command.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
     command.add_argument("--guidance", type=float, help="guidance scale; 1 turns it off (default: the model's)")
     command.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
@@ -29,7 +42,7 @@ def add_model_options(command):
 
 
 def numbers(text):
-    """"64,128" -> (64, 128)."""
+    """ "64,128" -> (64, 128)."""
     try:
         return tuple(int(n) for n in text.split(","))
     except ValueError:
@@ -37,7 +50,7 @@ def numbers(text):
 
 
 def width_height(text):
-    """"96x64" -> (96, 64), and "64" -> (64, 64)."""
+    """ "96x64" -> (96, 64), and "64" -> (64, 64)."""
     sides = text.lower().split("x")
     if not all(side.isascii() and side.isdigit() for side in sides) or len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size in pixels such as 96x64")
@@ -45,7 +58,7 @@ def width_height(text):
 
 
 def _lora(text):
-    """"FILE" or "FILE:0.8" -> (file, scale)."""
+    """ "FILE" or "FILE:0.8" -> (file, scale)."""
     file, colon, scale = text.rpartition(":")
     try:
         return (file, float(scale)) if colon else (text, 1.0)
@@ -54,8 +67,7 @@ def _lora(text):
 
 
 def pipeline(arguments, default=shipped.TEXT):
-    """The pipeline that --model, --text-encoder, --lora, --device and --dtype name.   default  where --model does not
-    """
+    """The pipeline that --model (else `default`), --text-encoder, --lora, --device and --dtype name."""
     import torch
 
     from ldmfast.pipeline import LatentDiffusionPipeline

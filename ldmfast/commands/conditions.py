@@ -7,10 +7,15 @@ from pathlib import Path
 def add_options(made):
     group = made.add_argument_group("told other than by a prompt")
     group.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="classes, by name or number")
-    group.add_argument("--boxes", nargs="+", metavar="FILE.json",
-                       help='lists of {"object": name, "box": [x0, y0, x1, y1]} in parts of the picture')  # fmt: skip
-    group.add_argument("--map", dest="maps", nargs="+", metavar="FILE.png",
-                       help="semantic maps in the model's palette colours")  # fmt: skip
+    group.add_argument(
+        "--boxes",
+        nargs="+",
+        metavar="FILE.json",
+        help='lists of {"object": name, "box": [x0, y0, x1, y1]} in parts of the picture',
+    )
+    group.add_argument(
+        "--map", dest="maps", nargs="+", metavar="FILE.png", help="semantic maps in the model's palette colours"
+    )
 
 
 def given(arguments):

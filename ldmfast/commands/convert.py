@@ -16,7 +16,10 @@ def _convert(arguments):
     from ldmfast.released.conversion import convert
 
     lines = convert(
-        arguments.source, arguments.target, ema=arguments.ema, config=arguments.config,
+        arguments.source,
+        arguments.target,
+        ema=arguments.ema,
+        config=arguments.config,
         allow_missing=arguments.allow_missing,
-    )  # fmt: skip
+    )
     print(*lines, arguments.target, sep="\n")

@@ -52,7 +52,11 @@ def _data_photos(arguments):
     from ldmfast.data import photos
 
     count = photos.build(
-        photos.collect(arguments.photos), arguments.output, size=arguments.size, count=arguments.crops,
-        heldout=arguments.heldout, seed=arguments.seed,
-    )  # fmt: skip
+        photos.collect(arguments.photos),
+        arguments.output,
+        size=arguments.size,
+        count=arguments.crops,
+        heldout=arguments.heldout,
+        seed=arguments.seed,
+    )
     print(f"{arguments.output}: {count} crops; their authors and licences are in metadata.jsonl")

@@ -50,8 +50,13 @@ def _hardware():
         return
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        yield f"gpu {index}", (f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB, "
-                               f"driver {_driver()}, torch's CUDA {torch.version.cuda}")  # fmt: skip
+        yield (
+            f"gpu {index}",
+            (
+                f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB, "
+                f"driver {_driver()}, torch's CUDA {torch.version.cuda}"
+            ),
+        )
 
 
 def _cpu_name() -> str:

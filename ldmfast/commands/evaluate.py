@@ -34,9 +34,13 @@ def run(arguments):
     _require_sense(arguments, pipe.conditioner, composed)
     drawn = [] if arguments.sheet else None
     settings = dict(
-        samples=arguments.samples, steps=arguments.steps, seed=arguments.seed, progress=not arguments.quiet,
-        guidance=pipe.guidance if arguments.guidance is None else arguments.guidance, drawn=drawn,
-    )  # fmt: skip
+        samples=arguments.samples,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+        guidance=pipe.guidance if arguments.guidance is None else arguments.guidance,
+        drawn=drawn,
+    )
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         write = stack.enter_context(writing(arguments.sheet)) if arguments.sheet else None

@@ -28,9 +28,13 @@ def run(arguments):
         raise ValueError(f"--lpips {arguments.lpips} is read only with --distance lpips-vgg")
     scorer = perceptual.make(arguments.distance, arguments.lpips) if arguments.distance else perceptual.make_scorer()
     report = autoencoders.evaluate(
-        arguments.first_stage, arguments.data, split=arguments.split, size=arguments.size, count=arguments.count,
+        arguments.first_stage,
+        arguments.data,
+        split=arguments.split,
+        size=arguments.size,
+        count=arguments.count,
         scorer=scorer,
-    )  # fmt: skip
+    )
     if arguments.output:
         checkpoint.write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     print(autoencoders.markdown(report))

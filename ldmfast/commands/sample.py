@@ -30,18 +30,28 @@ def _add_sampler_options(made):
     group = made.add_argument_group("sampler")
     group.add_argument("--sampler", choices=SAMPLERS, metavar="NAME", help=", ".join(SAMPLERS))
     group.add_argument("--eta", type=float, default=0.0, help="how stochastic ddim is, 0 to 1 (default: 0)")
-    group.add_argument("--guidance-rescale", type=float, default=0.0, metavar="PHI",
-                       help="0 to 1: keep the contrast of the unguided prediction (default: 0)")  # fmt: skip
-    group.add_argument("--preview-every", type=int, metavar="K",
-                       help="write NAME.preview.png every K steps while it runs")  # fmt: skip
+    group.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="PHI",
+        help="0 to 1: keep the contrast of the unguided prediction (default: 0)",
+    )
+    group.add_argument(
+        "--preview-every", type=int, metavar="K", help="write NAME.preview.png every K steps while it runs"
+    )
 
 
 def _add_image_options(made):
     group = made.add_argument_group("from a picture")
     group.add_argument("--image", metavar="FILE", help="begin at this picture; or the one that the model enlarges")
     group.add_argument("--mask", metavar="FILE", help="draw anew where this picture is white; the rest stays")
-    group.add_argument("--strength", type=float, metavar="S",
-                       help="above 0 to 1: how much of --image is drawn anew (0.8; with --mask 1)")  # fmt: skip
+    group.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="above 0 to 1: how much of --image is drawn anew (0.8; with --mask 1)",
+    )
 
 
 def run(arguments):
@@ -64,11 +74,21 @@ def run(arguments):
 
         pictures = pipe(
             [each for each in asked for _ in range(arguments.number)],
-            steps=arguments.steps, guidance=arguments.guidance, guidance_rescale=arguments.guidance_rescale,
-            seeds=arguments.seed, batch=arguments.batch, sampler=arguments.sampler, eta=arguments.eta,
-            size=arguments.size, image=image, mask=mask, strength=arguments.strength, progress=not arguments.quiet,
-            on_preview=_previewer(arguments, sheet, after), preview_every=arguments.preview_every or 1,
-        )  # fmt: skip
+            steps=arguments.steps,
+            guidance=arguments.guidance,
+            guidance_rescale=arguments.guidance_rescale,
+            seeds=arguments.seed,
+            batch=arguments.batch,
+            sampler=arguments.sampler,
+            eta=arguments.eta,
+            size=arguments.size,
+            image=image,
+            mask=mask,
+            strength=arguments.strength,
+            progress=not arguments.quiet,
+            on_preview=_previewer(arguments, sheet, after),
+            preview_every=arguments.preview_every or 1,
+        )
         write(sheet(pictures))
     print(arguments.output)
 

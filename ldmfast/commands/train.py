@@ -28,8 +28,9 @@ def add(commands):
         if name == "lora":
             made.add_argument("--model", help="the saved pipeline to finetune (default: the shipped model)")
         elif name != "autoencoder":
-            made.add_argument("--autoencoder", required=True,
-                              help="--output of `ldmfast train autoencoder`, or a model that ships")  # fmt: skip
+            made.add_argument(
+                "--autoencoder", required=True, help="--output of `ldmfast train autoencoder`, or a model that ships"
+            )
         made.add_argument("--output", required=True, help="the folder for checkpoints and the finished model")
         made.add_argument("--recipe", help="a recipe's name (`ldmfast recipes`) or YAML file; options override it")
         made.add_argument("--restart", action="store_true", help="begin again even if there is a checkpoint")
@@ -44,18 +45,25 @@ def _add_config_options(made, config):
     for f in dataclasses.fields(config):
         if isinstance(f.default, bool):
             group.add_argument(
-                "--" + f.name.replace("_", "-"), dest="config_" + f.name, action=argparse.BooleanOptionalAction,
-                help=f"{f.metadata['help']} (default: {'on' if f.default else 'off'})", default=argparse.SUPPRESS,
-            )  # fmt: skip
+                "--" + f.name.replace("_", "-"),
+                dest="config_" + f.name,
+                action=argparse.BooleanOptionalAction,
+                help=f"{f.metadata['help']} (default: {'on' if f.default else 'off'})",
+                default=argparse.SUPPRESS,
+            )
             continue
         kind = numbers if isinstance(f.default, tuple) else type(f.default)
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         choices = f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
         group.add_argument(
-            "--" + f.name.replace("_", "-"), dest="config_" + f.name, type=kind, choices=f.metadata["choices"],
-            help=f"{f.metadata['help']}{choices} (default: {default})", metavar=f.name.upper(),
+            "--" + f.name.replace("_", "-"),
+            dest="config_" + f.name,
+            type=kind,
+            choices=f.metadata["choices"],
+            help=f"{f.metadata['help']}{choices} (default: {default})",
+            metavar=f.name.upper(),
             default=argparse.SUPPRESS,
-        )  # fmt: skip
+        )
 
 
 def _config(arguments):

@@ -1,10 +1,10 @@
 """Encoders of what a denoiser is conditioned on: prompts, classes, boxes, semantic maps, pictures.
 
-    base.py                    Condition, Conditioner, Hybrid
-    text.py, text_sdxl.py      frozen text encoders
-    transformer.py             tokens through a transformer that is trained with the denoiser
-    classes_and_boxes.py       classes and boxes as tokens
-    spatial.py                 maps and pictures beside the latent
+base.py                    Condition, Conditioner, Hybrid
+text.py, text_sdxl.py      frozen text encoders
+transformer.py             tokens through a transformer that is trained with the denoiser
+classes_and_boxes.py       classes and boxes as tokens
+spatial.py                 maps and pictures beside the latent
 """
 
 import importlib

@@ -85,6 +85,7 @@ class PlacedClass(Conditioner):
     """
 
     option = "class"
+
     def __init__(self, boxes, stands_for="boxes"):
         super().__init__(boxes=boxes, stands_for=stands_for)
         self.classes, self.stands_for = ClassNames(list(boxes), "PlacedClass"), stands_for

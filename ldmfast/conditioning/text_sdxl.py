@@ -61,9 +61,12 @@ class TwoTextEncoders(Conditioner):
         states = []
         for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
             ids = tokenizer(
-                list(inputs), padding="max_length", max_length=model.config.max_position_embeddings, truncation=True,
+                list(inputs),
+                padding="max_length",
+                max_length=model.config.max_position_embeddings,
+                truncation=True,
                 return_tensors="pt",
-            ).input_ids  # fmt: skip
+            ).input_ids
             out = model(ids.to(self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2])
         return Condition(context=torch.cat(states, dim=-1), text_embeds=out.text_embeds)

@@ -78,9 +78,14 @@ class TransformerText(Conditioner):
         self, width=1280, *, layers=32, tokens=77, vocabulary=30522, heads=8, head_width=64, tokenizer="minilm"
     ):
         super().__init__(
-            width=width, layers=layers, tokens=tokens, vocabulary=vocabulary, heads=heads, head_width=head_width,
+            width=width,
+            layers=layers,
+            tokens=tokens,
+            vocabulary=vocabulary,
+            heads=heads,
+            head_width=head_width,
             tokenizer=tokenizer,
-        )  # fmt: skip
+        )
         self.width, self.tokens, self.tokenizer_name, self._tokenizer = width, tokens, tokenizer, None
         self.transformer = TransformerEmbedder(vocabulary, tokens, width, layers, heads=heads, head_width=head_width)
 
@@ -127,9 +132,15 @@ class LayoutEncoder(Conditioner):
         self, classes=601, width=512, *, layers=16, vocabulary=8192, objects=30, heads=8, head_width=64, crop=True
     ):
         super().__init__(
-            classes=classes, width=width, layers=layers, vocabulary=vocabulary, objects=objects, heads=heads,
-            head_width=head_width, crop=crop,
-        )  # fmt: skip
+            classes=classes,
+            width=width,
+            layers=layers,
+            vocabulary=vocabulary,
+            objects=objects,
+            heads=heads,
+            head_width=head_width,
+            crop=crop,
+        )
         self.width, self.objects, self.crop = width, objects, crop
         self.none, self.sections = vocabulary - 1, int(vocabulary**0.5)
         self.classes = ClassNames(classes, "LayoutEncoder")

@@ -132,7 +132,7 @@ def catalogue(which="64"):
 
 
 def with_article(name):
-    """"a red apple", "an owl", "grapes", "broccoli"."""
+    """ "a red apple", "an owl", "grapes", "broccoli"."""
     stem = file_stem(name)
     last = stem.split("-")[-1]
     if stem in UNCOUNTED or last.endswith("s") and not last.endswith("ss") and last not in SINGULAR:

@@ -19,10 +19,31 @@ from PIL import Image
 from ldmfast.data.emoji import COLOURS, with_article
 
 OBJECTS = (
-    "dog", "cat", "lion", "panda", "frog", "penguin", "pig", "octopus", "crab", "whale", "butterfly", "sunflower",
-    "cactus", "strawberry", "watermelon", "hamburger", "pizza", "banana", "car", "rocket", "house", "soccer ball",
-    "umbrella", "robot",
-)  # fmt: skip
+    "dog",
+    "cat",
+    "lion",
+    "panda",
+    "frog",
+    "penguin",
+    "pig",
+    "octopus",
+    "crab",
+    "whale",
+    "butterfly",
+    "sunflower",
+    "cactus",
+    "strawberry",
+    "watermelon",
+    "hamburger",
+    "pizza",
+    "banana",
+    "car",
+    "rocket",
+    "house",
+    "soccer ball",
+    "umbrella",
+    "robot",
+)
 GROUNDS = ("red", "yellow", "green", "blue", "purple", "white")
 CLASSES = (*(f"{ground} ground" for ground in GROUNDS), *OBJECTS)  # what a semantic map's indices mean
 CELLS = 16  # of the grid, a side

@@ -53,9 +53,16 @@ class DDIMScheduler(diffusers.DDIMScheduler):
         noise = _noise(sample, model_output, generator, variance_noise) if eta > 0 else None
         clip = self.config.clip_sample_range if self.config.clip_sample else None
         prev, x0 = ops.ddim_step(
-            sample, model_output, alpha_t, alpha_prev, guidance=guidance, sigma=sigma, noise=noise,
-            prediction=self.config.prediction_type, clip=clip,
-        )  # fmt: skip
+            sample,
+            model_output,
+            alpha_t,
+            alpha_prev,
+            guidance=guidance,
+            sigma=sigma,
+            noise=noise,
+            prediction=self.config.prediction_type,
+            clip=clip,
+        )
         return DDIMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _alphas(self, timestep: int | torch.Tensor, eta: float) -> tuple:

@@ -45,7 +45,13 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if variance:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         prev, x0 = ops.ddim_step(
-            sample, model_output, alpha_t, alpha_prev, guidance=guidance, sigma=variance**0.5, noise=noise,
+            sample,
+            model_output,
+            alpha_t,
+            alpha_prev,
+            guidance=guidance,
+            sigma=variance**0.5,
+            noise=noise,
             prediction=self.config.prediction_type,
-        )  # fmt: skip
+        )
         return DDPMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)

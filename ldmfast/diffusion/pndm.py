@@ -10,12 +10,7 @@ from ldmfast import ops
 from ldmfast.diffusion.guidance import guide
 
 # Adams-Bashforth: what the newest, the one before it, ... count for, by how many outputs there are
-MULTISTEP = {
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
+MULTISTEP = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
 
 class PNDMScheduler(diffusers.PNDMScheduler):
@@ -73,9 +68,8 @@ class PNDMScheduler(diffusers.PNDMScheduler):
         before = now - stride
         alpha_prev = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
         prev, x0 = ops.ddim_step(
-            sample, model_output, self.alphas_cumprod[now].item(), alpha_prev.item(),
-            prediction=prediction,
-        )  # fmt: skip
+            sample, model_output, self.alphas_cumprod[now].item(), alpha_prev.item(), prediction=prediction
+        )
         self.counter += 1
         return SchedulerOutput(prev_sample=prev) if return_dict else (prev,)
 

@@ -13,7 +13,7 @@ from ldmfast.diffusion.guidance import guide
 @torch.no_grad()
 def sample(
     predict, x, scheduler, times, *, guidance=None, rescale=0.0, eta=0.0, generators=None, after=None, watch=None
-):  # fmt: skip
+):
     """From the noisy x [N, ...] at times[0] to the clean sample [N, ...].
 
     predict     (x [N, ...], t) -> the model's output [N, ...], or [2N, ...], unconditional half first, with guidance

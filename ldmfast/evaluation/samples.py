@@ -68,9 +68,7 @@ def retrieved(pixels, pictures, rows):
 
 def retrieval(pipeline, pictures, rows, *, steps, guidance, seed, batch=16, progress=False):
     """Draw one sample for each of `rows` and score its nearest picture, as `retrieved` does."""
-    pixels = draw(
-        pipeline, pictures, rows, steps=steps, guidance=guidance, seeds=seed, batch=batch, progress=progress
-    )
+    pixels = draw(pipeline, pictures, rows, steps=steps, guidance=guidance, seeds=seed, batch=batch, progress=progress)
     return retrieved(pixels, pictures, rows)
 
 

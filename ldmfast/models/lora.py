@@ -71,9 +71,11 @@ def save_lora(unet, folder):
     layers = {name: value.detach().cpu().contiguous() for name, value in layers.items()}
     partial = NAME.replace(".safetensors", ".partial.safetensors")
     StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=layers, weight_name=partial,
+        folder,
+        unet_lora_layers=layers,
+        weight_name=partial,
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-    )  # fmt: skip
+    )
     os.replace(Path(folder, partial), Path(folder, NAME))
     return Path(folder, NAME)
 

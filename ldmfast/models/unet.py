@@ -74,9 +74,18 @@ class UNet(DropIn, UNet2DConditionModel):
         extras = (down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals)
         if self._parents_business(cross_attention_kwargs, *extras):
             return super().forward(
-                sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask,
-                cross_attention_kwargs, added_cond_kwargs, *extras, encoder_attention_mask, return_dict,
-            )  # fmt: skip
+                sample,
+                timestep,
+                encoder_hidden_states,
+                class_labels,
+                timestep_cond,
+                attention_mask,
+                cross_attention_kwargs,
+                added_cond_kwargs,
+                *extras,
+                encoder_attention_mask,
+                return_dict,
+            )
         masks = {"attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask}
         check_inputs(self, sample, encoder_hidden_states, class_labels, added_cond_kwargs, masks)
 

@@ -1,7 +1,7 @@
 """`VQModel`: diffusers' VQModel, the first stage with a codebook, over `ldmfast.ops`.
 
-    vqvae = VQModel.from_pretrained("CompVis/ldm-celebahq-256", subfolder="vqvae")
-    pipe.vqvae = VQModel.from_vq(pipe.vqvae)
+vqvae = VQModel.from_pretrained("CompVis/ldm-celebahq-256", subfolder="vqvae")
+pipe.vqvae = VQModel.from_vq(pipe.vqvae)
 """
 
 from __future__ import annotations

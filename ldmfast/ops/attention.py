@@ -83,8 +83,11 @@ def _autocast(dtype, q, k, v, scale, mask):
 op = Op(
     NAME,
     "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> Tensor",
-    check=_check, fake=_fake, autocast=_autocast, normalise=_arguments,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    autocast=_autocast,
+    normalise=_arguments,
+)
 attention.op = op
 
 
@@ -120,11 +123,26 @@ def _native(extension, q, k, v, scale, mask):
     size = extension.attention_workspace(N, L, k.shape[1], H, D, native.DTYPES[q.dtype])
     scratch = native.workspace(size, q)
     extension.attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        native.address(mask), *strides, 0 if mask is None else native.DTYPES[mask.dtype],
-        N, L, k.shape[1], H, D, scale, native.DTYPES[q.dtype], native.address(scratch), *native.launch(q),
-    )  # fmt: skip
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        native.address(mask),
+        *strides,
+        0 if mask is None else native.DTYPES[mask.dtype],
+        N,
+        L,
+        k.shape[1],
+        H,
+        D,
+        scale,
+        native.DTYPES[q.dtype],
+        native.address(scratch),
+        *native.launch(q),
+    )
     return out
 
 

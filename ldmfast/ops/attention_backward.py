@@ -45,8 +45,10 @@ def _fake(dout, q, k, *others):
 op = Op(
     NAME,
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, float scale, Tensor? mask) -> (Tensor, Tensor, Tensor)",
-    check=_check, fake=_fake, autocast=lambda dtype, *args: args,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    autocast=lambda dtype, *args: args,
+)
 
 
 @op.backend("torch")
@@ -85,10 +87,22 @@ def _native(extension, dout, q, k, v, out, scale, mask):
     scratch = native.workspace(extension.attention_backward_workspace(N, L, S, H, D, native.DTYPES[q.dtype]), q)
     extension.attention_backward(
         *[tensor.data_ptr() for tensor in (dout, q, k, v, out, dq, dk, dv)],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        native.address(mask), *strides, 0 if mask is None else native.DTYPES[mask.dtype],
-        N, L, S, H, D, scale, native.DTYPES[q.dtype], native.address(scratch), *native.launch(q),
-    )  # fmt: skip
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        native.address(mask),
+        *strides,
+        0 if mask is None else native.DTYPES[mask.dtype],
+        N,
+        L,
+        S,
+        H,
+        D,
+        scale,
+        native.DTYPES[q.dtype],
+        native.address(scratch),
+        *native.launch(q),
+    )
     return dq, dk, dv
 
 

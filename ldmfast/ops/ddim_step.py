@@ -18,9 +18,18 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def ddim_step(
-    sample, model_output, alpha_t, alpha_prev, *,
-    guidance=None, sigma=0.0, noise=None, prediction="epsilon", clip=None, backend=None,
-):  # fmt: skip
+    sample,
+    model_output,
+    alpha_t,
+    alpha_prev,
+    *,
+    guidance=None,
+    sigma=0.0,
+    noise=None,
+    prediction="epsilon",
+    clip=None,
+    backend=None,
+):
     """x_{t-1} from x_t and the model's output.
 
     sample        [N, ...]   float16 | bfloat16 | float32 (float64: the reference)
@@ -42,12 +51,32 @@ def ddim_step(
     Source: Song et al. 2021 (arXiv 2010.02502), equation 12; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
     if _plain is not None and not torch.compiler.is_compiling():
-        done = _plain(_packed, alpha_t, alpha_prev, sigma, prediction, sample, model_output, guidance, noise, clip,
-                      backend or chosen_backend())  # fmt: skip
+        done = _plain(
+            _packed,
+            alpha_t,
+            alpha_prev,
+            sigma,
+            prediction,
+            sample,
+            model_output,
+            guidance,
+            noise,
+            clip,
+            backend or chosen_backend(),
+        )
         if done is not None:
             return done
-    arguments = _arguments(sample, model_output, alpha_t, alpha_prev, guidance=guidance, sigma=sigma, noise=noise,
-                           prediction=prediction, clip=clip)  # fmt: skip
+    arguments = _arguments(
+        sample,
+        model_output,
+        alpha_t,
+        alpha_prev,
+        guidance=guidance,
+        sigma=sigma,
+        noise=noise,
+        prediction=prediction,
+        clip=clip,
+    )
     return op(*arguments, backend)
 
 
@@ -184,8 +213,11 @@ op = Op(
     NAME,
     "(Tensor sample, Tensor model_output, float[] coefficients, Tensor? table, float? guidance, Tensor? noise, "
     "float? clip) -> (Tensor, Tensor)",
-    check=_check, fake=_fake, autocast=_autocast, normalise=_arguments,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    autocast=_autocast,
+    normalise=_arguments,
+)
 ddim_step.op = op
 
 
@@ -212,8 +244,10 @@ def _ready(sample, *others):
     """Every tensor dense in sample's layout and dtype, so that one index serves all."""
     if all(value is None or value.dtype is sample.dtype and value.is_contiguous() for value in (sample, *others)):
         return sample, *others  # the usual case, without a call into torch
-    return [None if value is None else value.to(sample.dtype).contiguous(memory_format=_layout(sample))
-            for value in (sample, *others)]  # fmt: skip
+    return [
+        None if value is None else value.to(sample.dtype).contiguous(memory_format=_layout(sample))
+        for value in (sample, *others)
+    ]
 
 
 def _native(extension, sample, model_output, coefficients, table, guidance, noise, clip):
@@ -223,10 +257,20 @@ def _native(extension, sample, model_output, coefficients, table, guidance, nois
     sample, model_output, noise = _ready(sample, model_output, noise)
     table = None if table is None else table.contiguous()
     extension.ddim_step(
-        sample.data_ptr(), model_output.data_ptr(), native.address(noise), prev.data_ptr(), x0.data_ptr(),
-        sample.shape[0], sample.numel() // sample.shape[0], coefficients if table is None else [0.0] * 7,
-        native.address(table), guidance, clip, native.DTYPES[sample.dtype], *native.launch(sample),
-    )  # fmt: skip
+        sample.data_ptr(),
+        model_output.data_ptr(),
+        native.address(noise),
+        prev.data_ptr(),
+        x0.data_ptr(),
+        sample.shape[0],
+        sample.numel() // sample.shape[0],
+        coefficients if table is None else [0.0] * 7,
+        native.address(table),
+        guidance,
+        clip,
+        native.DTYPES[sample.dtype],
+        *native.launch(sample),
+    )
     return prev, x0
 
 

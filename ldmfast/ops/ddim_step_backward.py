@@ -49,8 +49,10 @@ op = Op(
     NAME,
     "(Tensor dprev, Tensor dx0, Tensor sample, Tensor model_output, float[] coefficients, Tensor? table, "
     "float? guidance, Tensor? noise, float? clip) -> (Tensor, Tensor, Tensor)",
-    check=_check, fake=_fake, autocast=lambda dtype, *args: args,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    autocast=lambda dtype, *args: args,
+)
 
 
 @op.backend("torch")
@@ -88,9 +90,16 @@ def _native(extension, dprev, dx0, sample, model_output, coefficients, table, gu
     if noise is None:
         addresses[-1] = 0
     extension.ddim_step_backward(
-        *addresses, sample.shape[0], sample.numel() // sample.shape[0], coefficients if table is None else [0.0] * 7,
-        native.address(table), guidance, clip, native.DTYPES[sample.dtype], *native.launch(sample),
-    )  # fmt: skip
+        *addresses,
+        sample.shape[0],
+        sample.numel() // sample.shape[0],
+        coefficients if table is None else [0.0] * 7,
+        native.address(table),
+        guidance,
+        clip,
+        native.DTYPES[sample.dtype],
+        *native.launch(sample),
+    )
     return gradients
 
 
@@ -120,6 +129,11 @@ def _gradient(grads, args, outputs, needed, backend):
         return None
     dsample, dmodel_output, dnoise = op(*grads, *args, backend)
     return (
-        dsample if needed[0] else None, dmodel_output.to(model_output.dtype) if needed[1] else None, None, None, None,
-        dnoise.to(noise.dtype) if needed[5] else None, None,
-    )  # fmt: skip
+        dsample if needed[0] else None,
+        dmodel_output.to(model_output.dtype) if needed[1] else None,
+        None,
+        None,
+        None,
+        dnoise.to(noise.dtype) if needed[5] else None,
+        None,
+    )

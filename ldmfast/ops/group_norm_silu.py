@@ -76,8 +76,11 @@ op = Op(
     NAME,
     "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, Tensor? add, Tensor? scale, "
     "Tensor? shift) -> Tensor",
-    check=_check, fake=_fake, autocast=_autocast, normalise=_arguments,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    autocast=_autocast,
+    normalise=_arguments,
+)
 group_norm_silu.op = op
 
 
@@ -142,12 +145,24 @@ def _native(extension, x, weight, bias, groups, eps, silu, add, scale, shift):
     size = extension.group_norm_silu_workspace(N, C, P, groups, channels_last, native.DTYPES[x.dtype])
     scratch = native.workspace(size, x)
     extension.group_norm_silu(
-        x.data_ptr(), *strides, y.data_ptr(),
-        *[native.address(tensor) for tensor in (weight, bias, add, scale, shift)], *rows,
-        N, C, P, groups, eps, silu, channels_last,
-        native.DTYPES[x.dtype], native.DTYPES[param_dtype], native.DTYPES[mod_dtype],
-        native.address(scratch), *native.launch(x),
-    )  # fmt: skip
+        x.data_ptr(),
+        *strides,
+        y.data_ptr(),
+        *[native.address(tensor) for tensor in (weight, bias, add, scale, shift)],
+        *rows,
+        N,
+        C,
+        P,
+        groups,
+        eps,
+        silu,
+        channels_last,
+        native.DTYPES[x.dtype],
+        native.DTYPES[param_dtype],
+        native.DTYPES[mod_dtype],
+        native.address(scratch),
+        *native.launch(x),
+    )
     return y
 
 

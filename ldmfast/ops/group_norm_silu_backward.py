@@ -44,8 +44,10 @@ op = Op(
     NAME,
     "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, Tensor? add, Tensor? scale, "
     "Tensor? shift) -> (Tensor, Tensor)",
-    check=_check, fake=_fake, autocast=lambda dtype, *args: args,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    autocast=lambda dtype, *args: args,
+)
 
 
 @op.backend("torch")
@@ -90,12 +92,26 @@ def _native(extension, dy, x, weight, bias, groups, eps, silu, add, scale, shift
     size = extension.group_norm_silu_backward_workspace(N, C, P, groups, channels_last, native.DTYPES[x.dtype])
     scratch = native.workspace(size, x)
     extension.group_norm_silu_backward(
-        dy.data_ptr(), x.data_ptr(), *strides, dx.data_ptr(), sums.data_ptr(),
-        *[native.address(tensor) for tensor in (weight, bias, add, scale, shift)], *rows,
-        N, C, P, groups, eps, silu, channels_last,
-        native.DTYPES[x.dtype], native.DTYPES[param_dtype], native.DTYPES[mod_dtype],
-        native.address(scratch), *native.launch(x),
-    )  # fmt: skip
+        dy.data_ptr(),
+        x.data_ptr(),
+        *strides,
+        dx.data_ptr(),
+        sums.data_ptr(),
+        *[native.address(tensor) for tensor in (weight, bias, add, scale, shift)],
+        *rows,
+        N,
+        C,
+        P,
+        groups,
+        eps,
+        silu,
+        channels_last,
+        native.DTYPES[x.dtype],
+        native.DTYPES[param_dtype],
+        native.DTYPES[mod_dtype],
+        native.address(scratch),
+        *native.launch(x),
+    )
     return dx, sums
 
 
@@ -139,7 +155,12 @@ def _gradient(grads, args, outputs, needed, backend):
 
     return (
         dx if needed[0] else None,
-        gradient(1, lambda: modulated(g_xhat)), gradient(2, lambda: modulated(g)),
-        None, None, None,
-        gradient(6, lambda: dx_sum), gradient(7, before_scale), gradient(8, lambda: g),
-    )  # fmt: skip
+        gradient(1, lambda: modulated(g_xhat)),
+        gradient(2, lambda: modulated(g)),
+        None,
+        None,
+        None,
+        gradient(6, lambda: dx_sum),
+        gradient(7, before_scale),
+        gradient(8, lambda: g),
+    )

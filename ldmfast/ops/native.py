@@ -76,6 +76,7 @@ def register(op, function, lead: int = 0) -> None:
         return "float64 is not compiled" if args[lead].dtype is torch.float64 else None
 
     for name in MODULES:
+
         def run(*args, _name=name):
             return function(module(_name), *args)
 

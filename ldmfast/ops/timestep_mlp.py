@@ -31,8 +31,20 @@ def timestep_mlp(
     unknown backend; NotImplementedError with the reason of each backend that refuses.
     Traffic: the weights.   Source: Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
-    return op(*_arguments(t, w1, b1, w2, b2, dim=dim, flip_sin_to_cos=flip_sin_to_cos,
-                          downscale_freq_shift=downscale_freq_shift, max_period=max_period), backend)  # fmt: skip
+    return op(
+        *_arguments(
+            t,
+            w1,
+            b1,
+            w2,
+            b2,
+            dim=dim,
+            flip_sin_to_cos=flip_sin_to_cos,
+            downscale_freq_shift=downscale_freq_shift,
+            max_period=max_period,
+        ),
+        backend,
+    )
 
 
 def _arguments(t, w1, b1, w2, b2, *, dim, flip_sin_to_cos=True, downscale_freq_shift=0.0, max_period=10000.0):
@@ -75,8 +87,11 @@ op = Op(
     NAME,
     "(Tensor t, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int dim, bool flip_sin_to_cos, "
     "float downscale_freq_shift, float max_period) -> Tensor",
-    check=_check, fake=_fake, autocast=_autocast, normalise=_arguments,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    autocast=_autocast,
+    normalise=_arguments,
+)
 timestep_mlp.op = op
 
 
@@ -121,9 +136,14 @@ def _native(extension, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_s
     sizes = t.shape[0], dim, w1.shape[0], w2.shape[0]
     scratch = native.workspace(extension.timestep_mlp_workspace(*sizes, native.DTYPES[w1.dtype]), w1)
     extension.timestep_mlp(
-        *map(native.address, tensors), out.data_ptr(), *sizes, flip_sin_to_cos, native.DTYPES[w1.dtype],
-        native.address(scratch), *native.launch(w1),
-    )  # fmt: skip
+        *map(native.address, tensors),
+        out.data_ptr(),
+        *sizes,
+        flip_sin_to_cos,
+        native.DTYPES[w1.dtype],
+        native.address(scratch),
+        *native.launch(w1),
+    )
     return out
 
 

@@ -44,8 +44,10 @@ op = Op(
     NAME,
     "(Tensor dout, Tensor t, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int dim, bool flip_sin_to_cos, "
     "float downscale_freq_shift, float max_period) -> (Tensor, Tensor, Tensor, Tensor)",
-    check=_check, fake=_fake, autocast=lambda dtype, *args: args,
-)  # fmt: skip
+    check=_check,
+    fake=_fake,
+    autocast=lambda dtype, *args: args,
+)
 
 
 @op.backend("torch")
@@ -70,9 +72,13 @@ def _native(extension, dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_
     dout = dout.contiguous()
     scratch = native.workspace(extension.timestep_mlp_backward_workspace(*sizes, native.DTYPES[w1.dtype]), w1)
     extension.timestep_mlp_backward(
-        *map(native.address, (dout, t, freqs, w1, b1, w2, *gradients)), *sizes, flip_sin_to_cos,
-        native.DTYPES[w1.dtype], native.address(scratch), *native.launch(w1),
-    )  # fmt: skip
+        *map(native.address, (dout, t, freqs, w1, b1, w2, *gradients)),
+        *sizes,
+        flip_sin_to_cos,
+        native.DTYPES[w1.dtype],
+        native.address(scratch),
+        *native.launch(w1),
+    )
     return gradients
 
 

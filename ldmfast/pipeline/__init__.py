@@ -2,10 +2,7 @@
 
 import importlib
 
-_HOMES = {
-    "LatentDiffusionPipeline": "ldmfast.pipeline.pipeline",
-    "TextToImagePipeline": "ldmfast.pipeline.pipeline",
-}
+_HOMES = {"LatentDiffusionPipeline": "ldmfast.pipeline.pipeline", "TextToImagePipeline": "ldmfast.pipeline.pipeline"}
 __all__ = list(_HOMES)
 
 

@@ -122,9 +122,7 @@ def _write_parts(folder, *, unet, vae, scheduler, conditioner, guidance, dtype):
         torch.nn.Module.to(module, dtype or module.dtype).save_pretrained(folder / name)
         _forget_origin(folder / name / "config.json")
     scheduler.save_pretrained(folder / "scheduler")
-    settings = {
-        "conditioner": type(conditioner).__name__, "first_stage": type(vae).__name__, "guidance": guidance,
-    }  # fmt: skip
+    settings = {"conditioner": type(conditioner).__name__, "first_stage": type(vae).__name__, "guidance": guidance}
     if isinstance(conditioner, TextEncoder):
         settings["text_encoder"] = conditioner.settings["name"]
     index = _model_index(unet, vae, scheduler, conditioner)

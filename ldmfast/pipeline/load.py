@@ -25,9 +25,16 @@ CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer every Stable Diffusion
 
 
 def load(
-    path, *, ema=False, config=None, dtype=torch.float32, allow_missing=False, tokenizer=None, first_stage=None,
+    path,
+    *,
+    ema=False,
+    config=None,
+    dtype=torch.float32,
+    allow_missing=False,
+    tokenizer=None,
+    first_stage=None,
     conditioner=None,
-):  # fmt: skip
+):
     """A ready model: denoiser, first stage, conditioner and noise schedule.
 
     path           a released .safetensors or .ckpt, or a folder in diffusers' layout

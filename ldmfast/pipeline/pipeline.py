@@ -69,9 +69,24 @@ class LatentDiffusionPipeline:
         return self
 
     def __call__(
-        self, inputs=None, *, steps=STEPS, guidance=None, guidance_rescale=0.0, seeds=0, batch=16, sampler=None,
-        eta=0.0, size=None, image=None, mask=None, strength=None, progress=False, on_preview=None, preview_every=5,
-    ):  # fmt: skip
+        self,
+        inputs=None,
+        *,
+        steps=STEPS,
+        guidance=None,
+        guidance_rescale=0.0,
+        seeds=0,
+        batch=16,
+        sampler=None,
+        eta=0.0,
+        size=None,
+        image=None,
+        mask=None,
+        strength=None,
+        progress=False,
+        on_preview=None,
+        preview_every=5,
+    ):
         """Draw one picture for each input.
 
         inputs    a list of N of what the conditioner takes (captions, classes, ...), or one of them; for a model that
@@ -95,9 +110,13 @@ class LatentDiffusionPipeline:
         if batch < 1 or preview_every < 1:
             raise ValueError(f"batch={batch} and preview_every={preview_every} must be at least 1")
         request = Request(
-            make_sampler(sampler, self.scheduler), steps, self._guidance(guidance), guidance_rescale, eta,
+            make_sampler(sampler, self.scheduler),
+            steps,
+            self._guidance(guidance),
+            guidance_rescale,
+            eta,
             self._strength(strength, image, mask),
-        )  # fmt: skip
+        )
         canvas = self.canvas(len(inputs), size, image, mask)
         drawn, starts = [], range(0, len(inputs), batch)
         with tqdm(unit="step", disable=not progress) as bar:
@@ -138,10 +157,17 @@ class LatentDiffusionPipeline:
             return told.predict(self.unet, torch.cat([x, x]) if request.guided else x, t)
 
         return sampling.sample(
-            predict, sampling.starting_point(scheduler, times, noise, known if request.skipped else None), scheduler,
-            times, guidance=request.guidance if request.guided else None, rescale=request.rescale, eta=request.eta,
-            generators=generators, after=keep, watch=watch and (lambda i, x0: watch(i, times, x0)),
-        )  # fmt: skip
+            predict,
+            sampling.starting_point(scheduler, times, noise, known if request.skipped else None),
+            scheduler,
+            times,
+            guidance=request.guidance if request.guided else None,
+            rescale=request.rescale,
+            eta=request.eta,
+            generators=generators,
+            after=keep,
+            watch=watch and (lambda i, x0: watch(i, times, x0)),
+        )
 
     def condition(self, inputs, canvas, guided):
         """What the denoiser is told, [N]; guided, [2N] with nothing told to the first N but the canvas' pictures."""

@@ -38,12 +38,23 @@ def conditioner_config(table: Table, names: list[str], settings: dict, joined: i
     if "embedding.weight" in table:
         rows, width = table["embedding.weight"]
         unconditional = "cin256-v2" in names  # its last class says that there is none
-        return {"_class_name": "ClassEmbedder", "classes": rows - unconditional, "width": width,
-                "unconditional": unconditional, "mode": "crossattn"}  # fmt: skip
+        return {
+            "_class_name": "ClassEmbedder",
+            "classes": rows - unconditional,
+            "width": width,
+            "unconditional": unconditional,
+            "mode": "crossattn",
+        }
     if "channel_mapper.weight" in table:
         width, classes = table["channel_mapper.weight"][:2]
-        return {"_class_name": "MapEncoder", "classes": classes, "width": width, "stages": given.get("n_stages", 2),
-                "palette": None, "bias": "channel_mapper.bias" in table}  # fmt: skip
+        return {
+            "_class_name": "MapEncoder",
+            "classes": classes,
+            "width": width,
+            "stages": given.get("n_stages", 2),
+            "palette": None,
+            "bias": "channel_mapper.bias" in table,
+        }
     if "transformer.token_emb.weight" in table:
         boxes = condition == "boxes" if "use_tokenizer" not in given else not given["use_tokenizer"]
         return _transformer_config(table, boxes)
@@ -65,8 +76,13 @@ def _transformer_config(table: Table, boxes: bool) -> dict:
     if not boxes:
         return {"_class_name": "TransformerText", **common, "tokens": tokens, "tokenizer": "minilm"}
     # three tokens an object; two more where the sequence ends with what part of the picture is seen
-    return {"_class_name": "LayoutEncoder", **common, "classes": min(601, vocabulary - 1), "objects": tokens // 3,
-            "crop": tokens % 3 == 2}  # fmt: skip
+    return {
+        "_class_name": "LayoutEncoder",
+        **common,
+        "classes": min(601, vocabulary - 1),
+        "objects": tokens // 3,
+        "crop": tokens % 3 == 2,
+    }
 
 
 def conditioner_entries(own: Iterable[str]) -> list[Entry]:

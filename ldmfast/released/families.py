@@ -123,7 +123,11 @@ DENOISERS = {
     "lsun_beds256": Denoiser(_FACES, "vq-f4", "none", (0.0015, 0.0195), width=32),
     "lsun_churches256": Denoiser(
         _plain(4, 4, 192, (1, 2, 2, 4, 4), (1, 2, 4, 8), scale_shift=True, updown=True),
-        "kl-f8", "none", (0.0015, 0.0155), heads=8, sample_size=32,
+        "kl-f8",
+        "none",
+        (0.0015, 0.0155),
+        heads=8,
+        sample_size=32,
     ),
     "cin256": Denoiser(
         _cross(4, 256, (1, 2, 4), (4, 2, 1), 512), "vq-f8", "class", (0.0015, 0.0195), width=32, sample_size=32
@@ -156,12 +160,14 @@ DENOISERS = {
     ),
     "sdxl-inpainting": Denoiser(
         _cross(9, 320, (1, 2, 4), (4, 2), 2048, depth=(0, 2, 10), outputs=4, linear=True, label=2816),
-        "kl-f8", "two", **_XL,
+        "kl-f8",
+        "two",
+        **_XL,
     ),
     "sdxl-refiner": Denoiser(
         _cross(4, 384, (1, 2, 4, 4), (4, 2), 1280, depth=4, linear=True, label=2560), "kl-f8", "openclip", **_XL
     ),
-}  # fmt: skip
+}
 
 
 def recognise(structure: Structure, condition: str | None) -> list[str]:

@@ -78,9 +78,7 @@ def _attends(table: Table, prefix: str) -> bool:
 
 
 def _depth(table: Table, prefix: str) -> int:
-    blocks = itertools.takewhile(
-        lambda d: f"{prefix}.transformer_blocks.{d}.norm1.weight" in table, itertools.count()
-    )  # fmt: skip
+    blocks = itertools.takewhile(lambda d: f"{prefix}.transformer_blocks.{d}.norm1.weight" in table, itertools.count())
     return len(list(blocks))
 
 

@@ -25,21 +25,32 @@ class Place:
 
 
 _PLACES = (  # a tensor that shows it, where it is, what the condition is called
-    ("conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
-     Place("conditioner.embedders.0.transformer.", "text_encoder", "clip"), "two"),
+    (
+        "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
+        Place("conditioner.embedders.0.transformer.", "text_encoder", "clip"),
+        "two",
+    ),
     (SECOND + "token_embedding.weight", Place(SECOND, "text_encoder_2", "openclip"), "two"),
-    ("conditioner.embedders.0.model.token_embedding.weight",
-     Place("conditioner.embedders.0.model.", "text_encoder_2", "openclip"), "openclip"),
-    ("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
-     Place("cond_stage_model.transformer.", "text_encoder", "clip"), "clip"),
-    ("cond_stage_model.model.token_embedding.weight",
-     Place("cond_stage_model.model.", "text_encoder", "openclip"), "openclip"),
-    ("cond_stage_model.transformer.token_emb.weight",
-     Place("cond_stage_model.", "conditioner", "text"), "text"),
+    (
+        "conditioner.embedders.0.model.token_embedding.weight",
+        Place("conditioner.embedders.0.model.", "text_encoder_2", "openclip"),
+        "openclip",
+    ),
+    (
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+        Place("cond_stage_model.transformer.", "text_encoder", "clip"),
+        "clip",
+    ),
+    (
+        "cond_stage_model.model.token_embedding.weight",
+        Place("cond_stage_model.model.", "text_encoder", "openclip"),
+        "openclip",
+    ),
+    ("cond_stage_model.transformer.token_emb.weight", Place("cond_stage_model.", "conditioner", "text"), "text"),
     ("cond_stage_model.embedding.weight", Place("cond_stage_model.", "conditioner", "class"), "class"),
     ("cond_stage_model.channel_mapper.weight", Place("cond_stage_model.", "conditioner", "map"), "map"),
     ("cond_stage_model.encoder.conv_in.weight", None, "masked"),  # a second copy of the first stage
-)  # fmt: skip
+)
 
 
 def places(table: Table) -> tuple[list[Place], set[str]]:

@@ -202,8 +202,12 @@ def network_class(config: dict) -> type:
     import ldmfast.models as ours
     from ldmfast.models.vq import VQModel
 
-    classes = {"UNet2DConditionModel": ours.UNet, "UNet2DModel": ours.UNet2D, "AutoencoderKL": ours.AutoencoderKL,
-               "VQModel": VQModel}  # fmt: skip
+    classes = {
+        "UNet2DConditionModel": ours.UNet,
+        "UNet2DModel": ours.UNet2D,
+        "AutoencoderKL": ours.AutoencoderKL,
+        "VQModel": VQModel,
+    }
     name = config.get("_class_name")
     if name not in classes:
         raise ValueError(f"a {name} has no place in a latent diffusion model; expected one of {', '.join(classes)}")

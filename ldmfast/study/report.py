@@ -65,7 +65,7 @@ def page(report: dict, folder: Path) -> str:
         _bars([(r["f"], r["reconstruction"]["psnr"]) for r in rows if r["f"] > 1], "PSNR of reconstructions, dB"),
         _bars([(r["f"], r["ms"]) for r in rows], "ms a step"),
         "<h2>Samples at the end, the same prompts and seeds, unpicked</h2>",
-    ]  # fmt: skip
+    ]
     for row in rows:
         data = base64.b64encode((folder / f"f{row['f']}.png").read_bytes()).decode()
         parts.append(f"<h3>f = {row['f']}</h3><img alt='samples at f = {row['f']}' src='data:image/png;base64,{data}'>")

@@ -74,9 +74,7 @@ class Reference:
         """KID against the real pictures, and retrieval of what was asked for.   drawn [N, 3, H, W]"""
         pixels = ((drawn.clamp(-1, 1) + 1) * 127.5).round()
         labels = [row[self.label] for row in self.some.rows]
-        near = sets.retrieval(
-            small_picture(pixels), small_picture(self.some.pixels), self.wanted, labels, ranks=(1, 5)
-        )
+        near = sets.retrieval(small_picture(pixels), small_picture(self.some.pixels), self.wanted, labels, ranks=(1, 5))
         return {"kid": sets.kid(self.features, self.of(drawn)), **near}
 
 
@@ -124,10 +122,20 @@ def row(f, vae, folder, config, reference, encoder, quiet) -> dict:
     """Everything that the table says of one f.   vae  its first stage; None for pixels"""
     found = {"f": f, "reconstruction": reconstruction(vae, reference)}
     settings = DenoiserConfig(
-        batch=config.batch, channels=config.channels, attention=(0,) + (1,) * (len(config.channels) - 1), groups=8,
-        prediction="v_prediction", min_snr=0.0, learning_rate=1e-3, warmup=20, precision="fp32", seed=config.seed,
-        steps=10**9, plain_captions=1.0, head_width=min(32, *config.channels),
-    )  # fmt: skip
+        batch=config.batch,
+        channels=config.channels,
+        attention=(0,) + (1,) * (len(config.channels) - 1),
+        groups=8,
+        prediction="v_prediction",
+        min_snr=0.0,
+        learning_rate=1e-3,
+        warmup=20,
+        precision="fp32",
+        seed=config.seed,
+        steps=10**9,
+        plain_captions=1.0,
+        head_width=min(32, *config.channels),
+    )
     codes = encode(reference.pictures, vae, settings)
     descriptions = condition_sources.gather(encoder, [row["texts"][:1] for row in reference.pictures.rows])
     unet = train_denoiser.network(settings, codes.shape, encoder)
@@ -147,9 +155,14 @@ def first_stage(f, data, folder, config, given, quiet):
             raise FileNotFoundError(f"{home} holds no vae/; train it: ldmfast train autoencoder --output {home}")
         levels = f.bit_length()
         settings = AutoencoderConfig(
-            steps=config.first_stage_steps, size=config.size, channels=WIDTHS[:levels], precision="fp32",
-            latent_channels=LATENT_CHANNELS[f], seed=config.seed, export="fp32",
-        )  # fmt: skip
+            steps=config.first_stage_steps,
+            size=config.size,
+            channels=WIDTHS[:levels],
+            precision="fp32",
+            latent_channels=LATENT_CHANNELS[f],
+            seed=config.seed,
+            export="fp32",
+        )
         train_autoencoder.train(data, home, settings, quiet=quiet)
     return train_autoencoder.load(home)
 

@@ -80,8 +80,12 @@ class PictureLossConfig(RunConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in (
-            "adversarial", "adversarial_start", "perceptual_weight", "discriminator_rate", "discriminator_lead"
-        ):  # fmt: skip
+            "adversarial",
+            "adversarial_start",
+            "perceptual_weight",
+            "discriminator_rate",
+            "discriminator_lead",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 

@@ -32,9 +32,17 @@ from ldmfast.training.step import Draw
 # free to differ between the run that wrote a checkpoint and the one that continues it; `batch` and `accumulate` too, as
 # long as the global batch is the same
 FREE_TO_CHANGE = {
-    "accumulate", "batch", "device", "export", "gradient_checkpointing", "latents", "log_every", "sample_every",
-    "save_every", "tensorboard",
-}  # fmt: skip
+    "accumulate",
+    "batch",
+    "device",
+    "export",
+    "gradient_checkpointing",
+    "latents",
+    "log_every",
+    "sample_every",
+    "save_every",
+    "tensorboard",
+}
 
 
 @dataclasses.dataclass

@@ -35,9 +35,7 @@ def start(config):
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     # a plugin, because the bare number gives way to an environment variable
     accumulate = GradientAccumulationPlugin(num_steps=config.accumulate, sync_with_dataloader=False)
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=MIXED[config.precision], gradient_accumulation_plugin=accumulate
-    )
+    accelerator = Accelerator(cpu=cpu, mixed_precision=MIXED[config.precision], gradient_accumulation_plugin=accumulate)
     if accelerator.distributed_type not in KNOWN:
         raise ValueError(
             f"accelerate is set up for {accelerator.distributed_type}; this loop knows several CPU or CUDA processes "

@@ -207,9 +207,13 @@ def train(data, folder, config, *, restart=False, quiet=False):
     step = loss_of(stage, pictures, config, lambda: books_of(run))
     shown = sample_of(pictures, SHOWN, config.seed).batch(slice(None))
     history = fit(
-        run, step, Path(folder, "autoencoder.pt"), restart=restart, quiet=quiet,
+        run,
+        step,
+        Path(folder, "autoencoder.pt"),
+        restart=restart,
+        quiet=quiet,
         sample=lambda: sheet(shown, reconstruct(stage.vae, shown.to(run.device))[0]),
-    )  # fmt: skip
+    )
     model = run.finish().vae.cpu()
     if not run.main:
         return {"loss": history}

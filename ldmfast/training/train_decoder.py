@@ -51,9 +51,13 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     step = loss_of(run.model, pictures, mean, std, config)
     some = slice(0, SHOWN)
     history = fit(
-        run, step, Path(folder, "decoder.pt"), restart=restart, quiet=quiet,
+        run,
+        step,
+        Path(folder, "decoder.pt"),
+        restart=restart,
+        quiet=quiet,
         sample=lambda: sheet(pictures.batch(some), run.model.decode(mean[some].to(run.device)).sample),
-    )  # fmt: skip
+    )
     run.finish().cpu()
     if not run.main:
         return {"loss": history}

@@ -90,9 +90,7 @@ def loss_of(unet, codes, descriptions, config, *, alphas=None, prediction=None):
     return step
 
 
-def train(
-    data, autoencoder, folder, config, *, conditioner=None, describe=None, unet=None, restart=False, quiet=False
-):
+def train(data, autoencoder, folder, config, *, conditioner=None, describe=None, unet=None, restart=False, quiet=False):
     """Train on the folder `data` and write checkpoints and the finished pipeline to `folder`. Returns the losses.
 
     conditioner, describe   a Conditioner and the function from a row of the collection to the inputs that describe it;
@@ -118,9 +116,13 @@ def train(
     scheduler = make_scheduler(config.beta_start, config.beta_end, config.prediction)
     pipeline = LatentDiffusionPipeline(unet, vae, scheduler, conditioner)
     history = fit(
-        run, loss_of(unet, codes, descriptions, config), Path(folder, "denoiser.pt"), restart=restart, quiet=quiet,
+        run,
+        loss_of(unet, codes, descriptions, config),
+        Path(folder, "denoiser.pt"),
+        restart=restart,
+        quiet=quiet,
         sample=lambda: sheet(pipeline, descriptions),
-    )  # fmt: skip
+    )
     run.finish()
     if run.main:
         export(pipeline.to("cpu"), folder, config, history)

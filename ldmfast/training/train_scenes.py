@@ -29,11 +29,13 @@ def conditioner(config, side, halvings, rows):
     halvings  of the first stage: 2 for f = 4
     """
     torch.manual_seed(config.seed)
-    return Hybrid(**{
-        "class": PlacedClass(class_boxes(rows)),
-        "boxes": BoxEncoder(list(scenes.OBJECTS), config.width, objects=3, grid=side, paint=config.map_channels),
-        "map": MapEncoder(list(scenes.CLASSES), config.map_channels, stages=halvings, palette=scenes.palette()),
-    })  # fmt: skip
+    return Hybrid(
+        **{
+            "class": PlacedClass(class_boxes(rows)),
+            "boxes": BoxEncoder(list(scenes.OBJECTS), config.width, objects=3, grid=side, paint=config.map_channels),
+            "map": MapEncoder(list(scenes.CLASSES), config.map_channels, stages=halvings, palette=scenes.palette()),
+        }
+    )
 
 
 def class_boxes(rows, most=LAYOUTS):
@@ -66,6 +68,12 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     halvings = len(vae.block_out_channels) - 1
     told = conditioner(config, vae.sample_size >> halvings, halvings, read_rows(data))
     return train_denoiser.train(
-        data, autoencoder, folder, config, conditioner=told, describe=lambda row: inputs(row, data), restart=restart,
+        data,
+        autoencoder,
+        folder,
+        config,
+        conditioner=told,
+        describe=lambda row: inputs(row, data),
+        restart=restart,
         quiet=quiet,
-    )  # fmt: skip
+    )

@@ -27,10 +27,14 @@ def encoded(model, x):
 @pytest.mark.parametrize("size", [(32, 32), (36, 28), (40, 12)])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mid_block_add_attention": False}, {"use_quant_conv": False, "use_post_quant_conv": False},
-     {"latent_channels": 16, "block_out_channels": (16, 32, 512), "norm_num_groups": 16}],
+    [
+        {},
+        {"mid_block_add_attention": False},
+        {"use_quant_conv": False, "use_post_quant_conv": False},
+        {"latent_channels": 16, "block_out_channels": (16, 32, 512), "norm_num_groups": 16},
+    ],
     ids=["plain", "no-attention", "no-quant-conv", "wide-head"],
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_equals_stock(changes, size):
     stock, ours = pair(**changes)

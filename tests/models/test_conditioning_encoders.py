@@ -194,9 +194,15 @@ def test_clip_from_a_diffusers_folder(tmp_path):
     """77 tokens, no mask: what Stable Diffusion does."""
     words = {w: i for i, w in enumerate(["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"])}
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=4, eos_token_id=5, pad_token_id=5,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=4,
+        eos_token_id=5,
+        pad_token_id=5,
+    )
     model = CLIPTextModel(config).eval()
     model.save_pretrained(tmp_path / "text_encoder")
     tokenizer = CLIPTokenizer(vocab=words, merges=[])

@@ -85,8 +85,9 @@ def hooks_on_norms_and_linears(model):
 def hooks_on_blocks(model):
     for block in (model.up_blocks[1], model.mid_block.resnets[0], model.down_blocks[0].attentions[0]):
         block.register_forward_pre_hook(lambda module, inputs: None)
-        block.register_forward_hook(lambda module, inputs, output: tuple(o * 1.1 for o in output)
-                                    if isinstance(output, tuple) else output * 1.1)  # fmt: skip
+        block.register_forward_hook(
+            lambda module, inputs, output: tuple(o * 1.1 for o in output) if isinstance(output, tuple) else output * 1.1
+        )
 
 
 def patched_forward(model):
@@ -118,8 +119,19 @@ def freeu(model):
     model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
-CHANGES = [lora, fused_lora, lora_on_every_layer, in_place, ema, hooks_on_norms_and_linears, hooks_on_blocks,
-           patched_forward, replaced_layer, processor, freeu]  # fmt: skip
+CHANGES = [
+    lora,
+    fused_lora,
+    lora_on_every_layer,
+    in_place,
+    ema,
+    hooks_on_norms_and_linears,
+    hooks_on_blocks,
+    patched_forward,
+    replaced_layer,
+    processor,
+    freeu,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -192,9 +204,20 @@ def compiled_blocks(model):
             module.compile(backend="eager")
 
 
-WAYS = [slicing, fused_qkv, default_processors, chunked, layerwise_casting, group_offload_leaves,
-        group_offload_blocks, sequential_offload, hooked_and_unhooked, contiguous_weights, channels_last_weights,
-        compiled_blocks]  # fmt: skip
+WAYS = [
+    slicing,
+    fused_qkv,
+    default_processors,
+    chunked,
+    layerwise_casting,
+    group_offload_leaves,
+    group_offload_blocks,
+    sequential_offload,
+    hooked_and_unhooked,
+    contiguous_weights,
+    channels_last_weights,
+    compiled_blocks,
+]
 
 
 @pytest.mark.parametrize("change", WAYS, ids=lambda change: change.__name__)
@@ -405,8 +428,12 @@ def test_a_missing_weight_is_an_error_unless_opted_in(tmp_path):
 def test_a_wrong_number_of_heads_is_warned_of(tmp_path):
     from ldmfast.models.weight_files import check_folder
 
-    config = {"_class_name": "UNet2DConditionModel", "block_out_channels": [320, 640, 1280, 1280],
-              "cross_attention_dim": 1024, "attention_head_dim": 8}  # fmt: skip
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 1024,
+        "attention_head_dim": 8,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match=r"SD2.x has \[5, 10, 20, 20\]"):
         check_folder(tmp_path, "UNet2DConditionModel")
@@ -588,8 +615,12 @@ def test_ip_adapter():
     stock, ours = pair()
     for model in (stock, ours):
         torch.manual_seed(8)
-        projection = {"proj.weight": torch.randn(4 * 32, 16), "proj.bias": torch.randn(4 * 32),
-                      "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)}  # fmt: skip
+        projection = {
+            "proj.weight": torch.randn(4 * 32, 16),
+            "proj.bias": torch.randn(4 * 32),
+            "norm.weight": torch.ones(32),
+            "norm.bias": torch.zeros(32),
+        }
         state = {"image_proj": projection, "ip_adapter": {}}
         key = 1
         for name, attention in model.named_modules():

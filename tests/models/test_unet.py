@@ -99,8 +99,11 @@ def test_every_kind_of_timestep(timestep):
             {"class_labels": torch.ones(2, 6)},
         ),
         (
-            {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 6,
-             "class_embeddings_concat": True},
+            {
+                "class_embed_type": "simple_projection",
+                "projection_class_embeddings_input_dim": 6,
+                "class_embeddings_concat": True,
+            },
             {"class_labels": torch.ones(2, 6)},
         ),
         ({"time_cond_proj_dim": 12}, {"timestep_cond": torch.ones(2, 12)}),
@@ -121,12 +124,17 @@ def test_every_kind_of_timestep(timestep):
         ({"conv_in_kernel": 1, "conv_out_kernel": 1}, {}),
         ({"encoder_hid_dim": 32}, {}),
         ({"addition_embed_type": "text", "addition_embed_type_num_heads": 4}, {}),
-        ({"down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "KDownBlock2D"),
-          "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-          "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, {}),
+        (
+            {
+                "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "KDownBlock2D"),
+                "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            },
+            {},
+        ),
         ({}, {"encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 1, 0]])}),
     ],
-)  # fmt: skip
+)
 def test_every_configuration_and_condition(changes, extra):
     stock, ours = pair(**changes)
     wanted, got = both(stock, ours, {**tiny.inputs(stock), **extra})
@@ -210,8 +218,12 @@ def test_returns_a_tuple_or_an_output():
 
 
 def test_compiles_without_a_graph_break():
-    stock, ours = pair(block_out_channels=(32, 64), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                       up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1)  # fmt: skip
+    stock, ours = pair(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+    )
     arguments = tiny.inputs(stock)
     with torch.no_grad():
         got = torch.compile(ours, backend="eager", fullgraph=True)(**arguments).sample

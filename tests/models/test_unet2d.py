@@ -30,8 +30,13 @@ CHURCHES = {
     "downsample_type": "resnet",
     "upsample_type": "resnet",
 }
-INPAINTING = {**CELEBA, "in_channels": 7, "down_block_types": ("ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 2),
-              "downsample_type": "resnet", "upsample_type": "resnet"}  # fmt: skip
+INPAINTING = {
+    **CELEBA,
+    "in_channels": 7,
+    "down_block_types": ("ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 2),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
 FAMILIES = {"celeba": CELEBA, "churches": CHURCHES, "inpainting": INPAINTING}
 
 
@@ -107,11 +112,17 @@ def test_bfloat16_is_as_near_to_float32_as_stock_bfloat16(family):
         ({"resnet_time_scale_shift": "scale_shift"}, {}),
         ({"downsample_padding": 0, "mid_block_scale_factor": 1.5, "dropout": 0.1}, {}),
         ({"act_fn": "gelu"}, {}),
-        ({"down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"), "norm_num_groups": 4,
-          "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
-          "block_out_channels": (128, 128, 128)}, {}),
+        (
+            {
+                "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+                "norm_num_groups": 4,
+                "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+                "block_out_channels": (128, 128, 128),
+            },
+            {},
+        ),
     ],
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_every_configuration(changes, extra):
     stock, ours = pair(**changes)
@@ -182,8 +193,10 @@ def test_a_wrong_argument_is_refused_with_a_sentence(case):
 
 @torch.no_grad()
 def test_an_autoencoder_with_attention_at_some_levels_goes_through_ours():
-    types = {"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-             "up_block_types": ("AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D")}  # fmt: skip
+    types = {
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    }
     stock = tiny.vae(**types)
     ours = AutoencoderKL.from_vae(copy.deepcopy(stock))
     x = torch.randn(2, 3, 32, 32)

@@ -43,9 +43,10 @@ def pair(**changes):
 
 @pytest.mark.parametrize("size", [(32, 32), (36, 28), (40, 12)])
 @pytest.mark.parametrize(
-    "changes", [{}, ATTENTION, {"mid_block_add_attention": False}, {"vq_embed_dim": 8, "latent_channels": 4}],
+    "changes",
+    [{}, ATTENTION, {"mid_block_add_attention": False}, {"vq_embed_dim": 8, "latent_channels": 4}],
     ids=["plain", "attention", "no-attention", "wide-codes"],
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_equals_stock(changes, size):
     stock, ours = pair(**changes)

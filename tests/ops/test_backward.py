@@ -33,8 +33,11 @@ def backward_op(name):
 
 
 def differentiable(op, arguments):
-    return [i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)
-            and value.is_floating_point() and i not in WITHOUT[op]]  # fmt: skip
+    return [
+        i
+        for i, value in enumerate(arguments)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and i not in WITHOUT[op]
+    ]
 
 
 def gradients(call, op, arguments, grads):
@@ -138,11 +141,15 @@ def test_gradcheck(name):
 def test_second_derivative(name):
     x = functools.partial(torch.randn, dtype=torch.float64, requires_grad=True)
     function, inputs = {
-        "group_norm_silu": (lambda x, w, b: OPS[name](x, w, b, 2, 1e-5, True, None, None, None, None),
-                            (x(1, 4, 2, 2), x(4), x(4))),
-        "attention": (lambda q, k, v: OPS[name](q, k, v, 0.5, None, None),
-                      (x(1, 3, 1, 4), x(1, 2, 1, 4), x(1, 2, 1, 4))),
-    }[name]  # fmt: skip
+        "group_norm_silu": (
+            lambda x, w, b: OPS[name](x, w, b, 2, 1e-5, True, None, None, None, None),
+            (x(1, 4, 2, 2), x(4), x(4)),
+        ),
+        "attention": (
+            lambda q, k, v: OPS[name](q, k, v, 0.5, None, None),
+            (x(1, 3, 1, 4), x(1, 2, 1, 4), x(1, 2, 1, 4)),
+        ),
+    }[name]
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
@@ -182,8 +189,11 @@ def main() -> int:
             continue
         right = worst[0] <= worst[1]
         failed += not right
-        print(f"{line} {ran:>3} cases, nearest its budget: error {worst[0]:.2e} of {worst[1]:.2e} ({worst[2]})"
-              f"{'' if right else '  FAILS'}{f'; some refused: {reason}' if reason else ''}", flush=True)  # fmt: skip
+        print(
+            f"{line} {ran:>3} cases, nearest its budget: error {worst[0]:.2e} of {worst[1]:.2e} ({worst[2]})"
+            f"{'' if right else '  FAILS'}{f'; some refused: {reason}' if reason else ''}",
+            flush=True,
+        )
     return 1 if failed else 0
 
 

@@ -168,8 +168,10 @@ def test_gradients_equal_the_reference(name, backend):
         pytest.skip(f"{backend}: {reason}")
 
     def gradients(call, arguments):
-        inputs = [value.detach().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point()
-                  else value for value in arguments]  # fmt: skip
+        inputs = [
+            value.detach().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for value in arguments
+        ]
         outputs = call(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.manual_seed(1)
@@ -193,8 +195,10 @@ def test_gradcheck(name):
         "ddim_step": lambda: ((x(2, 3), x(4, 3), 0.3, 0.6), {"guidance": 3.0, "noise": x(2, 3), "sigma": 0.2}),
     }[name]
     args, kwargs = tiny()
-    arguments = [value.double().requires_grad_() if isinstance(value, torch.Tensor) else value
-                 for value in OPS[name].normalise(*args, **kwargs)]  # fmt: skip
+    arguments = [
+        value.double().requires_grad_() if isinstance(value, torch.Tensor) else value
+        for value in OPS[name].normalise(*args, **kwargs)
+    ]
     assert torch.autograd.gradcheck(lambda *inputs: OPS[name](*inputs, None), arguments)
 
 

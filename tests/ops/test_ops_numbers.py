@@ -85,8 +85,11 @@ def main() -> int:
             continue
         right = worst[0] <= worst[1]
         failed += not right
-        print(f"{line} {ran:>3} cases, nearest its budget: error {worst[0]:.2e} of {worst[1]:.2e} ({worst[2]})"
-              f"{'' if right else '  FAILS'}{f'; some refused: {reason}' if reason else ''}", flush=True)  # fmt: skip
+        print(
+            f"{line} {ran:>3} cases, nearest its budget: error {worst[0]:.2e} of {worst[1]:.2e} ({worst[2]})"
+            f"{'' if right else '  FAILS'}{f'; some refused: {reason}' if reason else ''}",
+            flush=True,
+        )
     return 1 if failed else 0
 
 

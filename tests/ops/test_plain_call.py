@@ -172,10 +172,17 @@ def test_functorch_is_noticed():
     assert seen == [(False, False)]
 
 
-@pytest.mark.parametrize("make", [
-    lambda x: x, torch.nn.Parameter, lambda x: x.requires_grad_(), lambda x: x.to("meta"), torch._neg_view,
-    lambda x: x.as_subclass(Wrapped),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        torch.nn.Parameter,
+        lambda x: x.requires_grad_(),
+        lambda x: x.to("meta"),
+        torch._neg_view,
+        lambda x: x.as_subclass(Wrapped),
+    ],
+)
 def test_both_watchers_agree_on_tensors(make):
     for grad in (True, False):
         with torch.set_grad_enabled(grad):

@@ -227,9 +227,7 @@ def test_ddim_step(shape, with_table, guidance, noise, clip, dtype):
     noise = torch.randn(shape).to(dtype) if noise else None
     table = torch.randn(shape[0] if with_table else 1, 7)
     both = poisoned(2, *shape, like=sample)
-    ddim_step.ddim_step(
-        sample, output, noise, *both, table[0].tolist(), table if with_table else None, guidance, clip
-    )  # fmt: skip
+    ddim_step.ddim_step(sample, output, noise, *both, table[0].tolist(), table if with_table else None, guidance, clip)
     check(both, ddim_reference, sample, output, noise, table, guidance, clip)
 
 

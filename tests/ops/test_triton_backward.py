@@ -1,7 +1,7 @@
 """The Triton kernels of the gradients: their numbers under the interpreter, and the U-Net's configurations compiled.
 
-    pytest tests/ops/test_triton_backward.py                       compiles; bench/resources.py compiles all the others
-    TRITON_INTERPRET=1 pytest tests/ops/test_triton_backward.py    float32 and float16, against the reference in float64
+pytest tests/ops/test_triton_backward.py                       compiles; bench/resources.py compiles all the others
+TRITON_INTERPRET=1 pytest tests/ops/test_triton_backward.py    float32 and float16, against the reference in float64
 """
 
 from __future__ import annotations

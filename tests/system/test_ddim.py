@@ -26,10 +26,15 @@ def far(got, wanted) -> float:
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize(
     "config",
-    [{"clip_sample": False}, {"clip_sample": True, "clip_sample_range": 0.8}, {"set_alpha_to_one": False},
-     {"thresholding": True}, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}],
+    [
+        {"clip_sample": False},
+        {"clip_sample": True, "clip_sample_range": 0.8},
+        {"set_alpha_to_one": False},
+        {"thresholding": True},
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+    ],
     ids=["plain", "clip", "final-alpha", "thresholding", "zero-snr"],
-)  # fmt: skip
+)
 def test_equals_stock(prediction, eta, config):
     if prediction == "epsilon" and "rescale_betas_zero_snr" in config:
         pytest.skip("epsilon does not determine x0 where alpha is 0")

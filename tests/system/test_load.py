@@ -29,7 +29,8 @@ FULL = {  # name: the U-Net's table, the encoders', the published count of tenso
     "sd-v1-inpainting": (layout.denoiser(9, 4, 320, *SD, context=768), layout.under(FIRST, CLIP_L), (686, 859_535_364)),
     "sd-v2": (
         layout.denoiser(4, 4, 320, *SD, context=1024, is_linear=True),
-        layout.under("cond_stage_model.model.", layout.openclip(1024, 24)), (686, 865_910_724),
+        layout.under("cond_stage_model.model.", layout.openclip(1024, 24)),
+        (686, 865_910_724),
     ),
     "sdxl": (
         layout.denoiser(4, 4, 320, (1, 2, 4), (4, 2), context=2048, **XL),
@@ -38,9 +39,10 @@ FULL = {  # name: the U-Net's table, the encoders', the published count of tenso
     ),
     "sdxl-refiner": (
         layout.denoiser(4, 4, 384, *SD[:1], (4, 2), context=1280, depth=4, is_linear=True, label=2560),
-        layout.under("conditioner.embedders.0.model.", layout.openclip(1280, 32)), None,
+        layout.under("conditioner.embedders.0.model.", layout.openclip(1280, 32)),
+        None,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -153,7 +155,7 @@ def test_a_converted_folder_is_diffusers_own(sd1, tmp_path):
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "sd", subfolder="unet")
     stock = diffusers.UNet2DConditionModel.from_single_file(
         str(sd1), config=str(tmp_path / "sd"), subfolder="unet", local_files_only=True
-    )  # fmt: skip
+    )
     assert all(torch.equal(value, stock.state_dict()[name]) for name, value in unet.state_dict().items())
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "sd", tokenizer=None, text_encoder=None)
     assert pipe.scheduler.config.steps_offset == 1
@@ -174,8 +176,11 @@ def write_folder(folder, unet):
 @pytest.mark.parametrize("crossing", [True, False])
 def test_a_folder_goes_to_a_file_and_back_with_its_configurations(crossing, tmp_path):
     blocks = {"block_out_channels": (32, 64, 64), "norm_num_groups": 32, "attention_head_dim": 16}
-    plain = {"down_block_types": ("DownBlock2D", *["AttnDownBlock2D"] * 2),
-             "up_block_types": (*["AttnUpBlock2D"] * 2, "UpBlock2D"), "layers_per_block": 1}  # fmt: skip
+    plain = {
+        "down_block_types": ("DownBlock2D", *["AttnDownBlock2D"] * 2),
+        "up_block_types": (*["AttnUpBlock2D"] * 2, "UpBlock2D"),
+        "layers_per_block": 1,
+    }
     kind = diffusers.UNet2DConditionModel if crossing else diffusers.UNet2DModel
     write_folder(tmp_path / "in", kind(**{**(tiny.SD1 if crossing else plain), **blocks}))
     report = convert(tmp_path / "in", tmp_path / "one.safetensors")

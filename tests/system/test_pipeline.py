@@ -42,9 +42,15 @@ def nearest(pictures, references):
 
 def test_it_draws_what_the_prompt_says(pipeline, references):
     wanted = [
-        ("red apple", "yellow"), ("panda", "green"), ("rocket", "black"), ("soccer ball", "red"),
-        ("crab", "blue"), ("snowman", "orange"), ("cup of coffee", "purple"), ("pumpkin", "white"),
-    ]  # fmt: skip
+        ("red apple", "yellow"),
+        ("panda", "green"),
+        ("rocket", "black"),
+        ("soccer ball", "red"),
+        ("crab", "blue"),
+        ("snowman", "orange"),
+        ("cup of coffee", "purple"),
+        ("pumpkin", "white"),
+    ]
     prompts = [emoji.captions((name,), colour)[0] for name, colour in wanted]
     drawn = nearest(pipeline(prompts, steps=15, seeds=0), references)
     assert [colour for _, colour in drawn] == [colour for _, colour in wanted]

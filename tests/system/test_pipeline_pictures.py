@@ -44,9 +44,15 @@ def scheduler(**config):
 def told_a_class(channels=4, **members):
     """A class-conditional pipeline of 16x16 pictures; with members, a hybrid of the class and those."""
     torch.manual_seed(4)
-    small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 4,
-             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": 2,
-             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}  # fmt: skip
+    small = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "attention_head_dim": 2,
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     unet = UNet.from_unet(tiny.unet(**small, in_channels=channels, cross_attention_dim=8))
     conditioner = ClassEmbedder(3, 8)
     if members:
@@ -57,10 +63,16 @@ def told_a_class(channels=4, **members):
 def told_nothing(channels=4, conditioner=None):
     torch.manual_seed(5)
     unet = UNet2D(
-        sample_size=4, in_channels=channels, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4, attention_head_dim=8,
-    )  # fmt: skip
+        sample_size=4,
+        in_channels=channels,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
     return LatentDiffusionPipeline(unet, first_stage(), scheduler(), conditioner)
 
 
@@ -130,9 +142,14 @@ def test_eta_draws_noise_of_each_picture_s_own_seed(pipeline):
 def test_batches_previews_and_progress(pipeline, capsys):
     shown = []
     drawn = pipeline(
-        [0, 1, 2], steps=5, seeds=3, batch=2, progress=True, preview_every=2,
+        [0, 1, 2],
+        steps=5,
+        seeds=3,
+        batch=2,
+        progress=True,
+        preview_every=2,
         on_preview=lambda step, steps, pictures: shown.append((step, steps, len(pictures), pictures[0].size)),
-    )  # fmt: skip
+    )
     assert shown == [(2, 5, 2, (16, 16)), (4, 5, 2, (16, 16)), (2, 5, 1, (16, 16)), (4, 5, 1, (16, 16))]
     assert "10/10" in capsys.readouterr().err
     assert np.abs(array(drawn[2]) - array(pipeline(2, steps=5, seeds=5)[0])).max() <= 1
@@ -291,10 +308,13 @@ def test_saving_and_loading_keeps_the_picture(tmp_path, kind):
     pipe, inputs, given = {
         "class": (told_a_class, 2, {}),
         "nothing": (told_nothing, None, {}),
-        "masked": (lambda: told_a_class(9, pictures=MaskedImage(5, style="sd")), 1,
-                   {"image": picture(), "mask": half_mask()}),
+        "masked": (
+            lambda: told_a_class(9, pictures=MaskedImage(5, style="sd")),
+            1,
+            {"image": picture(), "mask": half_mask()},
+        ),
         "small": (lambda: told_nothing(7, LowResolution(3)), None, {"image": picture(width=4, height=4)}),
-    }[kind]  # fmt: skip
+    }[kind]
     pipe = pipe()
     pipe.guidance, pipe.scheduler = 2.5, make_sampler("plms", pipe.scheduler)
     pipe.save_pretrained(tmp_path)
@@ -327,12 +347,14 @@ def test_sdxl_by_a_conditioner_of_two_text_towers():
     """As diffusers' own pipeline: the same context, pooled state and sizes, the empty caption all zeros."""
     pipe = stable_diffusion_xl()
     ours = LatentDiffusionPipeline(
-        UNet.from_unet(pipe.unet), AutoencoderKL.from_vae(pipe.vae), pipe.scheduler,
+        UNet.from_unet(pipe.unet),
+        AutoencoderKL.from_vae(pipe.vae),
+        pipe.scheduler,
         TwoTextEncoders([pipe.text_encoder, pipe.text_encoder_2], [pipe.tokenizer, pipe.tokenizer_2], name="tiny"),
-    )  # fmt: skip
+    )
     wanted = pipe(
         "a b", num_inference_steps=3, guidance_scale=4.0, latents=ours.noise([5]), height=32, width=32
-    ).images[0]  # fmt: skip
+    ).images[0]
     got = ours("a b", steps=3, guidance=4.0, seeds=5)[0]
     assert got.size == (32, 32) and np.abs(array(got) - array(wanted)).max() <= 2
     with pytest.raises(ValueError, match="a caption must be a string; got 3"):
@@ -358,8 +380,17 @@ class Words:
 
 def stable_diffusion_xl():
     torch.manual_seed(6)
-    text = dict(hidden_size=32, intermediate_size=32, projection_dim=32, num_attention_heads=2, num_hidden_layers=3,
-                vocab_size=52, max_position_embeddings=7, bos_token_id=0, eos_token_id=51)  # fmt: skip
+    text = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        projection_dim=32,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+        vocab_size=52,
+        max_position_embeddings=7,
+        bos_token_id=0,
+        eos_token_id=51,
+    )
     config = transformers.CLIPTextConfig(**text)
     towers = transformers.CLIPTextModel(config), transformers.CLIPTextModelWithProjection(config)
     unet = tiny.unet("sdxl", sample_size=8)

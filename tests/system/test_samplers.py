@@ -71,10 +71,14 @@ def test_few_steps_and_every_spacing(name, steps, spacing):
 
 @pytest.mark.parametrize(
     "config",
-    [{"variance_type": "fixed_large"}, {"clip_sample": True}, {"thresholding": True},
-     {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}],
+    [
+        {"variance_type": "fixed_large"},
+        {"clip_sample": True},
+        {"thresholding": True},
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+    ],
     ids=["large", "clip", "threshold", "zero-snr"],
-)  # fmt: skip
+)
 def test_ddpm_with_other_settings(config):
     from ldmfast.diffusion.ddpm import DDPMScheduler
 
@@ -209,8 +213,14 @@ def test_guidance_is_the_same_by_every_way(name):
         scheduler = make_sampler(name, model_scheduler())
         given, times = iter(outputs), begin_at(scheduler, 5, 0)
         x = starting_point(scheduler, times, torch.ones(2, 4, 8, 8))
-        return sample(lambda x, t: combine(next(given)), x, scheduler, times, guidance=guidance,
-                      generators=[torch.Generator().manual_seed(s) for s in (1, 2)])  # fmt: skip
+        return sample(
+            lambda x, t: combine(next(given)),
+            x,
+            scheduler,
+            times,
+            guidance=guidance,
+            generators=[torch.Generator().manual_seed(s) for s in (1, 2)],
+        )
 
     wanted, got = run(None, lambda output: guide(output, 3.0)), run(3.0, lambda output: output)
     assert (got - wanted).norm() <= 1e-5 * wanted.norm()

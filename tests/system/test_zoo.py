@@ -106,22 +106,40 @@ DENOISERS = {
     "ffhq256": lambda: faces(),
     "lsun_beds256": lambda: faces(suffix=".ckpt"),
     "lsun_churches256": churches,
-    "cin256": lambda: crossing(4, (1, 2, 4), (4, 2, 1), vq(4, (1, 2, 2, 4), (32,)), classes(1000), (0.0015, 0.0195),
-                               width_32, 64, ema=True),
+    "cin256": lambda: crossing(
+        4, (1, 2, 4), (4, 2, 1), vq(4, (1, 2, 2, 4), (32,)), classes(1000), (0.0015, 0.0195), width_32, 64, ema=True
+    ),
     "cin256-v2": lambda: crossing(3, (1, 2, 3, 5), (8, 4, 2), VQ4(), classes(1001), (0.0015, 0.0195), one, 64),
-    "text2img 1.45B": lambda: crossing(4, (1, 2, 4, 4), (4, 2, 1), KL8(), layout.transformer(30522, 64, 32, 77),
-                                       (0.00085, 0.012), eight, 64),
-    "text2img256": lambda: crossing(3, (1, 2, 3, 5), (8, 4, 2), VQ4(), layout.transformer(30522, 64, 32, 77),
-                                    (0.0015, 0.0195), width_32, 64),
-    "layout2img": lambda: crossing(3, (1, 2, 3, 4), (8, 4, 2), VQ4(), layout.transformer(8192, 64, 16, 92),
-                                   (0.0015, 0.0205), width_32, 64, depth=3),
-    "semantic_synthesis": lambda: Row(layout.denoiser(6, 3, CH, (1, 4, 8), (32, 16, 8)), VQ4(),
-                                      {"channel_mapper.weight": (3, 182, 1, 1)}, (0.0015, 0.0205), eight),
+    "text2img 1.45B": lambda: crossing(
+        4, (1, 2, 4, 4), (4, 2, 1), KL8(), layout.transformer(30522, 64, 32, 77), (0.00085, 0.012), eight, 64
+    ),
+    "text2img256": lambda: crossing(
+        3, (1, 2, 3, 5), (8, 4, 2), VQ4(), layout.transformer(30522, 64, 32, 77), (0.0015, 0.0195), width_32, 64
+    ),
+    "layout2img": lambda: crossing(
+        3, (1, 2, 3, 4), (8, 4, 2), VQ4(), layout.transformer(8192, 64, 16, 92), (0.0015, 0.0205), width_32, 64, depth=3
+    ),
+    "semantic_synthesis": lambda: Row(
+        layout.denoiser(6, 3, CH, (1, 4, 8), (32, 16, 8)),
+        VQ4(),
+        {"channel_mapper.weight": (3, 182, 1, 1)},
+        (0.0015, 0.0205),
+        eight,
+    ),
     "inpainting_big": inpainting_big,
     "bsr_sr": lambda: Row(layout.denoiser(6, 3, CH, (1, 2, 2, 4), (16, 8)), VQ4(), {}, (0.0015, 0.0155), width_32),
-    "SD v1": lambda: crossing(4, (1, 2, 4, 4), (4, 2, 1), KL8(), layout.under("transformer.", layout.clip(64, 12)),
-                              (0.00085, 0.012), eight, 64, suffix=".ckpt"),
-}  # fmt: skip
+    "SD v1": lambda: crossing(
+        4,
+        (1, 2, 4, 4),
+        (4, 2, 1),
+        KL8(),
+        layout.under("transformer.", layout.clip(64, 12)),
+        (0.00085, 0.012),
+        eight,
+        64,
+        suffix=".ckpt",
+    ),
+}
 
 
 def checkpoint(row):

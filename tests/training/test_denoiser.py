@@ -35,9 +35,19 @@ from ldmfast.training.loop import Run, fit
 from ldmfast.training.step import Draw
 
 CONFIG = DenoiserConfig(
-    steps=4, batch=4, channels=(16, 32), attention=(0, 1), groups=8, head_width=16, warmup=1, save_every=2, log_every=2,
-    precision="fp32", device="cpu", condition="none",
-)  # fmt: skip
+    steps=4,
+    batch=4,
+    channels=(16, 32),
+    attention=(0, 1),
+    groups=8,
+    head_width=16,
+    warmup=1,
+    save_every=2,
+    log_every=2,
+    precision="fp32",
+    device="cpu",
+    condition="none",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +73,17 @@ def test_first_stages_show_pictures_above_their_reconstructions(stage, home):
 
 def test_a_decoder_is_sharpened_by_a_discriminator_under_the_same_latents(home, tmp_path):
     config = DecoderConfig(
-        steps=2, batch=2, warmup=0, precision="fp32", adversarial=0.5, logvar="learned", perceptual="squeezenet1.1",
-        discriminator_channels=4, discriminator_layers=2, export="fp32",
-    )  # fmt: skip
+        steps=2,
+        batch=2,
+        warmup=0,
+        precision="fp32",
+        adversarial=0.5,
+        logvar="learned",
+        perceptual="squeezenet1.1",
+        discriminator_channels=4,
+        discriminator_layers=2,
+        export="fp32",
+    )
     found = train_decoder.train(home / "pictures", home, tmp_path, config, quiet=True)
     assert (found["adversarial"], found["perceptual"], found["steps"]) == (0.5, "squeezenet1.1", 2)
     row = autoencoders.evaluate([tmp_path], home / "pictures", split="train", count=4)["rows"][0]

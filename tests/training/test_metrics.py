@@ -25,9 +25,7 @@ def test_kid_is_the_mean_over_pairs(sets):
     def kernel(a, b):
         return (float(a @ b) / 5 + 1) ** 3
 
-    within = sum(
-        np.mean([kernel(a[i], a[j]) for i, j in itertools.permutations(range(len(a)), 2)]) for a in (x, y)
-    )
+    within = sum(np.mean([kernel(a[i], a[j]) for i, j in itertools.permutations(range(len(a)), 2)]) for a in (x, y))
     between = np.mean([kernel(a, b) for a in x for b in y])
     assert metrics.kid(*sets) == pytest.approx(within - 2 * between, rel=1e-9)
 

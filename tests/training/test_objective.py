@@ -18,9 +18,20 @@ from ldmfast.training.loop import Run, optimize
 from ldmfast.training.step import Draw
 
 TINY = config.AutoencoderConfig(
-    steps=6, batch=4, size=16, channels=(8, 16), groups=4, warmup=1, save_every=2, log_every=2, precision="fp32",
-    discriminator_channels=4, discriminator_layers=1, codebook=32, latent_channels=2,
-)  # fmt: skip
+    steps=6,
+    batch=4,
+    size=16,
+    channels=(8, 16),
+    groups=4,
+    warmup=1,
+    save_every=2,
+    log_every=2,
+    precision="fp32",
+    discriminator_channels=4,
+    discriminator_layers=1,
+    codebook=32,
+    latent_channels=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +220,29 @@ def test_revived_codes_reach_the_average(collection):
 
 FULL = {
     "kl": {"adversarial": 0.5, "adversarial_start": 1, "logvar": "learned", "crop": 14},
-    "vq": {"family": "vq", "adversarial": 0.5, "adversarial_start": 4, "logvar": "learned", "revive_every": 2,
-           "codebook_start": 1},
-    "features": {"adversarial": 0.5, "adversarial_start": 2, "discriminator_features": "squeezenet1.1",
-                 "discriminator_layers": 2, "logvar": "learned"},
-    "spectral": {"adversarial": 0.5, "adversarial_start": 4, "discriminator_lead": 3, "discriminator_norm": "spectral",
-                 "logvar": "learned"},
-}  # fmt: skip
+    "vq": {
+        "family": "vq",
+        "adversarial": 0.5,
+        "adversarial_start": 4,
+        "logvar": "learned",
+        "revive_every": 2,
+        "codebook_start": 1,
+    },
+    "features": {
+        "adversarial": 0.5,
+        "adversarial_start": 2,
+        "discriminator_features": "squeezenet1.1",
+        "discriminator_layers": 2,
+        "logvar": "learned",
+    },
+    "spectral": {
+        "adversarial": 0.5,
+        "adversarial_start": 4,
+        "discriminator_lead": 3,
+        "discriminator_norm": "spectral",
+        "logvar": "learned",
+    },
+}
 
 
 @pytest.mark.parametrize("family", FULL)
@@ -274,11 +301,24 @@ def test_scores_are_of_the_quantised_pictures(collection):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"family": "gan"}, {"codebook": 0}, {"revive_every": -1}, {"codebook_start": -1}, {"perceptual": "lpips"},
-     {"logvar": "free"}, {"adversarial": -0.5}, {"discriminator_lead": -1}, {"start": "zero"}, {"crop": 3},
-     {"crop": 32}, {"size": 9}, {"discriminator_layers": 0}, {"discriminator_norm": "group"},
-     {"discriminator_features": "pixels"}],
-)  # fmt: skip
+    [
+        {"family": "gan"},
+        {"codebook": 0},
+        {"revive_every": -1},
+        {"codebook_start": -1},
+        {"perceptual": "lpips"},
+        {"logvar": "free"},
+        {"adversarial": -0.5},
+        {"discriminator_lead": -1},
+        {"start": "zero"},
+        {"crop": 3},
+        {"crop": 32},
+        {"size": 9},
+        {"discriminator_layers": 0},
+        {"discriminator_norm": "group"},
+        {"discriminator_features": "pixels"},
+    ],
+)
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         dataclasses.replace(TINY, **wrong)

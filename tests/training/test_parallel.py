@@ -24,9 +24,19 @@ from ldmfast.training.loop import Phase, Run, fit
 from ldmfast.training.step import Draw
 
 CONFIG = DenoiserConfig(
-    steps=8, batch=4, channels=(16, 32), attention=(0, 1), groups=8, head_width=16, warmup=1, save_every=2,
-    log_every=1, precision="fp32", prediction="v_prediction", device="cpu",
-)  # fmt: skip
+    steps=8,
+    batch=4,
+    channels=(16, 32),
+    attention=(0, 1),
+    groups=8,
+    head_width=16,
+    warmup=1,
+    save_every=2,
+    log_every=1,
+    precision="fp32",
+    prediction="v_prediction",
+    device="cpu",
+)
 HALF = dataclasses.replace(CONFIG, batch=2)
 
 
@@ -71,9 +81,13 @@ def killed_in_the_second_save(loss_of):
 def rank(index, port, job, *arguments):
     """What each of the two processes runs; accelerate reads these variables, as torchrun and its launcher set them."""
     os.environ.update(
-        RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        RANK=str(index),
+        LOCAL_RANK=str(index),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-    )  # fmt: skip
+    )
     torch.set_num_threads(1)
     job(*arguments)
     parallel.leave()

@@ -114,10 +114,7 @@ class Obeying:
         if kind == "class":
             picture, _, _ = scenes.draw(self.cutouts, np.random.default_rng(0), [value], "green", 64)
             return Image.fromarray(picture)
-        read = {
-            "boxes": lambda row: row["objects"],
-            "map": lambda row: train_scenes.read_map(self.folder / row["map"]),
-        }
+        read = {"boxes": lambda row: row["objects"], "map": lambda row: train_scenes.read_map(self.folder / row["map"])}
         row = next(row for row in self.rows if np.array_equal(read[kind](row), value))
         return Image.open(self.folder / row["file_name"])
 
@@ -168,10 +165,7 @@ def test_the_command_line_becomes_inputs(tmp_path):
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [
-        (_asked(maps=["x.png"]), "takes no --map; it is told class"),
-        (_asked(boxes=["x.json"]), "takes no --boxes"),
-    ],
+    [(_asked(maps=["x.png"]), "takes no --map; it is told class"), (_asked(boxes=["x.json"]), "takes no --boxes")],
 )
 def test_an_option_that_the_model_does_not_take_is_refused(asked, message):
     with pytest.raises(ValueError, match=message):
