@@ -158,7 +158,7 @@ def cuda_usage(archs) -> list[Usage]:
     if nvcc is None:
         print("CUDA: nvcc is not on PATH, so the CUDA kernels are left out", file=sys.stderr)
         return []
-    jobs = [(nvcc, source, arch) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) for arch in archs]
+    jobs = [(nvcc, source, arch) for source in sorted((ROOT / "csrc" / "cuda").rglob("*.cu")) for arch in archs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [usage for usages in pool.map(lambda job: _nvcc_usage(*job), jobs) for usage in usages]
 

@@ -1,5 +1,5 @@
 // What every kernel here stands on: 16-bit types, vector accesses, warp and cluster primitives, the launch.
-// With LDMFAST_CUDA_HOST the same names come from host_primitives.h and the sources build with g++ alone.
+// With LDMFAST_CUDA_HOST the same names come from emulator/host_primitives.h and the sources build with g++ alone.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include "../ops.h"
 
 #ifdef LDMFAST_CUDA_HOST
-#include "host_primitives.h"
+#include "emulator/host_primitives.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -2,7 +2,7 @@
 #pragma once
 #include "common.cuh"
 #ifdef LDMFAST_CUDA_HOST
-#include "host_run.h"
+#include "emulator/host_run.h"
 #endif
 
 namespace ldmfast {

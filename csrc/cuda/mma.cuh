@@ -1,4 +1,4 @@
-// Tensor core instructions of sm_80 and above: ldmatrix and mma.sync. On the host: host_primitives.h.
+// Tensor core instructions of sm_80 and above: ldmatrix and mma.sync. On the host: emulator/host_primitives.h.
 #pragma once
 #include "common.cuh"
 

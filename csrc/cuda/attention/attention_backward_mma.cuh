@@ -1,7 +1,7 @@
 // One warp's share of the gradient: 16 rows (queries, or keys) against STEP rows of the other side, in registers.
 #pragma once
 #include "attention_backward.cuh"
-#include "mma.cuh"
+#include "../mma.cuh"
 
 namespace ldmfast {
 namespace attention_detail {

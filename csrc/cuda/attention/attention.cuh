@@ -1,6 +1,6 @@
 // attention: what both kernels share. attention.cu: 16-bit inputs on tensor cores. attention_simt.cu: everything else.
 #pragma once
-#include "launch.cuh"
+#include "../launch.cuh"
 
 namespace ldmfast {
 namespace attention_detail {

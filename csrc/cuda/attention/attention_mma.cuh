@@ -1,7 +1,7 @@
 // One warp's share of flash attention: scores, softmax and the product with the values, all in registers.
 #pragma once
 #include "attention.cuh"
-#include "mma.cuh"
+#include "../mma.cuh"
 
 namespace ldmfast {
 namespace attention_detail {

@@ -5,7 +5,7 @@
 // bundle of 4 groups is 80 bytes, whole 16-byte vectors that no other block touches. A slice is staged in shared memory
 // by slabs, so that memory is read once for both passes of the statistics (and, when fused, for the normalisation).
 #pragma once
-#include "launch.cuh"
+#include "../launch.cuh"
 
 namespace ldmfast {
 namespace group_norm {
