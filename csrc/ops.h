@@ -1,12 +1,18 @@
-// The C++ contract of every op: one argument struct and one launcher each.
+// The C++ contract of every op: one argument struct and one launcher each, listed in LDMFAST_OPS at the end.
 //
 // A launcher reads and writes exactly the memory that its struct describes. It neither allocates nor
 // synchronises, so that a CUDA graph can capture it; scratch memory is passed in, sized by *_workspace.
 // All checks are made in Python (ldmfast/ops); a launcher may trust its struct. Indices are 64 bits.
 // Strides are in elements. A launcher throws std::runtime_error naming the op when the device refuses.
+//
+// LDMFAST_FIELDS names the fields of a struct again, for the binding (fields.h): Python gives each by its name.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+
+#ifndef LDMFAST_FIELDS
+#define LDMFAST_FIELDS(...)  // the kernels have no use for them
+#endif
 
 namespace ldmfast {
 
@@ -38,8 +44,9 @@ struct GroupNormSiluArgs {
   DType mod_dtype;                     // of add, scale and shift: dtype or kFloat32
   float* workspace;                    // group_norm_silu_workspace(args) bytes, or null where that is 0
 };
-size_t group_norm_silu_workspace(const GroupNormSiluArgs& args);
-void group_norm_silu(const GroupNormSiluArgs& args, const Launch& launch);
+LDMFAST_FIELDS(GroupNormSiluArgs, x, stride_xn, stride_xc, stride_xp, y, weight, bias, add, scale, shift, stride_add,
+               stride_scale, stride_shift, N, C, P, groups, eps, silu, channels_last, dtype, param_dtype, mod_dtype,
+               workspace)
 
 // Statistics are recomputed. With xhat the normalised x + add, z = (weight * xhat + bias) * (1 + scale) + shift,
 // g = dy * act'(z), d = weight * (1 + scale) * g and E the mean over a group:
@@ -65,8 +72,9 @@ struct GroupNormSiluBackwardArgs {
   DType mod_dtype;                     // of add, scale and shift: dtype or kFloat32
   float* workspace;                    // group_norm_silu_backward_workspace(args) bytes, or null where that is 0
 };
-size_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs& args);
-void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args, const Launch& launch);
+LDMFAST_FIELDS(GroupNormSiluBackwardArgs, dy, x, stride_xn, stride_xc, stride_xp, dx, sums, weight, bias, add, scale,
+               shift, stride_add, stride_scale, stride_shift, N, C, P, groups, eps, silu, channels_last, dtype,
+               param_dtype, mod_dtype, workspace)
 
 // out = softmax(scale * q k^T + mask) v. A row with every key masked, or S == 0, gives zeros.
 struct AttentionArgs {
@@ -85,8 +93,9 @@ struct AttentionArgs {
   DType dtype;
   void* workspace;                     // attention_workspace(args) bytes, or null where that is 0
 };
-size_t attention_workspace(const AttentionArgs& args);
-void attention(const AttentionArgs& args, const Launch& launch);
+LDMFAST_FIELDS(AttentionArgs, q, k, v, out, stride_qn, stride_ql, stride_qh, stride_kn, stride_ks, stride_kh,
+               stride_vn, stride_vs, stride_vh, mask, stride_mn, stride_mh, stride_ml, stride_ms, mask_dtype, N, L, S,
+               H, D, scale, dtype, workspace)
 
 // P = softmax(scale * q k^T + mask) and delta = sum_d dout * out are recomputed:
 // dv = P^T dout, dS = P * (dout v^T - delta), dq = scale * dS k, dk = scale * dS^T q.
@@ -111,8 +120,9 @@ struct AttentionBackwardArgs {
   DType dtype;                         // of every tensor but the mask
   void* workspace;                     // attention_backward_workspace(args) bytes, or null where that is 0
 };
-size_t attention_backward_workspace(const AttentionBackwardArgs& args);
-void attention_backward(const AttentionBackwardArgs& args, const Launch& launch);
+LDMFAST_FIELDS(AttentionBackwardArgs, dout, q, k, v, out, dq, dk, dv, stride_qn, stride_ql, stride_qh, stride_kn,
+               stride_ks, stride_kh, stride_vn, stride_vs, stride_vh, mask, stride_mn, stride_mh, stride_ml,
+               stride_ms, mask_dtype, N, L, S, H, D, scale, dtype, workspace)
 
 // out = w2 silu(w1 sinusoid(t) + b1) + b2; the sinusoid is rounded to dtype, as the layers' input
 struct TimestepMlpArgs {
@@ -128,8 +138,7 @@ struct TimestepMlpArgs {
   DType dtype;                         // of the weights, the biases and out
   float* workspace;                    // timestep_mlp_workspace(args) bytes
 };
-size_t timestep_mlp_workspace(const TimestepMlpArgs& args);
-void timestep_mlp(const TimestepMlpArgs& args, const Launch& launch);
+LDMFAST_FIELDS(TimestepMlpArgs, t, freqs, w1, b1, w2, b2, out, N, dim, F, E, flip_sin_to_cos, dtype, workspace)
 
 // With e the sinusoid, a = w1 e + b1 and h = silu(a), both recomputed in float32:
 // dw2 = dout^T h, db2 = sum_n dout, da = (dout w2) * silu'(a), dw1 = da^T e, db1 = sum_n da
@@ -149,8 +158,8 @@ struct TimestepMlpBackwardArgs {
   DType dtype;                         // of dout, the weights, the biases and their gradients
   float* workspace;                    // timestep_mlp_backward_workspace(args) bytes
 };
-size_t timestep_mlp_backward_workspace(const TimestepMlpBackwardArgs& args);
-void timestep_mlp_backward(const TimestepMlpBackwardArgs& args, const Launch& launch);
+LDMFAST_FIELDS(TimestepMlpBackwardArgs, dout, t, freqs, w1, b1, w2, dw1, db1, dw2, db2, N, dim, F, E, flip_sin_to_cos,
+               dtype, workspace)
 
 // m   = guided ? mu + guidance * (mc - mu) : model_output
 // x0  = clamp(x0_sample * sample + x0_model * m, -clip, clip)
@@ -174,7 +183,8 @@ struct DdimStepArgs {
   bool clipped;
   DType dtype;                         // of every tensor but the table
 };
-void ddim_step(const DdimStepArgs& args, const Launch& launch);
+LDMFAST_FIELDS(DdimStepArgs, sample, model_output, noise, prev, x0, N, M, coefficients, table, guidance, guided, clip,
+               clipped, dtype)
 
 // With c = 1, or 0 where the clamp held x0:  d0 = c * (dx0 + prev_x0 * dprev),  de = prev_eps * dprev
 // dsample = x0_sample * d0 + eps_sample * de,  dm = x0_model * d0 + eps_model * de,  dnoise = sigma * dprev
@@ -196,6 +206,29 @@ struct DdimStepBackwardArgs {
   bool clipped;
   DType dtype;                         // of every tensor but the table
 };
-void ddim_step_backward(const DdimStepBackwardArgs& args, const Launch& launch);
+LDMFAST_FIELDS(DdimStepBackwardArgs, dprev, dx0, sample, model_output, dsample, dmodel_output, dnoise, N, M,
+               coefficients, table, guidance, guided, clip, clipped, dtype)
+
+// Every op once: its launcher, its struct, and whether it has a workspace. The launchers' declarations, the choice of
+// an instruction set (cpu/dispatch.cpp) and the binding (bind.cpp) are made from this list.
+#define LDMFAST_OPS(OP)                                                   \
+  OP(group_norm_silu, GroupNormSiluArgs, WORKSPACE)                       \
+  OP(attention, AttentionArgs, WORKSPACE)                                 \
+  OP(timestep_mlp, TimestepMlpArgs, WORKSPACE)                            \
+  OP(ddim_step, DdimStepArgs, NO_WORKSPACE)                               \
+  OP(group_norm_silu_backward, GroupNormSiluBackwardArgs, WORKSPACE)      \
+  OP(attention_backward, AttentionBackwardArgs, WORKSPACE)                \
+  OP(timestep_mlp_backward, TimestepMlpBackwardArgs, WORKSPACE)           \
+  OP(ddim_step_backward, DdimStepBackwardArgs, NO_WORKSPACE)
+
+#define LDMFAST_IF_WORKSPACE(...) __VA_ARGS__
+#define LDMFAST_IF_NO_WORKSPACE(...)
+
+// void op(const Args&, const Launch&), and size_t op_workspace(const Args&): the bytes that args.workspace must have
+#define LDMFAST_DECLARE(op, Args, W)                    \
+  void op(const Args& args, const Launch& launch);      \
+  LDMFAST_IF_##W(size_t op##_workspace(const Args& args);)
+LDMFAST_OPS(LDMFAST_DECLARE)
+#undef LDMFAST_DECLARE
 
 }  // namespace ldmfast

@@ -117,33 +117,47 @@ def _native(extension, q, k, v, scale, mask):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or k.shape[1] == 0:
         return out.zero_()
-    N, L, H, D = q.shape
-    mask = _expanded(mask, q, k)
-    strides = (0, 0, 0, 0) if mask is None else mask.stride()
-    size = extension.attention_workspace(N, L, k.shape[1], H, D, native.DTYPES[q.dtype])
-    scratch = native.workspace(size, q)
-    extension.attention(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        native.address(mask),
-        *strides,
-        0 if mask is None else native.DTYPES[mask.dtype],
-        N,
-        L,
-        k.shape[1],
-        H,
-        D,
-        scale,
-        native.DTYPES[q.dtype],
-        native.address(scratch),
-        *native.launch(q),
-    )
+    fields = native_fields(q, k, v, scale, mask)
+    fields["out"] = out
+    extension.attention(fields, *native.place(q))
     return out
+
+
+def native_fields(q, k, v, scale, mask) -> dict:
+    """AttentionArgs of csrc/ops.h but for out; the gradient's struct has these fields, too."""
+    N, L, H, D = q.shape
+    stride_qn, stride_ql, stride_qh, _ = q.stride()  # unit stride in D
+    stride_kn, stride_ks, stride_kh, _ = k.stride()
+    stride_vn, stride_vs, stride_vh, _ = v.stride()
+    mask = _expanded(mask, q, k)
+    stride_mn, stride_mh, stride_ml, stride_ms = (0, 0, 0, 0) if mask is None else mask.stride()
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": mask,
+        "stride_qn": stride_qn,
+        "stride_ql": stride_ql,
+        "stride_qh": stride_qh,
+        "stride_kn": stride_kn,
+        "stride_ks": stride_ks,
+        "stride_kh": stride_kh,
+        "stride_vn": stride_vn,
+        "stride_vs": stride_vs,
+        "stride_vh": stride_vh,
+        "stride_mn": stride_mn,
+        "stride_mh": stride_mh,
+        "stride_ml": stride_ml,
+        "stride_ms": stride_ms,
+        "mask_dtype": 0 if mask is None else native.DTYPES[mask.dtype],
+        "N": N,
+        "L": L,
+        "S": k.shape[1],
+        "H": H,
+        "D": D,
+        "scale": scale,
+        "dtype": native.DTYPES[q.dtype],
+    }
 
 
 native.register(op, _native)

@@ -6,7 +6,7 @@ import torch
 
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.attention import _check as check_forward
-from ldmfast.ops.attention import _expanded
+from ldmfast.ops.attention import _expanded, native_fields
 from ldmfast.ops.attention import op as forward
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors, short
 from ldmfast.ops.registry import Op
@@ -80,29 +80,9 @@ def _native(extension, dout, q, k, v, out, scale, mask):
     dq, dk, dv = _outputs(q, k)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    N, L, H, D = q.shape
-    S = k.shape[1]
-    dout, out, mask = dout.contiguous(), out.contiguous(), _expanded(mask, q, k)
-    strides = (0, 0, 0, 0) if mask is None else mask.stride()
-    scratch = native.workspace(extension.attention_backward_workspace(N, L, S, H, D, native.DTYPES[q.dtype]), q)
-    extension.attention_backward(
-        *[tensor.data_ptr() for tensor in (dout, q, k, v, out, dq, dk, dv)],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        native.address(mask),
-        *strides,
-        0 if mask is None else native.DTYPES[mask.dtype],
-        N,
-        L,
-        S,
-        H,
-        D,
-        scale,
-        native.DTYPES[q.dtype],
-        native.address(scratch),
-        *native.launch(q),
-    )
+    fields = native_fields(q, k, v, scale, mask)
+    fields |= {"dout": dout.contiguous(), "out": out.contiguous(), "dq": dq, "dk": dk, "dv": dv}
+    extension.attention_backward(fields, *native.place(q))
     return dq, dk, dv
 
 

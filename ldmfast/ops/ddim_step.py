@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import struct
 
 import torch
 
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_float, require_shape, require_tensors, short
-from ldmfast.ops.dispatcher import EXTENSION
-from ldmfast.ops.registry import Op, chosen_backend
+from ldmfast.ops.registry import Op
 
 NAME = "ddim_step"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -50,22 +47,6 @@ def ddim_step(
     Traffic: 4 * sample bytes, 5 with guidance.
     Source: Song et al. 2021 (arXiv 2010.02502), equation 12; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
-    if _plain is not None and not torch.compiler.is_compiling():
-        done = _plain(
-            _packed,
-            alpha_t,
-            alpha_prev,
-            sigma,
-            prediction,
-            sample,
-            model_output,
-            guidance,
-            noise,
-            clip,
-            backend or chosen_backend(),
-        )
-        if done is not None:
-            return done
     arguments = _arguments(
         sample,
         model_output,
@@ -117,19 +98,6 @@ def _coefficients(alpha_t: float, alpha_prev: float, sigma: float, prediction: s
     a, b = math.sqrt(alpha_t), math.sqrt(1.0 - alpha_t)
     x0_sample, x0_model, eps_sample, eps_model = _parametrisation(a, b, prediction)
     return [x0_sample, x0_model, eps_sample, eps_model, math.sqrt(alpha_prev), math.sqrt(max(direction, 0.0)), sigma]
-
-
-@functools.lru_cache(maxsize=4096)
-def _packed(alpha_t: float, alpha_prev: float, sigma: float, prediction: str) -> bytes:
-    """The coefficients as csrc/ops.h's DdimCoefficients. A sampler's steps come back with every picture."""
-    if prediction not in PREDICTIONS:
-        raise ValueError(prediction)
-    return struct.pack("7f", *_coefficients(alpha_t, alpha_prev, sigma, prediction))
-
-
-# The ordinary call on the CPU (plain tensors of one dtype and layout, numbers) whole in C++; None for any other, which
-# then goes the long way with the same result or error. csrc/plain_call.cpp
-_plain = getattr(EXTENSION, "ddim_step_plain", None)
 
 
 def _parametrisation(a, b, prediction):
@@ -252,26 +220,29 @@ def _ready(sample, *others):
 
 def _native(extension, sample, model_output, coefficients, table, guidance, noise, clip):
     prev, x0 = _empty(sample), _empty(sample)
-    if prev.numel() == 0:
-        return prev, x0
-    sample, model_output, noise = _ready(sample, model_output, noise)
-    table = None if table is None else table.contiguous()
-    extension.ddim_step(
-        sample.data_ptr(),
-        model_output.data_ptr(),
-        native.address(noise),
-        prev.data_ptr(),
-        x0.data_ptr(),
-        sample.shape[0],
-        sample.numel() // sample.shape[0],
-        coefficients if table is None else [0.0] * 7,
-        native.address(table),
-        guidance,
-        clip,
-        native.DTYPES[sample.dtype],
-        *native.launch(sample),
-    )
+    if prev.numel():
+        sample, model_output, noise = _ready(sample, model_output, noise)
+        fields = native_fields(sample, model_output, coefficients, table, guidance, clip)
+        extension.ddim_step({"noise": noise, "prev": prev, "x0": x0, **fields}, *native.place(sample))
     return prev, x0
+
+
+def native_fields(sample, model_output, coefficients, table, guidance, clip) -> dict:
+    """DdimStepArgs of csrc/ops.h but for noise, prev and x0; the gradient's struct has these fields, too."""
+    N = sample.shape[0]
+    return {
+        "sample": sample,
+        "model_output": model_output,
+        "N": N,
+        "M": sample.numel() // N,
+        "coefficients": coefficients if table is None else (0.0,) * 7,
+        "table": None if table is None else table.contiguous(),
+        "guided": guidance is not None,
+        "guidance": guidance or 0.0,
+        "clipped": clip is not None,
+        "clip": clip or 0.0,
+        "dtype": native.DTYPES[sample.dtype],
+    }
 
 
 native.register(op, _native)

@@ -7,7 +7,7 @@ import torch
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.ddim_step import _check as check_forward
-from ldmfast.ops.ddim_step import _empty, _layout, _ready
+from ldmfast.ops.ddim_step import _empty, _layout, _ready, native_fields
 from ldmfast.ops.ddim_step import op as forward
 from ldmfast.ops.registry import Op
 
@@ -80,26 +80,14 @@ def _reference(dprev, dx0, sample, model_output, coefficients, table, guidance, 
 
 
 def _native(extension, dprev, dx0, sample, model_output, coefficients, table, guidance, noise, clip):
-    gradients = _outputs(sample, model_output, noise)
+    dsample, dmodel_output, dnoise = gradients = _outputs(sample, model_output, noise)
     if sample.numel() == 0:
         return gradients
-    tensors = _ready(sample, model_output, dprev, dx0)
-    sample, model_output, dprev, dx0 = tensors
-    table = None if table is None else table.contiguous()
-    addresses = [tensor.data_ptr() for tensor in (dprev, dx0, sample, model_output, *gradients)]
-    if noise is None:
-        addresses[-1] = 0
-    extension.ddim_step_backward(
-        *addresses,
-        sample.shape[0],
-        sample.numel() // sample.shape[0],
-        coefficients if table is None else [0.0] * 7,
-        native.address(table),
-        guidance,
-        clip,
-        native.DTYPES[sample.dtype],
-        *native.launch(sample),
-    )
+    sample, model_output, dprev, dx0 = _ready(sample, model_output, dprev, dx0)
+    fields = native_fields(sample, model_output, coefficients, table, guidance, clip)
+    fields |= {"dprev": dprev, "dx0": dx0, "dsample": dsample, "dmodel_output": dmodel_output}
+    fields |= {"dnoise": None if noise is None else dnoise}
+    extension.ddim_step_backward(fields, *native.place(sample))
     return gradients
 
 

@@ -132,38 +132,45 @@ def _common(like: torch.Tensor, *tensors):
     return [ready(tensor) for tensor in tensors], dtype
 
 
-def _native(extension, x, weight, bias, groups, eps, silu, add, scale, shift):
+def _native(extension, x, *others):
     y = _output(x)
-    if y.numel() == 0:
-        return y
-    x, channels_last, strides = _kernel_layout(x)
+    if y.numel():
+        fields = native_fields(x, *others)
+        fields["y"] = y
+        extension.group_norm_silu(fields, *native.place(x))
+    return y
+
+
+def native_fields(x, weight, bias, groups, eps, silu, add, scale, shift) -> dict:
+    """GroupNormSiluArgs of csrc/ops.h but for y; the gradient's struct has these fields, too."""
+    x, channels_last, (stride_xn, stride_xc, stride_xp) = _kernel_layout(x)
     (weight, bias), param_dtype = _common(x, weight, bias)
     (add, scale, shift), mod_dtype = _common(x, add, scale, shift)
-    rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
     N, C = x.shape[:2]
-    P = x.numel() // (N * C)
-    size = extension.group_norm_silu_workspace(N, C, P, groups, channels_last, native.DTYPES[x.dtype])
-    scratch = native.workspace(size, x)
-    extension.group_norm_silu(
-        x.data_ptr(),
-        *strides,
-        y.data_ptr(),
-        *[native.address(tensor) for tensor in (weight, bias, add, scale, shift)],
-        *rows,
-        N,
-        C,
-        P,
-        groups,
-        eps,
-        silu,
-        channels_last,
-        native.DTYPES[x.dtype],
-        native.DTYPES[param_dtype],
-        native.DTYPES[mod_dtype],
-        native.address(scratch),
-        *native.launch(x),
-    )
-    return y
+    return {
+        "x": x,
+        "stride_xn": stride_xn,
+        "stride_xc": stride_xc,
+        "stride_xp": stride_xp,
+        "weight": weight,
+        "bias": bias,
+        "add": add,
+        "scale": scale,
+        "shift": shift,
+        "stride_add": 0 if add is None else add.stride(0),
+        "stride_scale": 0 if scale is None else scale.stride(0),
+        "stride_shift": 0 if shift is None else shift.stride(0),
+        "N": N,
+        "C": C,
+        "P": x.numel() // (N * C),
+        "groups": groups,
+        "eps": eps,
+        "silu": silu,
+        "channels_last": channels_last,
+        "dtype": native.DTYPES[x.dtype],
+        "param_dtype": native.DTYPES[param_dtype],
+        "mod_dtype": native.DTYPES[mod_dtype],
+    }
 
 
 native.register(op, _native)

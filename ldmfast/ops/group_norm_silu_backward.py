@@ -7,7 +7,7 @@ import torch
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.group_norm_silu import _check as check_forward
-from ldmfast.ops.group_norm_silu import _common, _kernel_layout, _layout, _output
+from ldmfast.ops.group_norm_silu import _common, _kernel_layout, _layout, _output, native_fields
 from ldmfast.ops.group_norm_silu import op as forward
 from ldmfast.ops.registry import Op
 
@@ -78,40 +78,13 @@ def _reference(dy, x, weight, bias, groups, eps, silu, add, scale, shift):
     return _output(x).copy_(dx.reshape(x.shape)), sums
 
 
-def _native(extension, dy, x, weight, bias, groups, eps, silu, add, scale, shift):
+def _native(extension, dy, x, *others):
     dx, sums = _output(x), _sums(x)
     if dx.numel() == 0:
         return dx, sums.zero_()
-    dy = dy.contiguous(memory_format=_layout(x))
-    x, channels_last, strides = _kernel_layout(x)
-    (weight, bias), param_dtype = _common(x, weight, bias)
-    (add, scale, shift), mod_dtype = _common(x, add, scale, shift)
-    rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
-    N, C = x.shape[:2]
-    P = x.numel() // (N * C)
-    size = extension.group_norm_silu_backward_workspace(N, C, P, groups, channels_last, native.DTYPES[x.dtype])
-    scratch = native.workspace(size, x)
-    extension.group_norm_silu_backward(
-        dy.data_ptr(),
-        x.data_ptr(),
-        *strides,
-        dx.data_ptr(),
-        sums.data_ptr(),
-        *[native.address(tensor) for tensor in (weight, bias, add, scale, shift)],
-        *rows,
-        N,
-        C,
-        P,
-        groups,
-        eps,
-        silu,
-        channels_last,
-        native.DTYPES[x.dtype],
-        native.DTYPES[param_dtype],
-        native.DTYPES[mod_dtype],
-        native.address(scratch),
-        *native.launch(x),
-    )
+    fields = native_fields(x, *others)
+    fields |= {"dy": dy.contiguous(memory_format=_layout(x)), "dx": dx, "sums": sums}
+    extension.group_norm_silu_backward(fields, *native.place(x))
     return dx, sums
 
 

@@ -1,7 +1,12 @@
-"""The C++ extension modules: found, loaded once, called with raw addresses.
+"""The C++ extension modules: found, loaded once, called with the fields of csrc/ops.h by name.
 
 They know no torch (csrc/bind.cpp), so a build runs under any torch version. `import torch` above comes first on
 purpose: the CPU module then shares the OpenMP pool that torch has loaded instead of starting a second one.
+
+    extension.attention({"q": q, "stride_qn": q.stride(0), ...}, *native.place(q))
+
+gives each field of AttentionArgs but the workspace, which the binding allocates: a tensor (or None) where the struct
+has a pointer, a code of DTYPES where it has a DType. A field that is missing or unknown is a TypeError that names it.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -43,27 +49,26 @@ def module(backend: str):
 @functools.cache
 def lacks(backend: str, op: str) -> str | None:
     """Why the backend's module cannot run this op, or None: it may be older than the op."""
-    return None if hasattr(module(backend), op) else f"was built without {op} (build it again: {HOW[backend]})"
+    built = op in getattr(module(backend), "fields", ())
+    return None if built else f"was built without {op} (build it again: {HOW[backend]})"
 
 
-_HOST = (-1, 0)
+def place(tensor: torch.Tensor) -> tuple[int, int, Callable[[int], torch.Tensor]]:
+    """Where a launcher runs: the device's index, the raw stream, and what allocates bytes there for its workspace.
 
-
-def launch(tensor: torch.Tensor) -> tuple[int, int]:
-    """The device index and raw stream that a launcher takes; the CPU ignores both."""
+    The CPU ignores the first two.
+    """
     if not tensor.is_cuda:
         return _HOST
     index = tensor.device.index
-    return index, torch.cuda.current_stream(index).cuda_stream
+    return index, torch.cuda.current_stream(index).cuda_stream, functools.partial(_bytes, device=tensor.device)
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _bytes(count: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.empty(count, dtype=torch.uint8, device=device)
 
 
-def workspace(size: int, like: torch.Tensor) -> torch.Tensor | None:
-    """size bytes on like's device, or None for 0."""
-    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+_HOST = (-1, 0, _bytes)
 
 
 def register(op, function, lead: int = 0) -> None:

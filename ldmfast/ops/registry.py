@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldmfast.ops.dispatcher import nothing_watches
+from ldmfast.ops.dispatcher import dispatcher_needed
 
 LIBRARY = torch.library.Library("ldmfast", "DEF")
 OPS: dict[str, Op] = {}  # what a user calls, by name
@@ -173,7 +173,7 @@ class Op:
     def __call__(self, *args):
         """args as in the schema, the backend's name or None last."""
         if not torch.compiler.is_compiling():
-            if nothing_watches(args):
+            if not dispatcher_needed(args):
                 return self.run(*args)
             if torch.is_grad_enabled() and _only_autograd_watches(args):
                 return _Recorded.apply(*args, self)
@@ -276,7 +276,7 @@ class Op:
 
 def _only_autograd_watches(args) -> bool:
     with torch.no_grad():
-        return nothing_watches(args)
+        return not dispatcher_needed(args)
 
 
 class _Recorded(torch.autograd.Function):

@@ -132,19 +132,27 @@ def _native(extension, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_s
     out = w1.new_empty(t.shape[0], w2.shape[0])
     if out.numel() == 0:
         return out
-    tensors = _ready(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period)
-    sizes = t.shape[0], dim, w1.shape[0], w2.shape[0]
-    scratch = native.workspace(extension.timestep_mlp_workspace(*sizes, native.DTYPES[w1.dtype]), w1)
-    extension.timestep_mlp(
-        *map(native.address, tensors),
-        out.data_ptr(),
-        *sizes,
-        flip_sin_to_cos,
-        native.DTYPES[w1.dtype],
-        native.address(scratch),
-        *native.launch(w1),
-    )
+    t, freqs, w1, b1, w2, b2 = _ready(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period)
+    fields = native_fields(t, freqs, w1, b1, w2, dim, flip_sin_to_cos)
+    extension.timestep_mlp({"b2": b2, "out": out, **fields}, *native.place(w1))
     return out
+
+
+def native_fields(t, freqs, w1, b1, w2, dim, flip_sin_to_cos) -> dict:
+    """TimestepMlpArgs of csrc/ops.h but for b2 and out; the gradient's struct has these fields, too."""
+    return {
+        "t": t,
+        "freqs": freqs,
+        "w1": w1,
+        "b1": b1,
+        "w2": w2,
+        "N": t.shape[0],
+        "dim": dim,
+        "F": w1.shape[0],
+        "E": w2.shape[0],
+        "flip_sin_to_cos": flip_sin_to_cos,
+        "dtype": native.DTYPES[w1.dtype],
+    }
 
 
 native.register(op, _native, lead=1)

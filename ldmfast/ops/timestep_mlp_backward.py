@@ -8,7 +8,7 @@ from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.registry import Op
 from ldmfast.ops.timestep_mlp import _check as check_forward
-from ldmfast.ops.timestep_mlp import _ready, _sinusoid
+from ldmfast.ops.timestep_mlp import _ready, _sinusoid, native_fields
 from ldmfast.ops.timestep_mlp import op as forward
 
 NAME = "timestep_mlp_backward"
@@ -64,21 +64,13 @@ def _reference(dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shi
 
 
 def _native(extension, dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
-    gradients = _outputs(w1, w2)
+    dw1, db1, dw2, db2 = gradients = _outputs(w1, w2)
     if dout.numel() == 0 or w1.numel() == 0:
         return tuple(gradient.zero_() for gradient in gradients)
     t, freqs, w1, b1, w2, _ = _ready(t, w1, b1, w2, None, dim, downscale_freq_shift, max_period)
-    sizes = t.shape[0], dim, w1.shape[0], w2.shape[0]
-    dout = dout.contiguous()
-    scratch = native.workspace(extension.timestep_mlp_backward_workspace(*sizes, native.DTYPES[w1.dtype]), w1)
-    extension.timestep_mlp_backward(
-        *map(native.address, (dout, t, freqs, w1, b1, w2, *gradients)),
-        *sizes,
-        flip_sin_to_cos,
-        native.DTYPES[w1.dtype],
-        native.address(scratch),
-        *native.launch(w1),
-    )
+    fields = native_fields(t, freqs, w1, b1, w2, dim, flip_sin_to_cos)
+    fields |= {"dout": dout.contiguous(), "dw1": dw1, "db1": db1, "dw2": dw2, "db2": db2}
+    extension.timestep_mlp_backward(fields, *native.place(w1))
     return gradients
 
 
