@@ -1,9 +1,8 @@
-// What both layouts of group_norm_silu.cpp share, and the channels_last one: moments of chunks of pixels, then their
-// merge, then the writing.
+// group_norm_silu.cpp, channels_last: moments of chunks of pixels, then their merge, then the writing.
 #pragma once
 #include <omp.h>
 
-#include "exponential.h"
+#include "group_norm_silu_common.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -12,66 +11,6 @@ namespace {
 constexpr int64_t kPixels = 128;            // pixels of a chunk, whose two passes stay in the first-level cache
 constexpr int64_t kSlab = 256;              // channels that one task sums
 constexpr int64_t kWriteBytes = 32 * 1024;  // of x that one task writes
-constexpr int64_t kSerial = 16 * 1024;      // elements below which waking threads costs more than it gives
-
-// Pairs of vectors whose steps the compiler alternates (CMakeLists.txt), for each step of SiLU waits for its last one.
-// 0.39 -> 0.34 ms of writing [2, 320, 64, 64] bfloat16, one thread of a Zen 4; 16 registers hold one pair.
-#if defined(__AVX512F__)
-constexpr int kAbreast = 3;
-#else
-constexpr int kAbreast = 1;
-#endif
-
-struct Moments {
-  double count, mean, m2;
-
-  void merge(double n, double other_mean, double other_m2) {
-    if (n == 0) return;
-    double total = count + n, delta = other_mean - mean;
-    mean += delta * (n / total);
-    m2 += other_m2 + delta * delta * (count * (n / total));
-    count = total;
-  }
-};
-
-double rstd(const Moments& m, float eps) { return 1.0 / __builtin_sqrt(m.m2 / m.count + (double)eps); }
-
-// y = (x - mean) * a + b. What float32 loses of the mean is in b. In the fast form SiLU's exponent instead of y.
-struct Affine { float mean, a, b; };
-template <class T, bool kSilu> constexpr bool kFastSilu = kSilu && AccuracyOf<T>::value == Accuracy::kFast;
-
-float added(const GroupNormSiluArgs& g, int64_t n, int64_t c) {
-  return g.add ? load_scalar(g.add, g.mod_dtype, n * g.stride_add + c) : 0.0f;
-}
-
-float plain_nan(double x) { return x == x ? (float)x : __builtin_nanf(""); }  // as store_pair_near wants it
-
-template <bool kExponent>
-Affine affine(const GroupNormSiluArgs& g, double group_mean, double group_rstd, int64_t n, int64_t c) {
-  double a = group_rstd, b = 0.0;
-  if (g.weight) a *= load_scalar(g.weight, g.param_dtype, c);
-  if (g.bias) b = load_scalar(g.bias, g.param_dtype, c);
-  if (g.scale) {
-    double scale = 1.0 + load_scalar(g.scale, g.mod_dtype, n * g.stride_scale + c);
-    a *= scale;
-    b *= scale;
-  }
-  if (g.shift) b += load_scalar(g.shift, g.mod_dtype, n * g.stride_shift + c);
-  const double mean = group_mean - added(g, n, c);
-  if (kExponent) return {0.0f, plain_nan(-kLog2e * a), plain_nan(-kLog2e * (b - mean * a))};
-  return {(float)mean, (float)a, (float)(b - (mean - (float)mean) * a)};
-}
-
-template <class T, bool kSilu> LDMFAST_INLINE VecF apply(VecF x, VecF mean, VecF a, VecF b) {
-  if (kFastSilu<T, kSilu>) return silu_of_exponent<AccuracyOf<T>::value>(x * a + b);
-  VecF y = (x - mean) * a + b;
-  return kSilu ? silu<AccuracyOf<T>::value>(y) : y;
-}
-
-template <class T, bool kSilu> LDMFAST_INLINE void write_pair(T* y, VecF u, VecF v) {
-  if (kFastSilu<T, kSilu>) return store_pair_near(y, u, v);
-  store_pair(y, u, v);
-}
 
 struct Plan {
   int64_t chunks, slabs;       // chunks of pixels in a sample, slabs of channels
@@ -233,37 +172,15 @@ template <class T, bool kSilu> void merge(const GroupNormSiluArgs& g, const Plan
   for (int64_t group = first; group < end; ++group) merge_channels<T, kSilu>(g, plan, n, group);
 }
 
-template <class T, bool kSilu, int kPairs>
-LDMFAST_INLINE void write_pairs(const T* x, T* y, const float* mean, const float* a, const float* b) {
-  VecF v[2 * kPairs];
-#pragma GCC unroll 3
-  for (int j = 0; j < kPairs; ++j) load_pair(x + j * kPair, v[2 * j], v[2 * j + 1]);
-#pragma GCC unroll 6
-  for (int j = 0; j < 2 * kPairs; ++j) {
-    v[j] = apply<T, kSilu>(v[j], load(mean + j * kLanes), load(a + j * kLanes), load(b + j * kLanes));
-  }
-#pragma GCC unroll 3
-  for (int j = 0; j < kPairs; ++j) write_pair<T, kSilu>(y + j * kPair, v[2 * j], v[2 * j + 1]);
-}
-
 template <class T, bool kSilu>
 void write_block(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t block) {
   const int64_t end = min64(g.P, (block + 1) * plan.rows);
-  const float *mean = plan.coefficients + n * 3 * g.C, *a = mean + g.C, *b = a + g.C;
+  const float* mean = plan.coefficients + n * 3 * g.C;
+  const EachChannel channels{mean, mean + g.C, mean + 2 * g.C};
   for (int64_t p = block * plan.rows; p < end; ++p) {
     const T* x = (const T*)g.x + n * g.stride_xn + p * g.stride_xp;  // [C]
     T* y = (T*)g.y + (n * g.P + p) * g.C;                            // [C]
-    int64_t c = 0;
-    for (; c + kAbreast * kPair <= g.C; c += kAbreast * kPair) {
-      write_pairs<T, kSilu, kAbreast>(x + c, y + c, mean + c, a + c, b + c);
-    }
-    for (; c + kPair <= g.C; c += kPair) write_pairs<T, kSilu, 1>(x + c, y + c, mean + c, a + c, b + c);
-    for (; c < g.C; c += kLanes) {
-      const int64_t w = min64(kLanes, g.C - c);
-      VecF v = apply<T, kSilu>(load_first(x + c, w), load_first(mean + c, w), load_first(a + c, w),
-                               load_first(b + c, w));
-      store_first(y + c, v, w);
-    }
+    write_row<T, kSilu>(x, y, g.C, channels);
   }
 }
 
