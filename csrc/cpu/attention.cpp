@@ -1,6 +1,16 @@
 // out = softmax(scale * q k^T + mask) v, in blocks of queries and keys with a running maximum.
-// K and V are first packed once per head; a task then takes a block of queries through all keys.
 // Source: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, algorithm 1 (the blocking).
+//
+//   for each head, each kTile keys:  pack K by columns, V by strips (32-bit words: one float, or two bfloat16)
+//   for each head, each task of up to kTaskRows queries:
+//     q = its queries; o = 0, sum = 0, maximum = -inf for each of them                      begin()
+//     for each block of keys, for each panel of queries:                                    block()
+//       scores = q k^T, kRows queries and kTile keys in registers                           multiply()
+//       before = maximum; maximum = max(maximum, scores * scale + mask)                     soften()
+//       weight = 2^(scores - maximum); decay = 2^(before - maximum)       (in powers of two)
+//       sum = sum * decay + weight's sum
+//       o = o * decay + weight v, kRows queries and a strip of V in registers
+//     out = o / sum                                                                         finish()
 #include <omp.h>
 
 #include "attention_tiles.h"

@@ -1,7 +1,18 @@
-// The gradient of out = softmax(scale * q k^T + mask) v. A task is one head; a block of its queries goes through all
-// keys: scores, weights P, then for each block of keys dS = P * (dout v^T - delta) and with it all three gradients.
-// Products are float32. No sum depends on the number of threads.
-// Source: Dao et al. 2022, algorithm 4, but that scores are computed once, a block of queries holding those of all keys.
+// The gradient of out = softmax(scale * q k^T + mask) v. Products are float32. No sum depends on the number of threads.
+// Source: Dao et al. 2022, algorithm 4, but scores are computed once: a block of queries holds those of all keys.
+//
+//   for each head, which is one task:
+//     k in rows; k and v in columns of kTile keys; dk = dv = 0                              pack()
+//     for each kQueries queries:
+//       q, dout in float32; delta = the row sums of dout * out; dq = 0                      begin()
+//       P = softmax(scale * q k^T + mask), for all keys                                     weights()
+//       for each kBlock keys:                                                               block()
+//         dP = dout v^T
+//         dv += P^T dout
+//         dS = P * (dP - delta)
+//         dk += dS^T q;  dq += dS k
+//       write scale * dq                                                                    write()
+//     write scale * dk, dv
 #include <omp.h>
 
 #include "attention_backward.h"

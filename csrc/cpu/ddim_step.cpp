@@ -1,5 +1,15 @@
 // Guidance and one DDIM step in one pass. Traffic: every tensor once.
 // Source: Song et al. 2021, equation 12; Ho & Salimans 2022 (guidance).
+//
+//   tasks: for each sample n, each block of kBlock elements     k = the coefficients, those of row n where a table is
+//     for i in the block, two vectors at a time:
+//       m = model_output[i], or with guidance u + guidance * (c - u) of its two halves
+//       x0 = k.x0_sample * sample[i] + k.x0_model * m
+//       x0 = min(max(x0, -clip), clip), if clipped
+//       eps = k.eps_sample * sample[i] + k.eps_model * m
+//       prev = k.prev_x0 * x0 + k.prev_eps * eps (+ k.sigma * noise[i])
+//
+// Whether there are guidance, clip and noise is known when it compiles: eight loops, of which run() takes one.
 #include "simd.h"
 
 namespace ldmfast {

@@ -1,4 +1,14 @@
 // The gradient of ddim_step with regard to its latents, in one pass. Traffic: every tensor once.
+//
+//   tasks: for each sample n, each block of kBlock elements     k = the coefficients, those of row n where a table is
+//     for i in the block, a vector at a time:
+//       de = k.prev_eps * dprev[i]                              what reaches eps, x0 and the model's output m
+//       d0 = dx0[i] + k.prev_x0 * dprev[i]
+//       d0 = 0 where the forward's clip held x0 (which is computed again for that)
+//       dm = k.x0_model * d0 + k.eps_model * de
+//       dsample[i] = k.x0_sample * d0 + k.eps_sample * de
+//       dmodel_output[i] = dm, or with guidance (1 - guidance) * dm and guidance * dm for its two halves
+//       dnoise[i] = k.sigma * dprev[i], if it is wanted
 #include "simd.h"
 
 namespace ldmfast {

@@ -58,7 +58,7 @@ template <Accuracy A> LDMFAST_INLINE VecF silu_of_exponent(VecF t) {
 #endif
   return t / denominator;
 }
-// 1 / (1 + 2^t) for t = -log2(e) * y
+// 1 / (1 + 2^(-log2(e) * y))
 template <Accuracy A> LDMFAST_INLINE VecF sigmoid(VecF y) {
   const VecF denominator = exp2v<A>(y * -kLog2e) + 1.0f;
 #if defined(__AVX512F__)

@@ -1,7 +1,16 @@
-// The gradient of SiLU(GroupNorm(x + add) * (1 + scale) + shift), contiguous or channels_last. A task takes whole
-// groups of one sample through three passes: moments of x; sums of g and g * xhat; dx.
+// The gradient of SiLU(GroupNorm(x + add) * (1 + scale) + shift), contiguous or channels_last.
 // Traffic: x and dy once, dx once, where a task's share stays in cache. No sum depends on the number of threads.
 // Source: Wu & He 2018, section 3, differentiated; Chan, Golub & LeVeque 1983 for merging moments.
+//
+//   for each sample, each task of whole groups, with m = x - mean and z = m * slope + offset as in the forward:
+//     for its channels c:  mean and squares of x[c] over the pixels
+//     for its groups:      mean, rstd; slope, offset of its channels from weight, bias, scale, shift   finish_moments()
+//     for its channels c:  g = dy * act'(z);  sums[0][c] = sum of g,  sums[1][c] = sum of g * m
+//     for its groups:      constant, linear from the sums; sums[1] becomes that of g * xhat            finish_sums()
+//     for its channels c:  dx = g * slope - constant - m * linear;  sums[2][c] = sum of dx
+//
+//   contiguous: a channel is a row, the lanes are its pixels (below)
+//   channels_last: each pass goes chunk of pixels by chunk, the lanes are channels (group_norm_silu_backward.h)
 #include <omp.h>
 
 #include "group_norm_silu_backward.h"

@@ -1,5 +1,16 @@
 // Sinusoid, linear, SiLU, linear. Traffic: both weights once for every 4 samples.
 // Source: Vaswani et al. 2017, section 3.5 (the sinusoid); Ho et al. 2020 (its use for the timestep).
+//
+//   three rounds of tasks, one parallel region:
+//     for each sample n:          embedded[n] = sinusoid(t[n])
+//     for each row f of w1:       for n: hidden[n][f] = silu(w1[f] . embedded[n] + b1[f])
+//     for each row e of w2:       for n: out[n][e] = w2[e] . hidden[n] + b2[e]
+//
+//   a row against all samples, w . x[n], 4 samples at a time (then 2, 1), so that w is read once for the four:
+//     for i in w, two vectors at a time: sum[n] += w[i] * x[n][i]
+//
+// Two vectors of bfloat16 weights come from one load with even and odd elements apart; slot() puts what they are
+// multiplied with, embedded and hidden, in the same order.
 #include "exponential.h"
 #include "sinusoid.h"
 

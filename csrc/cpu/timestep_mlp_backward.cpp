@@ -1,4 +1,14 @@
 // The gradient of timestep_mlp with regard to its weights and biases. Traffic: the weights, and their gradients.
+//
+//   rounds of tasks, one parallel region; e, h, da are of all samples and float32:
+//     for each sample n:              e[n] = sinusoid(t[n]); dout[n] in float32
+//     for each row f of w1:           for n: a = w1[f] . e[n] + b1[f]; h[n][f] = silu(a); da[n][f] = silu'(a)
+//     for each vector f of hidden:    for n: da[n][f] *= sum over rows i of w2 of dout[n][i] * w2[i][f]
+//     for each row f of w1:           dw1[f] = sum over n of da[n][f] * e[n]; db1[f] = sum over n of da[n][f]
+//     for each row i of w2:           dw2[i] = sum over n of dout[n][i] * h[n]; db2[i] = sum over n of dout[n][i]
+//
+//   weighted(), the sum over rows r of column[r] * rows[r]: a vector of rows' columns at a time, with a fresh sum every
+//   kSum rows
 #include "exponential.h"
 #include "sinusoid.h"
 
