@@ -1,5 +1,5 @@
 // Walks over the fields of an argument struct by name. ops.h lists them with LDMFAST_FIELDS beside each struct; with
-// them bind.cpp fills the struct from Python's keywords, so that there is no position to get wrong.
+// them bind.cpp fills the struct from a dict, so that there is no position to get wrong.
 #pragma once
 
 namespace ldmfast {
@@ -8,12 +8,12 @@ template <class Args> struct Fields;  // each(args, visit) calls visit("x", args
 
 // The order of the names is free. A name that is no field, one too few, one too many and one twice do not compile: the
 // structured binding takes each name once, and as many as Args has fields.
-#define LDMFAST_FIELDS(Args, ...)                                         \
-  template <> struct Fields<Args> {                                       \
+#define LDMFAST_FIELDS(Args, ...)                                                   \
+  template <> struct Fields<Args> {                                                 \
     template <class Visit> static constexpr void each(Args& args, Visit&& visit) {  \
-      { [[maybe_unused]] auto& [__VA_ARGS__] = args; }                    \
-      LDMFAST_EACH(__VA_ARGS__)                                           \
-    }                                                                     \
+      { [[maybe_unused]] auto& [__VA_ARGS__] = args; }                              \
+      LDMFAST_EACH(__VA_ARGS__)                                                     \
+    }                                                                               \
   };
 #define LDMFAST_FIELD(name) visit(#name, args.name);
 

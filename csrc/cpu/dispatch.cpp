@@ -44,9 +44,9 @@ bool always() { return true; }
   void op(const Args&);             \
   LDMFAST_IF_##W(size_t op##_workspace(const Args&);)
 #define LDMFAST_ADDRESS(op, Args, W) op, LDMFAST_IF_##W(op##_workspace, )
-#define LDMFAST_ISA_ENTRY(isa, runs_here)                                    \
-  namespace isa {                                                            \
-  LDMFAST_OPS(LDMFAST_KERNEL)                                                \
+#define LDMFAST_ISA_ENTRY(isa, runs_here)                                      \
+  namespace isa {                                                              \
+  LDMFAST_OPS(LDMFAST_KERNEL)                                                  \
   static const Isa kernels = {#isa, runs_here, LDMFAST_OPS(LDMFAST_ADDRESS)};  \
   }
 LDMFAST_ISA_ENTRY(generic, always)
@@ -94,8 +94,8 @@ const char* compiled_isas() {
 
 const char* active_isa() { return active().name; }
 
-#define LDMFAST_LAUNCHER(op, Args, W)                                \
-  void op(const Args& args, const Launch&) { active().op(args); }    \
+#define LDMFAST_LAUNCHER(op, Args, W)                              \
+  void op(const Args& args, const Launch&) { active().op(args); }  \
   LDMFAST_IF_##W(size_t op##_workspace(const Args& args) { return active().op##_workspace(args); })
 LDMFAST_OPS(LDMFAST_LAUNCHER)
 
