@@ -42,22 +42,6 @@ template <typename C> struct Head {         // of this block
   }
 };
 
-// Walks over [from, to) of the other side in steps: fetch(stage, row) starts the copies of the tile from `row` on, and
-// step(stage, row in the tile, row) uses a step of it.
-template <typename C, typename Fetch, typename Step>
-__device__ __forceinline__ void walk(int from, int to, Fetch&& fetch_tile, Step&& step) {
-  fetch_tile(0, from);
-  cp_async_commit();
-  int stage = 0;
-  for (int row = from; row < to; row += C::kTile, stage ^= 1) {
-    cp_async_wait<0>();
-    __syncthreads();                        // this tile is there, and the other stage is no longer read
-    if (row + C::kTile < to) fetch_tile(stage ^ 1, row + C::kTile);
-    cp_async_commit();
-    for (int at = 0; at < C::kTile && row + at < to; at += C::kStep) step(stage, at, row + at);
-  }
-}
-
 template <typename C, bool MASKED>
 __global__ void __launch_bounds__(kBackwardThreads, C::kBlocks) rows_kernel(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;

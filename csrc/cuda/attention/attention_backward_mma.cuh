@@ -1,4 +1,5 @@
-// One warp's share of the gradient: 16 rows (queries, or keys) against STEP rows of the other side, in registers.
+// One warp's share of the gradient: 16 rows (queries, or keys) against STEP rows of the other side, in registers; the
+// copies of tiles to shared memory, and the walk over them.
 #pragma once
 #include "attention_backward.cuh"
 #include "../mma.cuh"
@@ -44,6 +45,22 @@ __device__ __forceinline__ void fetch(typename C::T* to, const typename C::T* he
       const bool valid = from + r < rows && c < D;
       to[r * C::kStride + c] = valid ? head[(from + r) * stride + c] : from_float<T>(0.0f);
     }
+  }
+}
+
+// Walks over [from, to) of the other side in steps: fetch(stage, row) starts the copies of the tile from `row` on, and
+// step(stage, row in the tile, row) uses a step of it.
+template <typename C, typename Fetch, typename Step>
+__device__ __forceinline__ void walk(int from, int to, Fetch&& fetch_tile, Step&& step) {
+  fetch_tile(0, from);
+  cp_async_commit();
+  int stage = 0;
+  for (int row = from; row < to; row += C::kTile, stage ^= 1) {
+    cp_async_wait<0>();
+    __syncthreads();                        // this tile is there, and the other stage is no longer read
+    if (row + C::kTile < to) fetch_tile(stage ^ 1, row + C::kTile);
+    cp_async_commit();
+    for (int at = 0; at < C::kTile && row + at < to; at += C::kStep) step(stage, at, row + at);
   }
 }
 
