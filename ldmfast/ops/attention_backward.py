@@ -9,7 +9,7 @@ from ldmfast.ops.attention import _check as check_forward
 from ldmfast.ops.attention import _expanded, native_fields
 from ldmfast.ops.attention import op as forward
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors, short
-from ldmfast.ops.registry import Op
+from ldmfast.ops.operator import Op
 
 NAME = "attention_backward"
 

@@ -8,7 +8,7 @@ import torch
 
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_float, require_shape, require_tensors, short
-from ldmfast.ops.registry import Op
+from ldmfast.ops.operator import Op
 
 NAME = "ddim_step"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

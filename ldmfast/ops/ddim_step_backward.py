@@ -9,7 +9,7 @@ from ldmfast.ops.checks import require_device, require_dtype, require_shape, req
 from ldmfast.ops.ddim_step import _check as check_forward
 from ldmfast.ops.ddim_step import _empty, _layout, _ready, native_fields
 from ldmfast.ops.ddim_step import op as forward
-from ldmfast.ops.registry import Op
+from ldmfast.ops.operator import Op
 
 NAME = "ddim_step_backward"
 

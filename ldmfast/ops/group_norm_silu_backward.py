@@ -9,7 +9,7 @@ from ldmfast.ops.checks import require_device, require_dtype, require_shape, req
 from ldmfast.ops.group_norm_silu import _check as check_forward
 from ldmfast.ops.group_norm_silu import _common, _kernel_layout, _layout, _output, native_fields
 from ldmfast.ops.group_norm_silu import op as forward
-from ldmfast.ops.registry import Op
+from ldmfast.ops.operator import Op
 
 NAME = "group_norm_silu_backward"
 

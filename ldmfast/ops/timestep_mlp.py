@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors, short
-from ldmfast.ops.registry import Op
+from ldmfast.ops.operator import Op
 
 NAME = "timestep_mlp"
 

@@ -6,7 +6,7 @@ import torch
 
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
-from ldmfast.ops.registry import Op
+from ldmfast.ops.operator import Op
 from ldmfast.ops.timestep_mlp import _check as check_forward
 from ldmfast.ops.timestep_mlp import _ready, _sinusoid, native_fields
 from ldmfast.ops.timestep_mlp import op as forward

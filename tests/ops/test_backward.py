@@ -21,7 +21,8 @@ from cases import CASES, DTYPES, FLOOR, exactly, tuples
 from test_ops_numbers import BACKENDS, SLOW, device_for, poisoned  # noqa: F401 - the fixture applies here too
 from torch.library import opcheck
 
-from ldmfast.ops.registry import BACKWARD_OPS, OPS, Op
+from ldmfast.ops.operator import Op
+from ldmfast.ops.registry import BACKWARD_OPS, OPS
 
 # what the backward ops have no gradient for: the reference gives it (checked in test_ops_contract.py)
 WITHOUT = {"attention": {4}, "timestep_mlp": {0}, "ddim_step": {3}, "group_norm_silu": set()}

@@ -1,0 +1,176 @@
+"""How torch sees an op: an operator with a fake implementation, autocast rules and a gradient.
+
+Each op is one torch operator (`torch.ops.ldmfast.<name>`), so that torch.compile, CUDA graphs and autograd see one
+opaque call. Which backend runs it is registry.py's business.
+
+An op's gradient is an op of its own, `<name>_backward`, chosen in the same way: autograd calls it with the name that
+the forward was given, if any. Autograd differentiates the reference's formula instead where the choice is `torch`, for
+a second derivative, and for an input that the backward op has no gradient for (its file says which).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldmfast.ops.dispatcher import dispatcher_needed
+from ldmfast.ops.registry import BACKWARD_OPS, OPS, Choice, chosen_backend
+
+LIBRARY = torch.library.Library("ldmfast", "DEF")
+
+
+class Op(Choice):
+    """One op: its contract (schema and checks), its torch operator, and the choice between its backends.
+
+    name        the operator's name in torch.ops.ldmfast
+    schema      its arguments and results without the name; a last argument `str? backend` is added
+    check       called as check(*args) before any backend and in the fake implementation; raises on bad input
+    fake        called as fake(*args): empty outputs of the right shape, dtype and strides
+    autocast    called as autocast(dtype, *args): the arguments as autocast wants them
+    normalise   the public function's arguments -> args, for `explain`; None for an op that only autograd calls
+    example     called as example(dtype, device): args on a shape of the U-Net, on which the op is tried; None as above
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        check: Callable,
+        fake: Callable,
+        autocast: Callable,
+        normalise: Callable | None = None,
+        example: Callable | None = None,
+    ):
+        super().__init__(name)
+        self.check, self.fake, self.normalise, self.example = check, fake, normalise, example
+        self._autocast = autocast
+        self._gradient: Callable | None = None
+        self._keeps_output = False
+        self._define(schema)
+        (BACKWARD_OPS if normalise is None else OPS)[name] = self
+
+    def gradient(self, *, keeps_output: bool = False) -> Callable[[Callable], Callable]:
+        """Decorator: `function(grads, args, outputs, needed, backend)` is this op's first derivative.
+
+        grads    one tensor an output
+        args     as in the schema, without the backend's name
+        outputs  what the op returned, where keeps_output asks for it to be kept; else ()
+        needed   for each of args, whether its gradient is
+        backend  the name that the forward was given, by whatever way, or None
+        returns  one gradient (or None where none is needed) for each of args; or None where a gradient is needed that
+                 this function does not give: the reference's formula is then differentiated
+        """
+
+        def register(function: Callable) -> Callable:
+            self._gradient, self._keeps_output = function, keeps_output
+            return function
+
+        return register
+
+    def __call__(self, *args):
+        """args as in the schema, the backend's name or None last."""
+        if not torch.compiler.is_compiling():
+            if not dispatcher_needed(args):
+                return self.run(*args)
+            if torch.is_grad_enabled() and _only_autograd_watches(args):
+                return _Recorded.apply(*args, self)
+        return self._operator(*args)
+
+    def run(self, *args):
+        """Check, choose and run: what the operator does on every device."""
+        *args, name = args
+        self.check(*args)
+        return self.select(args, name).run(*args)
+
+    def _define(self, schema: str) -> None:
+        arguments, returns = schema.rsplit("->", 1)
+        arguments = arguments.strip().removesuffix(")")
+        LIBRARY.define(f"{self.name}{arguments}, str? backend) ->{returns}", tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        name = f"ldmfast::{self.name}"
+        torch.library.register_fake(name, self._fake, lib=LIBRARY)
+        torch.library.register_autograd(name, self._backward, setup_context=self._save, lib=LIBRARY)
+        for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+            LIBRARY.impl(self.name, self._autocast_kernel(key, device), key)
+        self._operator = getattr(torch.ops.ldmfast, self.name).default
+
+    def _fake(self, *args):
+        *args, name = args
+        self.check(*args)
+        return self.fake(*args)
+
+    def _autocast_kernel(self, key: str, device: str) -> Callable:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*args):
+            *args, name = args
+            args = self._autocast(torch.get_autocast_dtype(device), *args)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self._operator(*args, name)
+
+        return kernel
+
+    def _save(self, ctx, inputs, output) -> None:
+        tensors = [value if isinstance(value, torch.Tensor) else None for value in inputs]
+        ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+        ctx.others[-1] = ctx.others[-1] or chosen_backend()  # a use_backend block may have ended by the backward pass
+        kept = (output if isinstance(output, tuple) else (output,)) if self._keeps_output else ()
+        ctx.save_for_backward(*tensors, *kept)
+
+    def _backward(self, ctx, *grads):
+        """The fused backward, or where there is none for these arguments, the reference's formula."""
+        if self.normalise is None:
+            raise NotImplementedError(f"{self.name}: has no derivative; differentiate the forward op twice instead")
+        saved, others = ctx.saved_tensors, ctx.others
+        args = [other if value is None else value for value, other in zip(saved, others, strict=False)]
+        *args, backend = args
+        needed = ctx.needs_input_grad[: len(args)]
+        found = None
+        if self._gradient is not None and not torch.is_grad_enabled():
+            found = self._gradient(grads, args, saved[len(others) :], needed, backend)
+        if found is None:
+            found = self._differentiate(grads, args, needed)
+        return *found, None
+
+    def _differentiate(self, grads, args, needed) -> tuple:
+        """The reference's formula, recomputed from the saved inputs and differentiated by autograd."""
+        second_order = torch.is_grad_enabled()
+        # SDPA's fused kernels have no second derivative
+        kernels = sdpa_kernel(SDPBackend.MATH) if second_order else contextlib.nullcontext()
+        with torch.enable_grad(), torch.autocast(args[0].device.type, enabled=False), kernels:
+            inputs = list(args)
+            for i in (i for i, wanted in enumerate(needed) if wanted):
+                # a view keeps the way back to the input for a second derivative
+                inputs[i] = args[i].view_as(args[i]) if second_order else args[i].detach().requires_grad_()
+            outputs = self.reference(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            wanted = [value for value, is_wanted in zip(inputs, needed, strict=True) if is_wanted]
+            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad and pair[1] is not None]
+            outputs, grads = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=second_order, allow_unused=True))
+        return tuple(next(found) if is_wanted else None for is_wanted in needed)
+
+
+def _only_autograd_watches(args) -> bool:
+    with torch.no_grad():
+        return not dispatcher_needed(args)
+
+
+class _Recorded(torch.autograd.Function):
+    """An op's call with its gradient, without the way through PyTorch's dispatcher and torch.library."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *args, op = args
+        output = op.run(*args)
+        op._save(ctx, args, output)
+        ctx.op = op
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *ctx.op._backward(ctx, *grads), None
