@@ -5,6 +5,8 @@ bench/resources.py records what they launch; tests/ops/test_triton.py compiles i
 
 import torch
 
+from ldmfast.ops.group_norm_silu import as_ncp
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -23,13 +25,15 @@ def group_norm_silu():
             for dtype in (torch.float32, torch.bfloat16):
                 x = _empty(2, channels, side, side, dtype=dtype, layout=layout)
                 row, rows = _empty(channels, dtype=dtype), _empty(2, channels, dtype=dtype) if side == 63 else None
-                yield _name(list(x.shape), dtype, layout), (x, x, row, row, rows, rows, rows, 32, 1e-5, True)
+                x, last, strides = as_ncp(x)
+                call = (x, strides, last, x, row, row, rows, rows, rows, 32, 1e-5, True)
+                yield _name(list(x.shape), dtype, layout), call
 
 
 def group_norm_silu_backward():
     """The forward's shapes."""
-    for label, (x, _, *others) in group_norm_silu():
-        yield label, (x, x, x, _empty(3, *x.shape[:2]), *others)
+    for label, (x, strides, last, _, *others) in group_norm_silu():
+        yield label, (x, x, strides, last, x, _empty(3, *x.shape[:2]), *others)
 
 
 def attention():

@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(ptr, rows, stride_row, length, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
+def load_tile(ptr, rows, stride_row, length, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
     # a [rows, cols] tile; FULL: every row exists. No mask at all where none is needed, so that copies stay asynchronous
     offs = ptr + rows[:, None] * stride_row + cols[None, :]
     if FULL and D == BLOCK_D:
@@ -28,18 +28,24 @@ def _load(ptr, rows, stride_row, length, cols, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def _add_mask(qk, mask_ptr, rows, cols, stride_ml, stride_ms, L, S, BOOL: tl.constexpr, ONE_ROW: tl.constexpr):
+def add_mask(scores, mask_ptr, offs, inside, BOOL: tl.constexpr):
+    # scores in units of log2, the base of exp2
+    mask = tl.load(mask_ptr + offs, inside, other=0)
+    if BOOL:
+        return tl.where(mask != 0, scores, float("-inf"))
+    # float32's lowest number, which is no -inf, must not become one
+    mask = mask.to(tl.float32)
+    return scores + tl.where(mask == float("-inf"), mask, tl.maximum(mask * 1.4426950408889634, -3.4028234e38))
+
+
+@triton.jit
+def _masked(qk, mask_ptr, rows, cols, stride_ml, stride_ms, L, S, BOOL: tl.constexpr, ONE_ROW: tl.constexpr):
     # rows below L and cols below S exist, counted from mask_ptr; ONE_ROW: a key mask, the same for all queries
     offs, inside = cols[None, :] * stride_ms, (cols < S)[None, :]
     if not ONE_ROW:
         offs += rows[:, None] * stride_ml
         inside &= (rows < L)[:, None]
-    mask = tl.load(mask_ptr + offs, inside, other=0)
-    if BOOL:
-        return tl.where(mask != 0, qk, float("-inf"))
-    # to the base of exp2; float32's lowest number, which is no -inf, must not become one
-    mask = mask.to(tl.float32)
-    return qk + tl.where(mask == float("-inf"), mask, tl.maximum(mask * 1.4426950408889634, -3.4028234e38))
+    return add_mask(qk, mask_ptr, offs, inside, BOOL)
 
 
 @triton.jit
@@ -59,16 +65,16 @@ def _attend(
         mask_ptr += tl.cast(start, tl.int64) * stride_ms
     # the last, partial block is one iteration: nothing to pipeline
     for n in tl.range(start, stop, BLOCK_N, num_stages=None if FULL else 1):
-        k0 = _load(k_ptr, lane_n, stride_ks, S - n, cols0, D0, BLOCK_D0, FULL)
+        k0 = load_tile(k_ptr, lane_n, stride_ks, S - n, cols0, D0, BLOCK_D0, FULL)
         if D1 > 0:
-            k1 = _load(k_ptr + D0, lane_n, stride_ks, S - n, cols1, D1, BLOCK_D1, FULL)
+            k1 = load_tile(k_ptr + D0, lane_n, stride_ks, S - n, cols1, D1, BLOCK_D1, FULL)
             qk = tl.dot(q1, k1.T, tl.dot(q0, k0.T, input_precision=PRECISION), input_precision=PRECISION)
         else:
             qk = tl.dot(q0, k0.T, input_precision=PRECISION)
         if SCALE_FIRST:
             qk *= scale
         if MASK != "none":
-            qk = _add_mask(qk, mask_ptr, lane_m, lane_n, stride_ml, stride_ms, L, S - n, MASK == "bool", MASK_ONE_ROW)
+            qk = _masked(qk, mask_ptr, lane_m, lane_n, stride_ml, stride_ms, L, S - n, MASK == "bool", MASK_ONE_ROW)
             mask_ptr += BLOCK_N * stride_ms
         if not FULL:
             qk = tl.where((lane_n < S - n)[None, :], qk, float("-inf"))
@@ -84,11 +90,11 @@ def _attend(
         alpha = tl.exp2(row_max - safe_max)
         row_sum = row_sum * alpha + tl.sum(p, axis=1)
         row_max = new_max
-        v0 = _load(v_ptr, lane_n, stride_vs, S - n, cols0, D0, BLOCK_D0, FULL)
+        v0 = load_tile(v_ptr, lane_n, stride_vs, S - n, cols0, D0, BLOCK_D0, FULL)
         p = p.to(v0.dtype)
         acc0 = tl.dot(p, v0, acc0 * alpha[:, None], input_precision=PRECISION)
         if D1 > 0:
-            v1 = _load(v_ptr + D0, lane_n, stride_vs, S - n, cols1, D1, BLOCK_D1, FULL)
+            v1 = load_tile(v_ptr + D0, lane_n, stride_vs, S - n, cols1, D1, BLOCK_D1, FULL)
             acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_ks
         v_ptr += BLOCK_N * stride_vs
@@ -123,12 +129,12 @@ def attention_kernel(
     if MASK != "none":
         mask_ptr += n * stride_mn + h * stride_mh + first * stride_ml
     lane_m, cols0, cols1 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D0), tl.arange(0, BLOCK_D1)
-    q0 = _load(q_ptr, lane_m, stride_ql, L - first, cols0, D0, BLOCK_D0, False)
+    q0 = load_tile(q_ptr, lane_m, stride_ql, L - first, cols0, D0, BLOCK_D0, False)
     acc0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
     q1 = q0
     acc1 = acc0
     if D1 > 0:
-        q1 = _load(q_ptr + D0, lane_m, stride_ql, L - first, cols1, D1, BLOCK_D1, False)
+        q1 = load_tile(q_ptr + D0, lane_m, stride_ql, L - first, cols1, D1, BLOCK_D1, False)
         acc1 = tl.zeros([BLOCK_M, BLOCK_D1], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -199,18 +205,17 @@ def configuration(d: int, rows: int, keys: int, itemsize: int, mask_rows: bool) 
     return Configuration(*split_width(d), block_m, block_n, num_warps, num_stages)
 
 
+WIDEST = 256  # the widest head: its tiles fill the shared memory of sm_86
+
+
 def attention(q, k, v, out, mask, scale):
     """out = softmax(scale * q k^T + mask) v. A row with every key masked, or S == 0, gives zeros.
 
-    q     [N, L, H, D]   k, v  [N, S, H, D]   float16 | bfloat16 | float32, unit stride in D
-    out   [N, L, H, D]   dense
+    q     [N, L, H, D]   k, v  [N, S, H, D]   float16 | bfloat16 | float32, unit stride in D; D is at most WIDEST
+    out   [N, L, H, D]   dense, not empty
     mask  [N, H, L, S]   by strides (0 where broadcast): bool, True attends, or floating and added; or None
     """
     (n, length, heads, d), keys = q.shape, k.shape[1]
-    if d > 256:
-        raise NotImplementedError(f"attention: head width D={d} is over the 256 that the Triton kernel is made for")
-    if out.numel() == 0:
-        return
     kind = "none" if mask is None else "bool" if mask.dtype is torch.bool else "add"
     strides_m = (0, 0, 0, 0) if mask is None else mask.stride()
     config = configuration(d, n * heads * length, keys, q.element_size(), strides_m[2] != 0)

@@ -13,17 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from ldmfast.kernels.attention import _load, split_width
-
-
-@triton.jit
-def _masked(scores, mask_ptr, offs, inside, BOOL: tl.constexpr):
-    # scores and mask in units of log2; as _add_mask in attention.py
-    mask = tl.load(mask_ptr + offs, inside, other=0)
-    if BOOL:
-        return tl.where(mask != 0, scores, float("-inf"))
-    mask = mask.to(tl.float32)
-    return scores + tl.where(mask == float("-inf"), mask, tl.maximum(mask * 1.4426950408889634, -3.4028234e38))
+from ldmfast.kernels.attention import add_mask, load_tile, split_width
 
 
 @triton.jit
@@ -38,10 +28,10 @@ def _product(a0, a1, b0, b1, TWO: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def _load_parts(ptr, rows, stride_row, length, D0: tl.constexpr, D1: tl.constexpr, BLOCK_D0: tl.constexpr,
                 BLOCK_D1: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
-    part0 = _load(ptr, rows, stride_row, length, tl.arange(0, BLOCK_D0), D0, BLOCK_D0, FULL)
+    part0 = load_tile(ptr, rows, stride_row, length, tl.arange(0, BLOCK_D0), D0, BLOCK_D0, FULL)
     part1 = part0
     if D1 > 0:
-        part1 = _load(ptr + D0, rows, stride_row, length, tl.arange(0, BLOCK_D1), D1, BLOCK_D1, FULL)
+        part1 = load_tile(ptr + D0, rows, stride_row, length, tl.arange(0, BLOCK_D1), D1, BLOCK_D1, FULL)
     return part0, part1
 
 
@@ -71,7 +61,7 @@ def _rows_scores(
         if not MASK_ONE_ROW:
             offs += lane_m[:, None] * stride_ml
             inside &= (lane_m < L)[:, None]
-        scores = _masked(scores, mask_ptr, offs, inside, MASK == "bool")
+        scores = add_mask(scores, mask_ptr, offs, inside, MASK == "bool")
     if not FULL:
         scores = tl.where((lane_n < left)[None, :], scores, float("-inf"))
     return scores, k0, k1
@@ -128,7 +118,7 @@ def attention_statistics_kernel(
         delta += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), axis=1)
     dead = top == float("-inf")
     to = rows_ptr + (n * H + h) * L + first + lane_m
-    stride = N.to(tl.int64) * H * L
+    stride = tl.cast(N, tl.int64) * H * L
     mask = lane_m < L - first
     tl.store(to, tl.where(dead, float("inf"), top), mask)
     tl.store(to + stride, tl.where(dead, 0.0, 1.0 / total), mask)
@@ -159,7 +149,7 @@ def attention_backward_keys_kernel(
     v_ptr += (n * stride_vn + h * stride_vh) * ALIGN + first * stride_vs
     dout_ptr += ((n * L + begin) * H + h) * D
     rows_ptr += (n * H + h) * L
-    stride_rows = N.to(tl.int64) * H * L
+    stride_rows = tl.cast(N, tl.int64) * H * L
     if MASK != "none":
         mask_ptr += n * stride_mn + h * stride_mh + first * stride_ms
     k0, k1 = _load_parts(k_ptr, lane_n, stride_ks, S - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
@@ -184,7 +174,7 @@ def attention_backward_keys_kernel(
                 mask_ptr_ = mask_ptr + tl.cast(start, tl.int64) * stride_ml
             else:
                 mask_ptr_ = mask_ptr
-            scores = _masked(scores, mask_ptr_, offs, inside, MASK == "bool")
+            scores = add_mask(scores, mask_ptr_, offs, inside, MASK == "bool")
         # a query past the last has an infinite maximum and so weights of zero
         top = tl.load(rows_ptr + start + lane_m, lane_m < left, other=float("inf"))
         inverse = tl.load(rows_ptr + stride_rows + start + lane_m, lane_m < left, other=0.0)
@@ -202,7 +192,7 @@ def attention_backward_keys_kernel(
                 dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
         q_ptr += BLOCK_M * stride_ql
         dout_ptr += BLOCK_M * H * D
-    offs = (((tl.program_id(1) * N.to(tl.int64) + n) * S + first) * H + h) * D
+    offs = (((tl.program_id(1) * tl.cast(N, tl.int64) + n) * S + first) * H + h) * D
     if DV:
         _store_parts(dv_ptr + offs, dv0, dv1, lane_n, H * D, S - first, D0, D1, BLOCK_D0, BLOCK_D1)
     if DK:
@@ -235,7 +225,7 @@ def attention_backward_queries_kernel(
     offs = ((n * L + first) * H + h) * D
     do0, do1 = _load_parts(dout_ptr + offs, lane_m, H * D, L - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
     rows_ptr += (n * H + h) * L + first + lane_m
-    stride_rows, mask = N.to(tl.int64) * H * L, lane_m < L - first
+    stride_rows, mask = tl.cast(N, tl.int64) * H * L, lane_m < L - first
     top = tl.load(rows_ptr, mask, other=float("inf"))
     inverse = tl.load(rows_ptr + stride_rows, mask, other=0.0)
     delta = tl.load(rows_ptr + 2 * stride_rows, mask, other=0.0)
@@ -305,13 +295,11 @@ BOTH = 80  # up to here one program keeps the sums of both dk and dv
 def attention_backward(dout, q, k, v, out, dq, dk, dv, mask, scale):
     """The gradients of out = softmax(scale * q k^T + mask) v. A row with every key masked gives zeros.
 
-    q            [N, L, H, D]   k, v  [N, S, H, D]   float16 | bfloat16 | float32, unit stride in D
-    dout, out    [N, L, H, D]   dense; dq likewise; dk, dv  [N, S, H, D], dense
+    q            [N, L, H, D]   k, v  [N, S, H, D]   float16 | bfloat16 | float32, unit stride in D; D is at most WIDEST
+    dout, out    [N, L, H, D]   dense; dq likewise; dk, dv  [N, S, H, D], dense; none is empty
     mask         [N, H, L, S]   by strides (0 where broadcast): bool, True attends, or floating and added; or None
     """
     (n, length, heads, d), keys = q.shape, k.shape[1]
-    if d > WIDEST[q.element_size()]:
-        raise NotImplementedError(f"attention_backward: head width D={d} is over {WIDEST[q.element_size()]}")
     kind = "none" if mask is None else "bool" if mask.dtype is torch.bool else "add"
     strides_m = (0, 0, 0, 0) if mask is None else mask.stride()
     mask = mask.view(torch.uint8) if kind == "bool" else mask

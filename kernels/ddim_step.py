@@ -11,6 +11,25 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def place(M, blocks, BLOCK_M: tl.constexpr):
+    # this program's row of [N, M], the offsets of its elements, and which of them exist
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    offs_row = (pid % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row, row * M + offs_row, offs_row < M
+
+
+@triton.jit
+def row_of_table(table_ptr, row):
+    # x0_sample, x0_model, eps_sample, eps_model, prev_x0, prev_eps and sigma of a sample
+    table_ptr += row * 7
+    return (
+        tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3),
+        tl.load(table_ptr + 4), tl.load(table_ptr + 5), tl.load(table_ptr + 6),
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def ddim_step_kernel(
     sample_ptr,  # [N, M]
@@ -26,19 +45,9 @@ def ddim_step_kernel(
     CLIPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    row = (pid // blocks).to(tl.int64)
-    offs_row = (pid % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = offs_row < M
-    offs = row * M + offs_row
+    row, offs, mask = place(M, blocks, BLOCK_M)
     if table_ptr is not None:
-        x0_sample = tl.load(table_ptr + row * 7)
-        x0_model = tl.load(table_ptr + row * 7 + 1)
-        eps_sample = tl.load(table_ptr + row * 7 + 2)
-        eps_model = tl.load(table_ptr + row * 7 + 3)
-        prev_x0 = tl.load(table_ptr + row * 7 + 4)
-        prev_eps = tl.load(table_ptr + row * 7 + 5)
-        sigma = tl.load(table_ptr + row * 7 + 6)
+        x0_sample, x0_model, eps_sample, eps_model, prev_x0, prev_eps, sigma = row_of_table(table_ptr, row)
     sample = tl.load(sample_ptr + offs, mask).to(tl.float32)
     model = tl.load(output_ptr + offs, mask).to(tl.float32)
     if GUIDED:
@@ -67,25 +76,31 @@ def configuration(total: int) -> Configuration:
     return Configuration(256, 1) if total <= 1 << 18 else Configuration(1024, 4)
 
 
+def split(sample, table, config: Configuration) -> tuple[int, tuple[int, int, int]]:
+    """How many programs; and N * M, M and the blocks of a row: one row for all, or one for each of a table."""
+    total = sample.numel()
+    row = total if table is None else total // sample.shape[0]
+    blocks = triton.cdiv(row, config.block_m)
+    return total // row * blocks, (total, row, blocks)
+
+
+def scalars(coefficients, table, guidance, clip) -> list[float]:
+    """Floats, never ints: Triton specialises a kernel on an int that is 1 or a multiple of 16."""
+    return [*([0.0] * 7 if table is not None else map(float, coefficients)), float(guidance or 0), float(clip or 0)]
+
+
 def ddim_step(sample, model_output, noise, prev, x0, coefficients, table, guidance, clip):
-    """Writes prev and x0 [N, ...], dense as sample is; see DdimStepArgs in csrc/ops.h.
+    """Writes prev and x0 [N, ...], dense as sample is, not empty; see DdimStepArgs in csrc/ops.h.
 
     model_output  [N, ...], or [2N, ...] with `guidance`; noise as sample, or None
     coefficients  7 floats for every sample; ignored where table, [N, 7] float32, is given
     guidance, clip  float or None
     """
-    total = sample.numel()
-    if total == 0:
-        return
-    row = total if table is None else total // sample.shape[0]
-    config = configuration(total)
-    blocks = triton.cdiv(row, config.block_m)
-    # floats, never ints: Triton specialises a kernel on an int that is 1 or a multiple of 16
-    scalars = [0.0] * 7 if table is not None else [float(c) for c in coefficients]
+    config = configuration(sample.numel())
+    programs, sizes = split(sample, table, config)
     with torch.cuda.device_of(sample):
-        ddim_step_kernel[(total // row * blocks,)](
-            sample, model_output, noise, prev, x0, table, total, row, blocks, *scalars,
-            0.0 if guidance is None else float(guidance), 0.0 if clip is None else float(clip),
+        ddim_step_kernel[(programs,)](
+            sample, model_output, noise, prev, x0, table, *sizes, *scalars(coefficients, table, guidance, clip),
             GUIDED=guidance is not None, CLIPPED=clip is not None, BLOCK_M=config.block_m,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip

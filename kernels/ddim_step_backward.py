@@ -6,7 +6,7 @@ Traffic: 2 reads (4 or 5 where x0 was clamped) and 2 to 4 writes of the sample's
 import torch
 import triton
 import triton.language as tl
-from ldmfast.kernels.ddim_step import configuration
+from ldmfast.kernels.ddim_step import configuration, place, row_of_table, scalars, split
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -24,19 +24,9 @@ def ddim_step_backward_kernel(
     CLIPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    row = (pid // blocks).to(tl.int64)
-    offs_row = (pid % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = offs_row < M
-    offs = row * M + offs_row
+    row, offs, mask = place(M, blocks, BLOCK_M)
     if table_ptr is not None:
-        x0_sample = tl.load(table_ptr + row * 7)
-        x0_model = tl.load(table_ptr + row * 7 + 1)
-        eps_sample = tl.load(table_ptr + row * 7 + 2)
-        eps_model = tl.load(table_ptr + row * 7 + 3)
-        prev_x0 = tl.load(table_ptr + row * 7 + 4)
-        prev_eps = tl.load(table_ptr + row * 7 + 5)
-        sigma = tl.load(table_ptr + row * 7 + 6)
+        x0_sample, x0_model, eps_sample, eps_model, prev_x0, prev_eps, sigma = row_of_table(table_ptr, row)
     dprev = tl.load(dprev_ptr + offs, mask).to(tl.float32)
     d0 = tl.load(dx0_ptr + offs, mask).to(tl.float32) + prev_x0 * dprev
     if CLIPPED:
@@ -58,24 +48,18 @@ def ddim_step_backward_kernel(
 
 
 def ddim_step_backward(dprev, dx0, sample, model_output, dsample, doutput, dnoise, coefficients, table, guidance, clip):
-    """Writes dsample and dnoise [N, ...] and doutput, as model_output; every tensor dense, as sample is.
+    """Writes dsample and dnoise [N, ...] and doutput, as model_output; every tensor dense, as sample is, not empty.
 
     dnoise        None where it is not wanted
     model_output  [N, ...], or [2N, ...] with `guidance`
     coefficients  7 floats for every sample; ignored where table, [N, 7] float32, is given
     """
-    total = sample.numel()
-    if total == 0:
-        return
-    row = total if table is None else total // sample.shape[0]
-    config = configuration(total)
-    blocks = triton.cdiv(row, config.block_m)
-    # floats, never ints: Triton specialises a kernel on an int that is 1 or a multiple of 16
-    scalars = [0.0] * 7 if table is not None else [float(c) for c in coefficients]
+    config = configuration(sample.numel())
+    programs, sizes = split(sample, table, config)
     with torch.cuda.device_of(sample):
-        ddim_step_backward_kernel[(total // row * blocks,)](
-            dprev, dx0, sample, model_output, dsample, doutput, dnoise, table, total, row, blocks, *scalars,
-            0.0 if guidance is None else float(guidance), 0.0 if clip is None else float(clip),
+        ddim_step_backward_kernel[(programs,)](
+            dprev, dx0, sample, model_output, dsample, doutput, dnoise, table, *sizes,
+            *scalars(coefficients, table, guidance, clip),
             GUIDED=guidance is not None, CLIPPED=clip is not None, BLOCK_M=config.block_m,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -6,6 +6,7 @@ walks are two launches, the positions are split over programs, and the parts' mo
 Source: Wu & He 2018, section 3.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ BLOCK_PARTS = tl.constexpr(64)  # most parts that the positions are split in
 
 
 @triton.jit
-def _load(x_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p):
+def load_tile(x_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p):
     # [BLOCK_C, BLOCK_P] in float32; inside a tile offsets stay below 2**31 (checked by the launcher)
     offs = lane_c[:, None] * stride_xc + lane_p[None, :] * stride_xp
     x = tl.load(x_ptr + offs, mask_c[:, None] & mask_p[None, :], other=0.0).to(tl.float32)
@@ -26,13 +27,13 @@ def _load(x_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_
 
 
 @triton.jit
-def _members(offs_c, channels, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr):
+def group_members(offs_c, channels, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr):
     # [BLOCK_G, BLOCK_C]: does the tile's channel belong to its group? A mask, not a product: NaN stays in its group
     return ((offs_c // GROUP_SIZE)[None, :] == tl.arange(0, BLOCK_G)[:, None]) & (offs_c < channels)[None, :]
 
 
 @triton.jit
-def _moments(
+def group_moments(
     x_ptr, add_ptr, stride_xc, stride_xp,  # at the tile's first channel and position
     channels, length,  # of the tile: how many exist
     GROUP_SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -45,14 +46,14 @@ def _moments(
     (some hundreds of 2^-24) whatever the data are; unlike E[x^2] - E[x]^2, whose loss has no bound.
     """
     lane_c, lane_p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-    first = _load(x_ptr, add_ptr, 0, lane_c, lane_p, stride_xc, stride_xp, lane_c < channels, lane_p < length)
+    first = load_tile(x_ptr, add_ptr, 0, lane_c, lane_p, stride_xc, stride_xp, lane_c < channels, lane_p < length)
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     square = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for c in range(0, CHANNELS, BLOCK_C):
         tile_ptr = x_ptr
         for p in range(0, length, BLOCK_P):
             mask_p = lane_p < length - p
-            x = _load(tile_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, c + lane_c < channels, mask_p)
+            x = load_tile(tile_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, c + lane_c < channels, mask_p)
             delta = x - first
             if not EVEN_P:
                 delta = tl.where(mask_p[None, :], delta, 0.0)
@@ -70,11 +71,31 @@ def _moments(
     off = lane_mean - mean[:, None]
     m2 = tl.sum(square - total * total * inverse + count * off * off, axis=1)
 
-    member = _members(lane_c, channels, GROUP_SIZE, BLOCK_G)
+    member = group_members(lane_c, channels, GROUP_SIZE, BLOCK_G)
     rows = tl.maximum(tl.sum(member.to(tl.float32), axis=1), 1.0)
     group_mean = tl.sum(tl.where(member, mean[None, :], 0.0), axis=1) / rows
     off = mean[None, :] - group_mean[:, None]
     return group_mean, tl.sum(tl.where(member, m2[None, :] + row_count * off * off, 0.0), axis=1)
+
+
+@triton.jit
+def moments_of_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, GROUP_SIZE: tl.constexpr):
+    # mean and sum of squared deviations of each group, [BLOCK_G], from those of the parts (Chan et al. 1983)
+    offs_part = tl.arange(0, BLOCK_PARTS)
+    mask = mask_g[:, None] & (offs_part < parts)[None, :]
+    offs = (offs_g[:, None] * parts + offs_part[None, :]) * 2
+    part_mean = tl.load(moments_ptr + offs, mask, other=0.0)
+    part_m2 = tl.load(moments_ptr + offs + 1, mask, other=0.0)
+    count = tl.where(mask, tl.minimum(P - offs_part * part_length, part_length)[None, :], 0).to(tl.float32)
+    mean = tl.sum(count * part_mean, axis=1) / P
+    off = tl.where(mask, part_mean - mean[:, None], 0.0)
+    return mean, tl.sum(part_m2 + GROUP_SIZE * count * off * off, axis=1)
+
+
+@triton.jit
+def reciprocal_deviation(m2, P, eps, GROUP_SIZE: tl.constexpr):
+    # 1 / std of each group, [BLOCK_G]
+    return 1.0 / tl.sqrt_rn(m2 / tl.cast(GROUP_SIZE * P, tl.float32) + eps)
 
 
 @triton.jit
@@ -86,7 +107,7 @@ def _normalize(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     lane_c, lane_p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-    member = _members(lane_c, channels, GROUP_SIZE, BLOCK_G)
+    member = group_members(lane_c, channels, GROUP_SIZE, BLOCK_G)
     mean = tl.sum(tl.where(member, group_mean[:, None], 0.0), axis=0)
     rstd = tl.sum(tl.where(member, group_rstd[:, None], 0.0), axis=0)
     for c in range(0, CHANNELS, BLOCK_C):
@@ -106,7 +127,7 @@ def _normalize(
         x_tile_ptr, y_tile_ptr = x_ptr, y_ptr
         for p in range(0, length, BLOCK_P):
             mask_p = lane_p < length - p
-            x = _load(x_tile_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p)
+            x = load_tile(x_tile_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p)
             # the mean is taken off first: folded into the offset it would round at |mean| * 2^-24
             y = (x - mean[:, None]) * gain[:, None] + offset[:, None]
             if SILU:
@@ -143,7 +164,7 @@ def group_norm_silu_kernel(
     x_ptr += n * stride_xn + c * stride_xc + p * stride_xp
     add_ptr = add_ptr + n * stride_add + c if add_ptr is not None else None
     if STEP != "normalize":
-        mean, m2 = _moments(
+        mean, m2 = group_moments(
             x_ptr, add_ptr, stride_xc, stride_xp, channels, length,
             GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P, EVEN_P,
         )  # fmt: skip
@@ -156,16 +177,8 @@ def group_norm_silu_kernel(
         tl.store(partial_ptr + (offs_g * parts + part) * 2 + 1, m2, mask_g)
     else:
         if STEP == "normalize":
-            offs_part = tl.arange(0, BLOCK_PARTS)
-            mask = mask_g[:, None] & (offs_part < parts)[None, :]
-            offs = (offs_g[:, None] * parts + offs_part[None, :]) * 2
-            part_mean = tl.load(partial_ptr + offs, mask, other=0.0)
-            part_m2 = tl.load(partial_ptr + offs + 1, mask, other=0.0)
-            count = tl.where(mask, tl.minimum(P - offs_part * part_length, part_length)[None, :], 0).to(tl.float32)
-            mean = tl.sum(count * part_mean, axis=1) / P
-            off = tl.where(mask, part_mean - mean[:, None], 0.0)
-            m2 = tl.sum(part_m2 + GROUP_SIZE * count * off * off, axis=1)
-        rstd = 1.0 / tl.sqrt_rn(m2 / (GROUP_SIZE * P).to(tl.float32) + eps)
+            mean, m2 = moments_of_parts(partial_ptr, mask_g, offs_g, parts, part_length, P, GROUP_SIZE)
+        rstd = reciprocal_deviation(m2, P, eps, GROUP_SIZE)
         stride_yc = 1 if CHANNELS_LAST else P
         stride_yp = C if CHANNELS_LAST else 1
         y_ptr += n * C * P + c * stride_yc + p * stride_yp
@@ -190,6 +203,7 @@ class Configuration:
     part_length: int  # positions of a program
 
 
+@functools.lru_cache(maxsize=1024)  # a refusal and the launch ask for the same one
 def configuration(n: int, channels: int, positions: int, groups: int, channels_last: bool) -> Configuration:
     """One launch while a group, with the padding of its tile, is at most 49,152 numbers; else two.
 
@@ -197,6 +211,7 @@ def configuration(n: int, channels: int, positions: int, groups: int, channels_l
     group, 80 KB in 16 bits: the second walk fits an L1 cache of 256 KB). In channels_last the same group is 4,096
     pieces of 20 bytes padded from 10 lanes to 16; so two launches, over 12 groups: 240 bytes, 120 of 128 lanes.
     """
+    channels_last = channels_last or positions == 1  # there the channels are the long dimension
     size = channels // groups
     pow_c, pow_p = triton.next_power_of_2(size), triton.next_power_of_2(positions)
     one_tile = pow_c * pow_p <= 8192
@@ -218,46 +233,24 @@ def configuration(n: int, channels: int, positions: int, groups: int, channels_l
     return Configuration(split, tile_groups, block_c, block_p, num_warps, part_length)
 
 
-def _as_ncp(x):
-    """(P, stride_c, stride_p, channels_last) of x seen as [N, C, P]."""
-    positions, stride_p = 1, None
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        stride_p = stride if stride_p is None and size != 1 else stride_p
-        if size != 1 and stride != stride_p * positions:
-            raise NotImplementedError(f"group_norm_silu: the positions of strides {x.stride()} are not one dimension")
-        positions *= size
-    stride_c = x.stride(1) if x.shape[1] > 1 else 1
-    if stride_p is None:  # one position: the channels are the long dimension
-        stride_p = x.shape[1] if stride_c == 1 else 1
-    if stride_c != 1 and stride_p != 1:
-        raise NotImplementedError(f"group_norm_silu: strides {x.stride()} are unit in neither channels nor positions")
-    return positions, stride_c, stride_p, stride_p != 1
-
-
-def group_norm_silu(x, y, weight, bias, add, scale, shift, groups, eps, silu):
+def group_norm_silu(x, strides, channels_last, y, weight, bias, add, scale, shift, groups, eps, silu):
     """y = act((GroupNorm(x + add) * weight + bias) * (1 + scale) + shift), statistics in float32.
 
-    x                  [N, C, ...] float16 | bfloat16 | float32; unit stride in the channels or in the positions
+    x                  [N, C, ...] float16 | bfloat16 | float32, not empty
+    strides            of x seen as [N, C, P], unit in C where channels_last, else in P; below 2^31 inside a tile
     y                  as x, dense, in the layout of x
     weight, bias       [C], dense, or None                  dtype of x, or float32
     add, scale, shift  [N, C], unit stride in C, or None    dtype of x, or float32
-
-    Raises NotImplementedError for strides that are neither, or pass 2^31 inside a tile.
     """
-    if x.numel() == 0:
-        return
-    n, channels = x.shape[:2]
-    positions, stride_c, stride_p, channels_last = _as_ncp(x)
+    n, channels, positions = *x.shape[:2], x.shape[2:].numel()
     config = configuration(n, channels, positions, groups, channels_last)
-    if max(config.block_c * max(stride_c, positions), config.block_p * max(stride_p, channels)) >= 1 << 31:
-        raise NotImplementedError(f"group_norm_silu: strides {x.stride()} are too wide for 32-bit offsets in a tile")
     tiles, parts = triton.cdiv(groups, config.tile_groups), triton.cdiv(positions, config.part_length)
     partial = x.new_empty((n, groups, parts, 2), dtype=torch.float32) if config.split else None
     rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
     with torch.cuda.device_of(x):
         for step in ("moments", "normalize") if config.split else ("all",):
             group_norm_silu_kernel[(n * tiles * parts,)](
-                x, y, weight, bias, add, scale, shift, partial, x.stride(0), stride_c, stride_p, *rows,
+                x, y, weight, bias, add, scale, shift, partial, *strides, *rows,
                 channels, positions, tiles, parts, config.part_length, float(eps),
                 STEP=step, SILU=bool(silu), CHANNELS_LAST=channels_last, GROUP_SIZE=channels // groups,
                 TILE_GROUPS=config.tile_groups, BLOCK_G=triton.next_power_of_2(config.tile_groups),

@@ -6,12 +6,21 @@ are split over programs, and a small launch combines the parts' sums, in a fixed
 Source: Wu & He 2018, section 3, differentiated; Chan et al. 1983 for the moments.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
-from ldmfast.kernels.group_norm_silu import BLOCK_PARTS, Configuration, _as_ncp, _load, _members, _moments
+from ldmfast.kernels.group_norm_silu import (
+    BLOCK_PARTS,
+    Configuration,
+    group_members,
+    group_moments,
+    load_tile,
+    moments_of_parts,
+    reciprocal_deviation,
+)
 from ldmfast.kernels.group_norm_silu import configuration as forward_configuration
 
 
@@ -40,7 +49,7 @@ def _terms(
     SILU: tl.constexpr,
 ):  # fmt: skip
     """xhat and g = dL/dz, [BLOCK_C, BLOCK_P]; g is zero where there is no element."""
-    x = _load(x_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p)
+    x = load_tile(x_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p)
     offs = lane_c[:, None] * stride_yc + lane_p[None, :] * stride_yp
     g = tl.load(dy_ptr + offs, mask_c[:, None] & mask_p[None, :], other=0.0).to(tl.float32)
     xhat = (x - mean[:, None]) * rstd[:, None]
@@ -102,21 +111,6 @@ def _write_dx(
 
 
 @triton.jit
-def _from_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, eps, GROUP_SIZE: tl.constexpr):
-    # mean and 1 / std of each group, [BLOCK_G], from the parts' moments
-    offs_part = tl.arange(0, BLOCK_PARTS)
-    mask = mask_g[:, None] & (offs_part < parts)[None, :]
-    offs = (offs_g[:, None] * parts + offs_part[None, :]) * 2
-    part_mean = tl.load(moments_ptr + offs, mask, other=0.0)
-    part_m2 = tl.load(moments_ptr + offs + 1, mask, other=0.0)
-    count = tl.where(mask, tl.minimum(P - offs_part * part_length, part_length)[None, :], 0).to(tl.float32)
-    mean = tl.sum(count * part_mean, axis=1) / P
-    off = tl.where(mask, part_mean - mean[:, None], 0.0)
-    m2 = tl.sum(part_m2 + GROUP_SIZE * count * off * off, axis=1)
-    return mean, 1.0 / tl.sqrt_rn(m2 / (GROUP_SIZE * P).to(tl.float32) + eps)
-
-
-@triton.jit
 def _spread(member, groups):
     # [BLOCK_G] of the groups -> [BLOCK_C] of their channels; a mask, so that a NaN stays in its group
     return tl.sum(tl.where(member, groups[:, None], 0.0), axis=0)
@@ -136,10 +130,10 @@ def _combine(
 ):  # fmt: skip
     """The parts' sums to the channels' sums and each group's mean, 1 / std, mean_g and mean_gx."""
     lane_c, offs_part = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_PARTS)
-    member = _members(lane_c, channels, GROUP_SIZE, BLOCK_G)
+    member = group_members(lane_c, channels, GROUP_SIZE, BLOCK_G)
     mean_g = tl.zeros([BLOCK_G], tl.float32)
     mean_gx = tl.zeros([BLOCK_G], tl.float32)
-    inverse = 1.0 / (GROUP_SIZE * P).to(tl.float32)
+    inverse = 1.0 / tl.cast(GROUP_SIZE * P, tl.float32)
     for c in range(0, CHANNELS, BLOCK_C):
         mask_c = c + lane_c < channels
         gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
@@ -166,6 +160,64 @@ def _combine(
     tl.store(stats_ptr + offs_g * 4 + 1, rstd, mask_g)
     tl.store(stats_ptr + offs_g * 4 + 2, mean_g, mask_g)
     tl.store(stats_ptr + offs_g * 4 + 3, mean_gx, mask_g)
+
+
+@triton.jit
+def _sums(
+    x_ptr, dy_ptr, add_ptr,
+    sums_ptr,  # [3, N, C]: the channels' sums of g and g * xhat, where this program has all positions
+    parts_ptr,  # [3, N, parts, C]: where it has a part of them, those of xhat as well; else None
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, stride_xc, stride_xp, stride_yc, stride_yp,
+    member, channels, length, parts, P, NC, mean, rstd,
+    SILU: tl.constexpr, GROUP_SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr,
+):  # fmt: skip
+    """Writes the tile's sums; returns mean_g and mean_gx, [BLOCK_G], which mean something without parts."""
+    lane_c = tl.arange(0, BLOCK_C)
+    mean_c, rstd_c = _spread(member, mean), _spread(member, rstd)
+    mean_g = tl.zeros([BLOCK_G], tl.float32)
+    mean_gx = tl.zeros([BLOCK_G], tl.float32)
+    inverse = 1.0 / tl.cast(GROUP_SIZE * P, tl.float32)
+    for c in range(0, CHANNELS, BLOCK_C):
+        mask_c = c + lane_c < channels
+        gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
+        sum_g, sum_gx, sum_x = _channel_sums(
+            x_ptr + c * stride_xc, dy_ptr + c * stride_yc, add_ptr, c, lane_c, stride_xc, stride_xp,
+            stride_yc, stride_yp, mask_c, length, mean_c, rstd_c, gain, offset, SILU, BLOCK_C, BLOCK_P, EVEN_P,
+        )  # fmt: skip
+        if parts_ptr is not None:
+            tl.store(parts_ptr + c + lane_c, sum_g, mask_c)
+            tl.store(parts_ptr + parts * NC + c + lane_c, sum_gx, mask_c)
+            tl.store(parts_ptr + 2 * parts * NC + c + lane_c, sum_x, mask_c)
+        else:
+            tl.store(sums_ptr + c + lane_c, sum_g, mask_c)
+            tl.store(sums_ptr + NC + c + lane_c, sum_gx, mask_c)
+            mean_g += _gather(member, gain * sum_g) * inverse
+            mean_gx += _gather(member, gain * sum_gx) * inverse
+    return mean_g, mean_gx
+
+
+@triton.jit
+def _apply(
+    x_ptr, dy_ptr, dx_ptr, add_ptr,
+    sum_dx_ptr,  # [N, C], or None where another program adds them up
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, stride_xc, stride_xp, stride_yc, stride_yp,
+    member, channels, length, mean, rstd, mean_g, mean_gx,
+    SILU: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Writes the tile's dx, and its sums over the positions."""
+    lane_c = tl.arange(0, BLOCK_C)
+    mean_c, rstd_c = _spread(member, mean), _spread(member, rstd)
+    for c in range(0, CHANNELS, BLOCK_C):
+        mask_c = c + lane_c < channels
+        gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
+        sum_dx = _write_dx(
+            x_ptr + c * stride_xc, dy_ptr + c * stride_yc, dx_ptr + c * stride_yc, add_ptr, c, lane_c,
+            stride_xc, stride_xp, stride_yc, stride_yp, mask_c, length, mean_c, rstd_c, gain, offset,
+            _spread(member, mean_g), _spread(member, mean_gx), SILU, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
+        if sum_dx_ptr is not None:
+            tl.store(sum_dx_ptr + c + lane_c, sum_dx, mask_c)
 
 
 @triton.jit
@@ -198,17 +250,15 @@ def group_norm_silu_backward_kernel(
     dy_ptr += n * C * P + c0 * stride_yc + p0 * stride_yp
     dx_ptr += n * C * P + c0 * stride_yc + p0 * stride_yp
     sums_ptr += n * C + c0
-    NC = N.to(tl.int64) * C
+    NC = tl.cast(N, tl.int64) * C
     weight_ptr = weight_ptr + c0 if weight_ptr is not None else None
     bias_ptr = bias_ptr + c0 if bias_ptr is not None else None
     add_ptr = add_ptr + n * stride_add + c0 if add_ptr is not None else None
     scale_ptr = scale_ptr + n * stride_scale + c0 if scale_ptr is not None else None
     shift_ptr = shift_ptr + n * stride_shift + c0 if shift_ptr is not None else None
     lane_c, offs_g = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_G)
-    member = _members(lane_c, channels, GROUP_SIZE, BLOCK_G)
+    member = group_members(lane_c, channels, GROUP_SIZE, BLOCK_G)
     mask_g = offs_g * GROUP_SIZE < channels
-    mean_g = tl.zeros([BLOCK_G], tl.float32)
-    mean_gx = tl.zeros([BLOCK_G], tl.float32)
     if STEP != "all":
         group = n * (C // GROUP_SIZE) + tile * TILE_GROUPS
         moments_ptr += group * parts * 2
@@ -216,11 +266,11 @@ def group_norm_silu_backward_kernel(
         stats_ptr += group * 4
 
     if STEP == "all" or STEP == "moments":
-        mean, m2 = _moments(
+        mean, m2 = group_moments(
             x_ptr, add_ptr, stride_xc, stride_xp, channels, length,
             GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P, EVEN_P,
         )  # fmt: skip
-        rstd = 1.0 / tl.sqrt_rn(m2 / (GROUP_SIZE * P).to(tl.float32) + eps)
+        rstd = reciprocal_deviation(m2, P, eps, GROUP_SIZE)
         if STEP == "moments":
             tl.store(moments_ptr + (offs_g * parts + part) * 2, mean, mask_g)
             tl.store(moments_ptr + (offs_g * parts + part) * 2 + 1, m2, mask_g)
@@ -230,76 +280,56 @@ def group_norm_silu_backward_kernel(
         mean_g = tl.load(stats_ptr + offs_g * 4 + 2, mask_g, other=0.0)
         mean_gx = tl.load(stats_ptr + offs_g * 4 + 3, mask_g, other=0.0)
     else:
-        mean, rstd = _from_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, eps, GROUP_SIZE)
+        mean, m2 = moments_of_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, GROUP_SIZE)
+        rstd = reciprocal_deviation(m2, P, eps, GROUP_SIZE)
     if STEP == "combine":
         _combine(
             sums_ptr, parts_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd,
             offs_g, mask_g, channels, parts, C, P, NC, GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C,
         )  # fmt: skip
-    mean_c = _spread(member, mean)
-    rstd_c = _spread(member, rstd)
     if STEP == "all" or STEP == "sums":
-        inverse = 1.0 / (GROUP_SIZE * P).to(tl.float32)
-        for c in range(0, CHANNELS, BLOCK_C):
-            mask_c = c + lane_c < channels
-            gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
-            sum_g, sum_gx, sum_x = _channel_sums(
-                x_ptr + c * stride_xc, dy_ptr + c * stride_yc, add_ptr, c, lane_c, stride_xc, stride_xp,
-                stride_yc, stride_yp, mask_c, length, mean_c, rstd_c, gain, offset, SILU, BLOCK_C, BLOCK_P, EVEN_P,
-            )  # fmt: skip
-            if STEP == "sums":
-                to = parts_ptr + part * C + c + lane_c
-                tl.store(to, sum_g, mask_c)
-                tl.store(to + parts * NC, sum_gx, mask_c)
-                tl.store(to + 2 * parts * NC, sum_x, mask_c)
-            else:
-                tl.store(sums_ptr + c + lane_c, sum_g, mask_c)
-                tl.store(sums_ptr + NC + c + lane_c, sum_gx, mask_c)
-                mean_g += _gather(member, gain * sum_g) * inverse
-                mean_gx += _gather(member, gain * sum_gx) * inverse
+        mean_g, mean_gx = _sums(
+            x_ptr, dy_ptr, add_ptr, sums_ptr, parts_ptr + part * C if STEP == "sums" else None,
+            weight_ptr, bias_ptr, scale_ptr, shift_ptr, stride_xc, stride_xp, stride_yc, stride_yp,
+            member, channels, length, parts, P, NC, mean, rstd,
+            SILU, GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P, EVEN_P,
+        )  # fmt: skip
     if STEP == "all" or STEP == "apply":
-        for c in range(0, CHANNELS, BLOCK_C):
-            mask_c = c + lane_c < channels
-            gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
-            sum_dx = _write_dx(
-                x_ptr + c * stride_xc, dy_ptr + c * stride_yc, dx_ptr + c * stride_yc, add_ptr, c, lane_c,
-                stride_xc, stride_xp, stride_yc, stride_yp, mask_c, length, mean_c, rstd_c, gain, offset,
-                _spread(member, mean_g), _spread(member, mean_gx), SILU, BLOCK_C, BLOCK_P,
-            )  # fmt: skip
-            if STEP == "all":
-                tl.store(sums_ptr + 2 * NC + c + lane_c, sum_dx, mask_c)
+        _apply(
+            x_ptr, dy_ptr, dx_ptr, add_ptr, sums_ptr + 2 * NC if STEP == "all" else None,
+            weight_ptr, bias_ptr, scale_ptr, shift_ptr, stride_xc, stride_xp, stride_yc, stride_yp,
+            member, channels, length, mean, rstd, mean_g, mean_gx, SILU, CHANNELS, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)
 def configuration(n: int, channels: int, positions: int, groups: int, channels_last: bool) -> Configuration:
     """The forward's, with fewer numbers a thread where 16 warps share the registers: there are three more tiles.
 
     8, or 4 where an odd number of positions has every number accessed, and addressed, by itself.
     """
     config = forward_configuration(n, channels, positions, groups, channels_last)
-    tile = 4096 if channels_last or positions % 8 == 0 else 2048
+    tile = 4096 if channels_last or positions == 1 or positions % 8 == 0 else 2048
     most = max(tile // config.block_c, 1) if config.num_warps == 16 else config.block_p
     return replace(config, block_p=min(config.block_p, most))
 
 
-def group_norm_silu_backward(dy, x, dx, sums, weight, bias, add, scale, shift, groups, eps, silu):
+def group_norm_silu_backward(
+    dy, x, strides, channels_last, dx, sums, weight, bias, add, scale, shift, groups, eps, silu
+):
     """dx and, for each sample and channel, the sums over the positions of g, g * xhat and dx.
 
     dy, dx             [N, C, ...] dtype of x, dense, in the layout of x
-    x                  [N, C, ...] float16 | bfloat16 | float32; unit stride in the channels or in the positions
+    x                  [N, C, ...] float16 | bfloat16 | float32, not empty
+    strides            of x seen as [N, C, P], unit in C where channels_last, else in P; below 2^31 inside a tile
     sums               [3, N, C] float32, dense
     weight, bias       [C], dense, or None                  dtype of x, or float32
     add, scale, shift  [N, C], unit stride in C, or None    dtype of x, or float32
 
-    Deterministic. Raises NotImplementedError for strides that are neither, or pass 2^31 inside a tile.
+    Deterministic.
     """
-    if x.numel() == 0:
-        sums.zero_()
-        return
-    n, channels = x.shape[:2]
-    positions, stride_c, stride_p, channels_last = _as_ncp(x)
+    n, channels, positions = *x.shape[:2], x.shape[2:].numel()
     config = configuration(n, channels, positions, groups, channels_last)
-    if max(config.block_c * max(stride_c, positions), config.block_p * max(stride_p, channels)) >= 1 << 31:
-        raise NotImplementedError(f"group_norm_silu_backward: strides {x.stride()} pass 2^31 inside a tile")
     tiles, parts = triton.cdiv(groups, config.tile_groups), triton.cdiv(positions, config.part_length)
     scratch = (None, None, None)
     if config.split:
@@ -309,7 +339,7 @@ def group_norm_silu_backward(dy, x, dx, sums, weight, bias, add, scale, shift, g
     with torch.cuda.device_of(x):
         for step in ("moments", "sums", "combine", "apply") if config.split else ("all",):
             group_norm_silu_backward_kernel[(n * tiles * (1 if step == "combine" else parts),)](
-                dy, x, dx, sums, weight, bias, add, scale, shift, *scratch, x.stride(0), stride_c, stride_p, *rows,
+                dy, x, dx, sums, weight, bias, add, scale, shift, *scratch, *strides, *rows,
                 n, channels, positions, tiles, parts, config.part_length, float(eps),
                 STEP=step, SILU=bool(silu), CHANNELS_LAST=channels_last, GROUP_SIZE=channels // groups,
                 TILE_GROUPS=config.tile_groups, BLOCK_G=triton.next_power_of_2(config.tile_groups),

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _sinusoid(t, freqs_ptr, offs, mask, half, FLIP: tl.constexpr):
+def sinusoid(t, freqs_ptr, offs, mask, half, FLIP: tl.constexpr):
     # t [BLOCK_N], offs [BLOCK_K] -> [BLOCK_N, BLOCK_K]; past 2 * half, where an odd width ends, it is zero
     second = offs >= half
     freqs = tl.load(freqs_ptr + tl.where(second, offs - half, offs), mask & (offs < 2 * half), other=0.0)
@@ -45,7 +45,7 @@ def sinusoid_linear_silu_kernel(
         mask = (offs_f < F)[:, None] & mask_k[None, :]
         weight = tl.load(weight_ptr + offs_f.to(tl.int64)[:, None] * K + offs_k[None, :], mask, other=0.0)
         # rounded to the weights' dtype, as the layer's input is in the model
-        x = _sinusoid(t, freqs_ptr, offs_k, mask_k, half, FLIP).to(weight_ptr.dtype.element_ty).to(tl.float32)
+        x = sinusoid(t, freqs_ptr, offs_k, mask_k, half, FLIP).to(weight_ptr.dtype.element_ty).to(tl.float32)
         acc += tl.sum(x[:, None, :] * weight.to(tl.float32)[None, :, :], axis=2)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_f, offs_f < F, other=0.0).to(tl.float32)[None, :]
@@ -106,11 +106,9 @@ def timestep_mlp(t, freqs, w1, b1, w2, b2, out, flip_sin_to_cos, workspace):
 
     t          [N] float32           freqs  [dim // 2] float32
     w1         [F, dim], b1 [F]      w2     [E, F], b2 [E]     dense, one dtype; biases may be None
-    workspace  [N, F] float32        out    [N, E] dense
+    workspace  [N, F] float32        out    [N, E] dense, not empty
     """
     n, (f, dim), e = t.shape[0], w1.shape, w2.shape[0]
-    if n == 0 or e == 0:
-        return
     first, second = configuration(n, dim), configuration(n, f)
     with torch.cuda.device_of(w1):
         sinusoid_linear_silu_kernel[triton.cdiv(f, first.block_rows), triton.cdiv(n, first.block_n)](

@@ -7,7 +7,7 @@ forward. Everything between the launches is float32.
 import torch
 import triton
 import triton.language as tl
-from ldmfast.kernels.timestep_mlp import _sinusoid
+from ldmfast.kernels.timestep_mlp import sinusoid
 
 BLOCK_N, BLOCK_K, BLOCK_ROWS, BLOCK_E, BLOCK_F = 4, 128, 4, 64, 16
 
@@ -33,7 +33,7 @@ def hidden_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x = _sinusoid(t, freqs_ptr, offs_k, offs_k < K, half, FLIP).to(weight_ptr.dtype.element_ty).to(tl.float32)
+        x = sinusoid(t, freqs_ptr, offs_k, offs_k < K, half, FLIP).to(weight_ptr.dtype.element_ty).to(tl.float32)
         if tl.program_id(0) == 0:
             mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
             tl.store(input_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], x, mask)

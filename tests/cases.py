@@ -7,13 +7,14 @@ and the exact value computed from the inputs as rounded.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ldmfast import ops
-from ldmfast.ops.registry import OPS
+from ldmfast.ops.registry import BACKWARD_OPS, OPS, RANKS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
@@ -23,7 +24,7 @@ FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
 class Case:
     op: str
     label: str
-    make: Callable[[torch.dtype], tuple[tuple, dict]]  # dtype -> the public function's (args, kwargs)
+    make: Callable[..., tuple[tuple, dict]]  # make(dtype, N=...) -> the public function's (args, kwargs)
     big: bool = False  # too slow for interpreters
 
 
@@ -53,7 +54,7 @@ def group_norm(
     eps=1e-5,
     outlier=None,
 ):
-    def make(dtype):
+    def make(dtype, N=N):
         x = randn(N, C, H, W, dtype=dtype, mean=mean)
         if sliced == "channels":
             wide = randn(N, 2 * C, H, W, dtype=dtype, mean=mean)
@@ -82,7 +83,7 @@ def group_norm(
 
 
 def heads(N, L, S, H, D, *, mask=None, fused=False, scale=None, spread=1.0):
-    def make(dtype):
+    def make(dtype, N=N):
         if fused:  # q, k, v as slices of one projection
             q, k, v = randn(N, L, 3 * H * D, dtype=dtype).view(N, L, 3, H, D).unbind(2)
         else:
@@ -105,7 +106,7 @@ def heads(N, L, S, H, D, *, mask=None, fused=False, scale=None, spread=1.0):
 
 
 def timesteps(N, dim, F, E, *, kind=torch.int64, bias=True, **kwargs):
-    def make(dtype):
+    def make(dtype, N=N):
         t = torch.randint(0, 1000, (N,)) if kind is torch.int64 else torch.rand(N) * 999
         b1, b2 = (randn(F, dtype=dtype), randn(E, dtype=dtype)) if bias else (None, None)
         w1, w2 = randn(F, dim, dtype=dtype, std=dim**-0.5), randn(E, F, dtype=dtype, std=F**-0.5)
@@ -115,17 +116,17 @@ def timesteps(N, dim, F, E, *, kind=torch.int64, bias=True, **kwargs):
 
 
 def latents(*shape, guided=True, layout=None, alphas=(0.3, 0.5), noise=False, **kwargs):
-    def make(dtype):
-        sample = randn(*shape, dtype=dtype)
-        output = randn((2 if guided else 1) * shape[0], *shape[1:], dtype=dtype)
+    def make(dtype, N=shape[0]):
+        sample = randn(N, *shape[1:], dtype=dtype)
+        output = randn((2 if guided else 1) * N, *shape[1:], dtype=dtype)
         if layout:
             sample, output = layout(sample), layout(output)
         named = {"guidance": 7.5 if guided else None, **kwargs}
         if noise:
-            named |= {"noise": randn(*shape, dtype=dtype), "sigma": 0.2}
+            named |= {"noise": randn(N, *shape[1:], dtype=dtype), "sigma": 0.2}
         alpha_t, alpha_prev = alphas
         if alphas[0] == "table":
-            alpha_t, alpha_prev = torch.linspace(0.2, 0.5, shape[0]), torch.linspace(0.5, 0.9, shape[0])
+            alpha_t, alpha_prev = torch.linspace(0.2, 0.5, N), torch.linspace(0.5, 0.9, N)
         return (sample, output, alpha_t, alpha_prev), named
 
     return make
@@ -199,6 +200,47 @@ def _cases():
 
 
 CASES = tuple(_cases())
+
+# What the tests of the contract take: one small case an op, with most of its optional arguments, ...
+SMALL = {case.op: case for case in CASES if case.label in ("everything-contiguous", "mask-additive", "odd", "noise")}
+# ... and for gradcheck, which differentiates by differences, a tiny one in float64
+TINY: dict[str, Callable[[], tuple[tuple, dict]]] = {
+    "group_norm_silu": lambda: ((f64(2, 4, 2, 2), f64(4), f64(4), 2), {"add": f64(2, 4), "scale": f64(2, 4)}),
+    "attention": lambda: ((f64(1, 3, 2, 4), f64(1, 2, 2, 4), f64(1, 2, 2, 4)), {"mask": f64(3, 2)}),
+    "timestep_mlp": lambda: ((f64(2), f64(4, 4), f64(4), f64(3, 4), f64(3)), {"dim": 4}),
+    "ddim_step": lambda: ((f64(2, 3), f64(4, 3), 0.3, 0.6), {"guidance": 3.0, "noise": f64(2, 3), "sigma": 0.2}),
+}
+# arguments, by their place, whose gradient the backward op does not give: the reference does
+WITHOUT_GRADIENT = {"attention": {4}, "timestep_mlp": {0}, "ddim_step": {3}}
+
+
+def f64(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def names(op):
+    """Of the operator's arguments, without the backend's."""
+    return [argument.name for argument in getattr(torch.ops.ldmfast, op.name).default._schema.arguments][:-1]
+
+
+def backward_inputs(name, arguments, grads):
+    """The arguments of the gradient's op: the outputs' gradients, the forward's arguments, and outputs that it kept."""
+    op = OPS[name]
+    forward, grads = dict(zip(names(op), arguments, strict=True)), iter(grads)
+    outputs = iter(()) if not op._keeps_output else iter(tuples(op.reference(*arguments)))
+    missing = itertools.chain(grads, outputs)
+    return [forward[n] if n in forward else next(missing) for n in names(BACKWARD_OPS[f"{name}_backward"])]
+
+
+def home(backend: str) -> str:
+    """The kind of device to run it on here."""
+    return next(op.backends[backend].home for op in OPS.values() if backend in op.backends)
+
+
+def emulated(backend: str) -> bool:
+    """Whether it runs on the CPU here what was written for a GPU."""
+    found = next(op.backends[backend] for op in OPS.values() if backend in op.backends)
+    return RANKS[backend] < 0 or bool(found.devices) and "cuda" in found.devices and found.home == "cpu"
 
 
 def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:

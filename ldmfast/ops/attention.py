@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ldmfast.ops import native, triton_backend
+from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_tensors, short
 from ldmfast.ops.operator import Op
 
@@ -39,7 +39,7 @@ def _arguments(q, k, v, *, scale=None, mask=None):
     return q, k, v, scale, mask
 
 
-def _check(q, k, v, scale, mask):
+def check(q, k, v, scale, mask):
     for name, tensor, meaning in (("q", q, "[N, L, H, D]"), ("k", k, "[N, S, H, D]"), ("v", v, "[N, S, H, D]")):
         if tensor.dim() != 4:
             raise ValueError(f"{NAME}: {name} has shape {list(tensor.shape)}, expected {meaning}")
@@ -72,6 +72,13 @@ def _fake(q, *others):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
+def _example(dtype, device):
+    """Cross-attention with a prompt's 77 keys."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, size, 8, 40, generator=generator).to(device, dtype) for size in (1024, 77, 77))
+    return _arguments(q, k, v)
+
+
 def _autocast(dtype, q, k, v, scale, mask):
     if q.dtype is torch.float64:
         return q, k, v, scale, mask
@@ -83,10 +90,11 @@ def _autocast(dtype, q, k, v, scale, mask):
 op = Op(
     NAME,
     "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> Tensor",
-    check=_check,
+    check=check,
     fake=_fake,
     autocast=_autocast,
     normalise=_arguments,
+    example=_example,
 )
 attention.op = op
 
@@ -108,7 +116,7 @@ def _reference(q, k, v, scale, mask):
     return out.masked_fill(dead, 0).transpose(1, 2).contiguous()
 
 
-def _expanded(mask, q, k) -> torch.Tensor | None:
+def expanded_mask(mask, q, k) -> torch.Tensor | None:
     """The mask as [N, H, L, S] by strides, nothing copied."""
     return None if mask is None else mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
 
@@ -129,7 +137,7 @@ def native_fields(q, k, v, scale, mask) -> dict:
     stride_qn, stride_ql, stride_qh, _ = q.stride()  # unit stride in D
     stride_kn, stride_ks, stride_kh, _ = k.stride()
     stride_vn, stride_vs, stride_vh, _ = v.stride()
-    mask = _expanded(mask, q, k)
+    mask = expanded_mask(mask, q, k)
     stride_mn, stride_mh, stride_ml, stride_ms = (0, 0, 0, 0) if mask is None else mask.stride()
     return {
         "q": q,
@@ -163,20 +171,19 @@ def native_fields(q, k, v, scale, mask) -> dict:
 native.register(op, _native)
 
 
-@op.backend("triton", devices={"cuda", "cpu"})
-def _triton(q, k, v, scale, mask):
-    from ldmfast.kernels.attention import attention as kernel
-
+def _triton(kernel, q, k, v, scale, mask):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or k.shape[1] == 0:
         return out.zero_()
-    kernel(q, k, v, out, _expanded(mask, q, k), scale)
+    kernel(q, k, v, out, expanded_mask(mask, q, k), scale)
     return out
 
 
-_triton.refuses(triton_backend.refuse)
-
-
-@_triton.refuses
+@triton_backend.register(op, _triton).refuses
 def _wide(q, *others):
-    return f"head width D={q.shape[3]} is over 256" if q.shape[3] > 256 else None
+    from ldmfast.kernels.attention import WIDEST
+
+    return f"head width D={q.shape[3]} is over {WIDEST}" if q.shape[3] > WIDEST else None
+
+
+speeds.register(op, lambda q, k, *others: {"L": q.shape[1], "S": k.shape[1], "D": q.shape[3]})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ldmfast.ops import native, triton_backend
-from ldmfast.ops.attention import _check as check_forward
-from ldmfast.ops.attention import _expanded, native_fields
+from ldmfast.ops.attention import check as check_forward
+from ldmfast.ops.attention import expanded_mask, native_fields
 from ldmfast.ops.attention import op as forward
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors, short
 from ldmfast.ops.operator import Op
@@ -55,7 +55,7 @@ op = Op(
 def _reference(dout, q, k, v, out, scale, mask):
     dq, dk, dv = (gradient.zero_() for gradient in _outputs(q, k))
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    mask = _expanded(mask, q, k)
+    mask = expanded_mask(mask, q, k)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq, dk, dv
     for n in range(q.shape[0]):
@@ -89,23 +89,19 @@ def _native(extension, dout, q, k, v, out, scale, mask):
 native.register(op, _native, lead=1)
 
 
-@op.backend("triton", devices={"cuda", "cpu"})
-def _triton(dout, q, k, v, out, scale, mask):
-    from ldmfast.kernels.attention_backward import attention_backward as kernel
-
+def _triton(kernel, dout, q, k, v, out, scale, mask):
     dq, dk, dv = _outputs(q, k)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    kernel(dout.contiguous(), q, k, v, out.contiguous(), dq, dk, dv, _expanded(mask, q, k), scale)
+    kernel(dout.contiguous(), q, k, v, out.contiguous(), dq, dk, dv, expanded_mask(mask, q, k), scale)
     return dq, dk, dv
 
 
-_triton.refuses(triton_backend.refuse)
-
-
-@_triton.refuses
+@triton_backend.register(op, _triton).refuses
 def _wide(dout, q, *others):
-    widest = 80 if q.dtype is torch.float32 else 160
+    from ldmfast.kernels.attention_backward import WIDEST
+
+    widest = WIDEST[q.element_size()]
     return f"head width D={q.shape[3]} is over {widest} in {short(q.dtype)}" if q.shape[3] > widest else None
 
 

@@ -134,7 +134,7 @@ def _table(sample, alpha_t, alpha_prev, sigma, prediction) -> torch.Tensor:
     return table if sample.dtype is torch.float64 else table.float()
 
 
-def _check(sample, model_output, coefficients, table, guidance, noise, clip):
+def check(sample, model_output, coefficients, table, guidance, noise, clip):
     if sample.dim() == 0:
         raise ValueError(f"{NAME}: sample has shape [], expected [N, ...]")
     require_float(NAME, "sample", sample)
@@ -157,20 +157,27 @@ def _check(sample, model_output, coefficients, table, guidance, noise, clip):
         raise ValueError(f"{NAME}: clip is {clip}, expected more than 0")
 
 
-def _layout(sample):
+def memory_layout(sample):
     if not sample.is_contiguous() and sample.dim() == 4 and sample.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
 
-def _empty(sample):
+def empty_output(sample):
     if sample.is_contiguous():
         return torch.empty_like(sample)
-    return torch.empty_like(sample, memory_format=_layout(sample))
+    return torch.empty_like(sample, memory_format=memory_layout(sample))
 
 
 def _fake(sample, *others):
-    return _empty(sample), _empty(sample)
+    return empty_output(sample), empty_output(sample)
+
+
+def _example(dtype, device):
+    """A latent of 512x512 pixels, with guidance."""
+    generator = torch.Generator().manual_seed(0)
+    sample, output = (torch.randn(N, 4, 64, 64, generator=generator).to(device, dtype) for N in (1, 2))
+    return _arguments(sample, output, 0.3, 0.5, guidance=7.5)
 
 
 def _autocast(dtype, *args):
@@ -181,10 +188,11 @@ op = Op(
     NAME,
     "(Tensor sample, Tensor model_output, float[] coefficients, Tensor? table, float? guidance, Tensor? noise, "
     "float? clip) -> (Tensor, Tensor)",
-    check=_check,
+    check=check,
     fake=_fake,
     autocast=_autocast,
     normalise=_arguments,
+    example=_example,
 )
 ddim_step.op = op
 
@@ -205,23 +213,23 @@ def _reference(sample, model_output, coefficients, table, guidance, noise, clip)
     prev = prev_x0 * x0 + prev_eps * (eps_x * x + eps_m * m)
     if noise is not None:
         prev = prev + sigma * noise.to(dtype)
-    return tuple(value.to(sample.dtype).contiguous(memory_format=_layout(sample)) for value in (prev, x0))
+    return tuple(value.to(sample.dtype).contiguous(memory_format=memory_layout(sample)) for value in (prev, x0))
 
 
-def _ready(sample, *others):
+def dense(sample, *others):
     """Every tensor dense in sample's layout and dtype, so that one index serves all."""
     if all(value is None or value.dtype is sample.dtype and value.is_contiguous() for value in (sample, *others)):
         return sample, *others  # the usual case, without a call into torch
     return [
-        None if value is None else value.to(sample.dtype).contiguous(memory_format=_layout(sample))
+        None if value is None else value.to(sample.dtype).contiguous(memory_format=memory_layout(sample))
         for value in (sample, *others)
     ]
 
 
 def _native(extension, sample, model_output, coefficients, table, guidance, noise, clip):
-    prev, x0 = _empty(sample), _empty(sample)
+    prev, x0 = empty_output(sample), empty_output(sample)
     if prev.numel():
-        sample, model_output, noise = _ready(sample, model_output, noise)
+        sample, model_output, noise = dense(sample, model_output, noise)
         fields = native_fields(sample, model_output, coefficients, table, guidance, clip)
         extension.ddim_step({"noise": noise, "prev": prev, "x0": x0, **fields}, *native.place(sample))
     return prev, x0
@@ -248,16 +256,13 @@ def native_fields(sample, model_output, coefficients, table, guidance, clip) -> 
 native.register(op, _native)
 
 
-@op.backend("triton", devices={"cuda", "cpu"})
-def _triton(sample, model_output, coefficients, table, guidance, noise, clip):
-    from ldmfast.kernels.ddim_step import ddim_step as kernel
-
-    prev, x0 = _empty(sample), _empty(sample)
+def _triton(kernel, sample, model_output, coefficients, table, guidance, noise, clip):
+    prev, x0 = empty_output(sample), empty_output(sample)
     if prev.numel():
-        sample, model_output, noise = _ready(sample, model_output, noise)
+        sample, model_output, noise = dense(sample, model_output, noise)
         table = None if table is None else table.contiguous()
         kernel(sample, model_output, noise, prev, x0, coefficients, table, guidance, clip)
     return prev, x0
 
 
-_triton.refuses(triton_backend.refuse)
+triton_backend.register(op, _triton)

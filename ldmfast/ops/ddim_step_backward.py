@@ -6,8 +6,8 @@ import torch
 
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
-from ldmfast.ops.ddim_step import _check as check_forward
-from ldmfast.ops.ddim_step import _empty, _layout, _ready, native_fields
+from ldmfast.ops.ddim_step import check as check_forward
+from ldmfast.ops.ddim_step import dense, empty_output, memory_layout, native_fields
 from ldmfast.ops.ddim_step import op as forward
 from ldmfast.ops.operator import Op
 
@@ -36,9 +36,9 @@ def _check(dprev, dx0, sample, *others):
 
 def _outputs(sample, model_output, noise):
     like_model = torch.empty(
-        model_output.shape, dtype=sample.dtype, device=sample.device, memory_format=_layout(sample)
+        model_output.shape, dtype=sample.dtype, device=sample.device, memory_format=memory_layout(sample)
     )
-    return _empty(sample), like_model, sample.new_empty(0) if noise is None else _empty(sample)
+    return empty_output(sample), like_model, sample.new_empty(0) if noise is None else empty_output(sample)
 
 
 def _fake(dprev, dx0, sample, model_output, coefficients, table, guidance, noise, clip):
@@ -83,7 +83,7 @@ def _native(extension, dprev, dx0, sample, model_output, coefficients, table, gu
     dsample, dmodel_output, dnoise = gradients = _outputs(sample, model_output, noise)
     if sample.numel() == 0:
         return gradients
-    sample, model_output, dprev, dx0 = _ready(sample, model_output, dprev, dx0)
+    sample, model_output, dprev, dx0 = dense(sample, model_output, dprev, dx0)
     fields = native_fields(sample, model_output, coefficients, table, guidance, clip)
     fields |= {"dprev": dprev, "dx0": dx0, "dsample": dsample, "dmodel_output": dmodel_output}
     fields |= {"dnoise": None if noise is None else dnoise}
@@ -94,20 +94,17 @@ def _native(extension, dprev, dx0, sample, model_output, coefficients, table, gu
 native.register(op, _native, lead=2)
 
 
-@op.backend("triton", devices={"cuda", "cpu"})
-def _triton(dprev, dx0, sample, model_output, coefficients, table, guidance, noise, clip):
-    from ldmfast.kernels.ddim_step_backward import ddim_step_backward as kernel
-
+def _triton(kernel, dprev, dx0, sample, model_output, coefficients, table, guidance, noise, clip):
     gradients = _outputs(sample, model_output, noise)
     if sample.numel():
-        sample, model_output, dprev, dx0 = _ready(sample, model_output, dprev, dx0)
+        sample, model_output, dprev, dx0 = dense(sample, model_output, dprev, dx0)
         table = None if table is None else table.contiguous()
         dnoise = None if noise is None else gradients[2]
         kernel(dprev, dx0, sample, model_output, *gradients[:2], dnoise, coefficients, table, guidance, clip)
     return gradients
 
 
-_triton.refuses(triton_backend.refuse)
+triton_backend.register(op, _triton)
 
 
 @forward.gradient()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 
@@ -35,7 +37,7 @@ def _arguments(x, weight, bias, groups, eps=1e-5, *, silu=True, add=None, scale=
     return x, weight, bias, groups, eps, silu, add, scale, shift
 
 
-def _check(x, weight, bias, groups, eps, silu, add, scale, shift):
+def check(x, weight, bias, groups, eps, silu, add, scale, shift):
     if x.dim() < 2:
         raise ValueError(f"{NAME}: x has shape {list(x.shape)}, expected [N, C, ...]")
     require_float(NAME, "x", x)
@@ -52,12 +54,12 @@ def _check(x, weight, bias, groups, eps, silu, add, scale, shift):
         require_shape(NAME, name, tensor, (N, C), "[N, C]")
 
 
-def _output(x: torch.Tensor) -> torch.Tensor:
+def empty_output(x: torch.Tensor) -> torch.Tensor:
     """Dense, in the layout of x: channels_last where x has its channels innermost, else contiguous."""
-    return torch.empty_like(x, memory_format=_layout(x))
+    return torch.empty_like(x, memory_format=memory_layout(x))
 
 
-def _layout(x: torch.Tensor) -> torch.memory_format:
+def memory_layout(x: torch.Tensor) -> torch.memory_format:
     # by strides, not is_contiguous: slices keep their layout too, and at H = W = 1 or C = 1 both layouts are the same
     if x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1 and not x.is_contiguous():
         return torch.channels_last
@@ -65,7 +67,16 @@ def _layout(x: torch.Tensor) -> torch.memory_format:
 
 
 def _fake(x, *others):
-    return _output(x)
+    return empty_output(x)
+
+
+def _example(dtype, device):
+    """The first level's, with the time embedding."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, add = (
+        torch.randn(shape, generator=generator).to(device, dtype) for shape in ((2, 320, 64, 64), 320, 320, (2, 320))
+    )
+    return _arguments(x.contiguous(memory_format=torch.channels_last), weight, bias, 32, add=add)
 
 
 def _autocast(dtype, *args):
@@ -76,10 +87,11 @@ op = Op(
     NAME,
     "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, Tensor? add, Tensor? scale, "
     "Tensor? shift) -> Tensor",
-    check=_check,
+    check=check,
     fake=_fake,
     autocast=_autocast,
     normalise=_arguments,
+    example=_example,
 )
 group_norm_silu.op = op
 
@@ -100,25 +112,36 @@ def _reference(x, weight, bias, groups, eps, silu, add, scale, shift):
     if shift is not None:
         y = y + per_channel(shift)
     y = F.silu(y) if silu else y
-    return y.contiguous(memory_format=_layout(x)) if y.numel() else _output(x).copy_(y)  # keeps autograd's way back
+    if y.numel() == 0:
+        return empty_output(x).copy_(y)  # keeps autograd's way back
+    return y.contiguous(memory_format=memory_layout(x))
 
 
-def _kernel_layout(x: torch.Tensor) -> tuple[torch.Tensor, bool, tuple[int, int, int]]:
-    """x as kernels take it (copied only if its pixels have no common stride), channels_last?, strides of [N, C, P]."""
-    channels_last = _layout(x) is torch.channels_last
+def _ncp_strides(x: torch.Tensor) -> tuple[int, int, int] | None:
+    """The strides of x seen as [N, C, P], unit in C or in P; None where no view of x has such."""
     if x.dim() == 2:
-        return x, False, (x.stride(0), x.stride(1), 1)
+        return x.stride(0), x.stride(1), 1
     last, pixels = x.stride(-1), 1
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size > 1 and stride != last * pixels:
-            return _kernel_layout(x.contiguous(memory_format=_layout(x)))
+            return None
         pixels *= size
-    if not channels_last and last != 1 and pixels > 1:
-        return _kernel_layout(x.contiguous())
-    return x, channels_last, (x.stride(0), x.stride(1), last if pixels > 1 else 1)
+    if last != 1 and pixels > 1 and memory_layout(x) is not torch.channels_last:
+        return None
+    return x.stride(0), x.stride(1), last if pixels > 1 else 1
 
 
-def _common(like: torch.Tensor, *tensors):
+def as_ncp(x: torch.Tensor) -> tuple[torch.Tensor, bool, tuple[int, int, int]]:
+    """x as kernels take it (copied only if its pixels have no common stride), channels_last?, strides of [N, C, P]."""
+    layout = memory_layout(x)
+    strides = _ncp_strides(x)
+    if strides is None:
+        x = x.contiguous(memory_format=layout)
+        strides = _ncp_strides(x)
+    return x, layout is torch.channels_last, strides
+
+
+def in_one_dtype(like: torch.Tensor, *tensors):
     """The tensors in one dtype (the first one's if they agree, else float32) with unit stride in C, and that dtype."""
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None} or {like.dtype}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -133,7 +156,7 @@ def _common(like: torch.Tensor, *tensors):
 
 
 def _native(extension, x, *others):
-    y = _output(x)
+    y = empty_output(x)
     if y.numel():
         fields = native_fields(x, *others)
         fields["y"] = y
@@ -143,9 +166,9 @@ def _native(extension, x, *others):
 
 def native_fields(x, weight, bias, groups, eps, silu, add, scale, shift) -> dict:
     """GroupNormSiluArgs of csrc/ops.h but for y; the gradient's struct has these fields, too."""
-    x, channels_last, (stride_xn, stride_xc, stride_xp) = _kernel_layout(x)
-    (weight, bias), param_dtype = _common(x, weight, bias)
-    (add, scale, shift), mod_dtype = _common(x, add, scale, shift)
+    x, channels_last, (stride_xn, stride_xc, stride_xp) = as_ncp(x)
+    (weight, bias), param_dtype = in_one_dtype(x, weight, bias)
+    (add, scale, shift), mod_dtype = in_one_dtype(x, add, scale, shift)
     N, C = x.shape[:2]
     return {
         "x": x,
@@ -176,17 +199,26 @@ def native_fields(x, weight, bias, groups, eps, silu, add, scale, shift) -> dict
 native.register(op, _native)
 
 
-@op.backend("triton", devices={"cuda", "cpu"})
-def _triton(x, weight, bias, groups, eps, silu, add, scale, shift):
-    from ldmfast.kernels.group_norm_silu import group_norm_silu as kernel
-
-    y = _output(x)
+def _triton(kernel, x, weight, bias, groups, eps, silu, add, scale, shift):
+    y = empty_output(x)
     if y.numel():
-        x, channels_last, _ = _kernel_layout(x)
-        (weight, bias), _ = _common(x, weight, bias)
-        (add, scale, shift), _ = _common(x, add, scale, shift)
-        kernel(x, y, weight, bias, add, scale, shift, groups, eps, silu)
+        x, channels_last, strides = as_ncp(x)
+        (weight, bias), _ = in_one_dtype(x, weight, bias)
+        (add, scale, shift), _ = in_one_dtype(x, add, scale, shift)
+        kernel(x, strides, channels_last, y, weight, bias, add, scale, shift, groups, eps, silu)
     return y
 
 
-_triton.refuses(triton_backend.refuse)
+def too_wide(x: torch.Tensor, groups: int, kernels: str) -> str | None:
+    """Triton's refusal for strides that a tile of this kernel file cannot reach with 32 bits."""
+    if x.numel() == 0:
+        return None
+    module = importlib.import_module(f"ldmfast.kernels.{kernels}")
+    N, C, P = *x.shape[:2], x.shape[2:].numel()
+    _, stride_c, stride_p = _ncp_strides(x) or (0, 0, 0)  # of the copy, as of the output: at most C and P
+    config = module.configuration(N, C, P, groups, memory_layout(x) is torch.channels_last)
+    widest = max(config.block_c * max(stride_c, P), config.block_p * max(stride_p, C))
+    return f"x of strides {x.stride()} reaches past 2^31 inside a tile" if widest >= 1 << 31 else None
+
+
+triton_backend.register(op, _triton).refuses(lambda x, weight, bias, groups, *others: too_wide(x, groups, NAME))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ldmfast.ops import native, triton_backend
+from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
-from ldmfast.ops.group_norm_silu import _check as check_forward
-from ldmfast.ops.group_norm_silu import _common, _kernel_layout, _layout, _output, native_fields
+from ldmfast.ops.group_norm_silu import as_ncp, empty_output, in_one_dtype, memory_layout, native_fields, too_wide
+from ldmfast.ops.group_norm_silu import check as check_forward
 from ldmfast.ops.group_norm_silu import op as forward
 from ldmfast.ops.operator import Op
 
@@ -37,7 +37,7 @@ def _sums(x):
 
 
 def _fake(dy, x, *others):
-    return _output(x), _sums(x)
+    return empty_output(x), _sums(x)
 
 
 op = Op(
@@ -53,7 +53,7 @@ op = Op(
 @op.backend("torch")
 def _reference(dy, x, weight, bias, groups, eps, silu, add, scale, shift):
     if x.numel() == 0:
-        return _output(x), _sums(x).zero_()
+        return empty_output(x), _sums(x).zero_()
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     N, C = x.shape[:2]
 
@@ -75,15 +75,15 @@ def _reference(dy, x, weight, bias, groups, eps, silu, add, scale, shift):
     d = slope * g
     dx = rstd * (d - per_group(d) - xhat * per_group(d * xhat))
     sums = torch.stack([g.sum(2), (g * xhat).sum(2), dx.sum(2)])
-    return _output(x).copy_(dx.reshape(x.shape)), sums
+    return empty_output(x).copy_(dx.reshape(x.shape)), sums
 
 
 def _native(extension, dy, x, *others):
-    dx, sums = _output(x), _sums(x)
+    dx, sums = empty_output(x), _sums(x)
     if dx.numel() == 0:
         return dx, sums.zero_()
     fields = native_fields(x, *others)
-    fields |= {"dy": dy.contiguous(memory_format=_layout(x)), "dx": dx, "sums": sums}
+    fields |= {"dy": dy.contiguous(memory_format=memory_layout(x)), "dx": dx, "sums": sums}
     extension.group_norm_silu_backward(fields, *native.place(x))
     return dx, sums
 
@@ -91,22 +91,20 @@ def _native(extension, dy, x, *others):
 native.register(op, _native, lead=1)
 
 
-@op.backend("triton", devices={"cuda", "cpu"})
-def _triton(dy, x, weight, bias, groups, eps, silu, add, scale, shift):
-    from ldmfast.kernels.group_norm_silu_backward import group_norm_silu_backward as kernel
-
-    dx, sums = _output(x), _sums(x)
+def _triton(kernel, dy, x, weight, bias, groups, eps, silu, add, scale, shift):
+    dx, sums = empty_output(x), _sums(x)
     if dx.numel() == 0:
         return dx, sums.zero_()
-    dy = dy.contiguous(memory_format=_layout(x))
-    x = _kernel_layout(x)[0]
-    (weight, bias), _ = _common(x, weight, bias)
-    (add, scale, shift), _ = _common(x, add, scale, shift)
-    kernel(dy, x, dx, sums, weight, bias, add, scale, shift, groups, eps, silu)
+    dy = dy.contiguous(memory_format=memory_layout(x))
+    x, channels_last, strides = as_ncp(x)
+    (weight, bias), _ = in_one_dtype(x, weight, bias)
+    (add, scale, shift), _ = in_one_dtype(x, add, scale, shift)
+    kernel(dy, x, strides, channels_last, dx, sums, weight, bias, add, scale, shift, groups, eps, silu)
     return dx, sums
 
 
-_triton.refuses(triton_backend.refuse)
+triton_backend.register(op, _triton).refuses(lambda dy, x, weight, bias, groups, *others: too_wide(x, groups, NAME))
+speeds.register(op, lambda dy, x, *others: {"C": x.shape[1], "P": x.shape[2:].numel()}, lead=1)
 
 
 @forward.gradient()

@@ -52,7 +52,7 @@ def _arguments(t, w1, b1, w2, b2, *, dim, flip_sin_to_cos=True, downscale_freq_s
     return t, w1, b1, w2, b2, dim, flip_sin_to_cos, float(downscale_freq_shift), float(max_period)
 
 
-def _check(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+def check(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
     if t.dim() != 1:
         raise ValueError(f"{NAME}: t has shape {list(t.shape)}, expected [N]")
     if t.dtype is torch.bool or t.dtype.is_complex:
@@ -77,6 +77,15 @@ def _fake(t, w1, b1, w2, *others):
     return w1.new_empty(t.shape[0], w2.shape[0])
 
 
+def _example(dtype, device):
+    """SD1.5's, for guidance's two halves."""
+    generator = torch.Generator().manual_seed(0)
+    randn = functools.partial(torch.randn, generator=generator)
+    tensors = randn(1280, 320) * 320**-0.5, randn(1280), randn(1280, 1280) * 1280**-0.5, randn(1280)
+    t = torch.tensor([999, 1], device=device)
+    return _arguments(t, *(tensor.to(device, dtype) for tensor in tensors), dim=320)
+
+
 def _autocast(dtype, t, w1, b1, w2, b2, *others):
     if w1.dtype is torch.float64:
         return t, w1, b1, w2, b2, *others
@@ -87,10 +96,11 @@ op = Op(
     NAME,
     "(Tensor t, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int dim, bool flip_sin_to_cos, "
     "float downscale_freq_shift, float max_period) -> Tensor",
-    check=_check,
+    check=check,
     fake=_fake,
     autocast=_autocast,
     normalise=_arguments,
+    example=_example,
 )
 timestep_mlp.op = op
 
@@ -108,7 +118,7 @@ def _frequencies_on(device, dim, downscale_freq_shift, max_period):
         return frequencies(dim, downscale_freq_shift, max_period).to(device)
 
 
-def _sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+def sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
     freqs = frequencies(dim, downscale_freq_shift, max_period, dtype).to(t.device)
     angles = t.to(dtype)[:, None] * freqs
     parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
@@ -118,11 +128,11 @@ def _sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
 @op.backend("torch")
 def _reference(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
     dtype = torch.float64 if w1.dtype is torch.float64 else torch.float32
-    embedding = _sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period).to(w1.dtype)
+    embedding = sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period).to(w1.dtype)
     return F.linear(F.silu(F.linear(embedding, w1, b1)), w2, b2)
 
 
-def _ready(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period):
+def kernel_inputs(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period):
     freqs = _frequencies_on(w1.device, dim, downscale_freq_shift, max_period)
     b1, b2 = (None if bias is None else bias.contiguous() for bias in (b1, b2))
     return t.to(torch.float32).contiguous(), freqs, w1.contiguous(), b1, w2.contiguous(), b2
@@ -132,7 +142,7 @@ def _native(extension, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_s
     out = w1.new_empty(t.shape[0], w2.shape[0])
     if out.numel() == 0:
         return out
-    t, freqs, w1, b1, w2, b2 = _ready(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period)
+    t, freqs, w1, b1, w2, b2 = kernel_inputs(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period)
     fields = native_fields(t, freqs, w1, b1, w2, dim, flip_sin_to_cos)
     extension.timestep_mlp({"b2": b2, "out": out, **fields}, *native.place(w1))
     return out
@@ -158,15 +168,12 @@ def native_fields(t, freqs, w1, b1, w2, dim, flip_sin_to_cos) -> dict:
 native.register(op, _native, lead=1)
 
 
-@op.backend("triton", devices={"cuda", "cpu"})
-def _triton(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
-    from ldmfast.kernels.timestep_mlp import timestep_mlp as kernel
-
+def _triton(kernel, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
     out = w1.new_empty(t.shape[0], w2.shape[0])
     if out.numel():
         hidden = torch.empty(t.shape[0], w1.shape[0], dtype=torch.float32, device=w1.device)
-        kernel(*_ready(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period), out, flip_sin_to_cos, hidden)
+        kernel(*kernel_inputs(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period), out, flip_sin_to_cos, hidden)
     return out
 
 
-_triton.refuses(triton_backend.refuse)
+triton_backend.register(op, _triton)

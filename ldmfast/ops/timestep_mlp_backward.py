@@ -7,8 +7,8 @@ import torch
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_shape, require_tensors
 from ldmfast.ops.operator import Op
-from ldmfast.ops.timestep_mlp import _check as check_forward
-from ldmfast.ops.timestep_mlp import _ready, _sinusoid, native_fields
+from ldmfast.ops.timestep_mlp import check as check_forward
+from ldmfast.ops.timestep_mlp import kernel_inputs, native_fields, sinusoid
 from ldmfast.ops.timestep_mlp import op as forward
 
 NAME = "timestep_mlp_backward"
@@ -54,7 +54,7 @@ op = Op(
 def _reference(dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
     dtype = torch.float64 if w1.dtype is torch.float64 else torch.float32
     # rounded as the layers' input is
-    e = _sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period).to(w1.dtype).to(dtype)
+    e = sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period).to(w1.dtype).to(dtype)
     dout, w1_, w2_ = dout.to(dtype), w1.to(dtype), w2.to(dtype)
     a = e @ w1_.mT + (0.0 if b1 is None else b1.to(dtype))
     sigmoid = a.sigmoid()
@@ -67,7 +67,7 @@ def _native(extension, dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_
     dw1, db1, dw2, db2 = gradients = _outputs(w1, w2)
     if dout.numel() == 0 or w1.numel() == 0:
         return tuple(gradient.zero_() for gradient in gradients)
-    t, freqs, w1, b1, w2, _ = _ready(t, w1, b1, w2, None, dim, downscale_freq_shift, max_period)
+    t, freqs, w1, b1, w2, _ = kernel_inputs(t, w1, b1, w2, None, dim, downscale_freq_shift, max_period)
     fields = native_fields(t, freqs, w1, b1, w2, dim, flip_sin_to_cos)
     fields |= {"dout": dout.contiguous(), "dw1": dw1, "db1": db1, "dw2": dw2, "db2": db2}
     extension.timestep_mlp_backward(fields, *native.place(w1))
@@ -77,19 +77,16 @@ def _native(extension, dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_
 native.register(op, _native, lead=2)
 
 
-@op.backend("triton", devices={"cuda", "cpu"})
-def _triton(dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
-    from ldmfast.kernels.timestep_mlp_backward import timestep_mlp_backward as kernel
-
+def _triton(kernel, dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
     gradients = _outputs(w1, w2)
     if dout.numel() == 0 or w1.numel() == 0:
         return tuple(gradient.zero_() for gradient in gradients)
-    t, freqs, w1, b1, w2, _ = _ready(t, w1, b1, w2, None, dim, downscale_freq_shift, max_period)
+    t, freqs, w1, b1, w2, _ = kernel_inputs(t, w1, b1, w2, None, dim, downscale_freq_shift, max_period)
     kernel(dout.contiguous(), t, freqs, w1, b1, w2, *gradients, flip_sin_to_cos)
     return gradients
 
 
-_triton.refuses(triton_backend.refuse)
+triton_backend.register(op, _triton)
 
 
 @forward.gradient()

@@ -1,12 +1,29 @@
-"""What refuses for every Triton kernel."""
+"""The Triton kernels: registered as backends, and what refuses for every one of them."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 
 import torch
+
+
+def register(op, function):
+    """Registers `function(kernel, *args)` as the op's backend, kernel being the launcher of its name in kernels/.
+
+    Returns the backend, for what it refuses beside the conditions that every Triton kernel has.
+    """
+    backend = op.backend("triton", devices={"cuda", "cpu"})(lambda *args: function(launcher(op.name), *args))
+    backend.refuses(refuse)
+    return backend
+
+
+@functools.cache
+def launcher(name: str):
+    """The kernel file's function, imported when it first runs: Triton may not be installed."""
+    return getattr(importlib.import_module(f"ldmfast.kernels.{name}"), name)
 
 
 def refuse(*args) -> str | None:

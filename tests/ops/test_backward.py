@@ -17,15 +17,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a run as a script
 
-from cases import CASES, DTYPES, FLOOR, exactly, tuples
-from test_ops_numbers import BACKENDS, SLOW, device_for, poisoned  # noqa: F401 - the fixture applies here too
+from cases import (
+    CASES,
+    DTYPES,
+    FLOOR,
+    SMALL,
+    TINY,
+    WITHOUT_GRADIENT,
+    backward_inputs,
+    emulated,
+    exactly,
+    home,
+    tuples,
+)
+from test_ops_numbers import BACKENDS, poisoned  # noqa: F401 - the fixture applies here too
 from torch.library import opcheck
 
 from ldmfast.ops.operator import Op
 from ldmfast.ops.registry import BACKWARD_OPS, OPS
 
-# what the backward ops have no gradient for: the reference gives it (checked in test_ops_contract.py)
-WITHOUT = {"attention": {4}, "timestep_mlp": {0}, "ddim_step": {3}, "group_norm_silu": set()}
 NEGLIGIBLE = 0.01  # a gradient smaller than this share of the largest one is held to that share's size
 
 
@@ -37,7 +47,7 @@ def differentiable(op, arguments):
     return [
         i
         for i, value in enumerate(arguments)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and i not in WITHOUT[op]
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and i not in WITHOUT_GRADIENT.get(op, ())
     ]
 
 
@@ -65,24 +75,16 @@ def prepared(case, dtype, device):
 
 
 def refusal(case, dtype, backend):
-    arguments, grads, *_ = prepared(case, dtype, device_for(backend))
-    return OPS[case.op].backends[backend].refusal(arguments) or backward_refusal(case.op, arguments, grads, backend)
-
-
-def backward_inputs(op, arguments, grads):
-    if op == "attention":
-        return *grads, *arguments[:3], OPS[op].reference(*arguments), *arguments[3:]
-    return *grads, *arguments
-
-
-def backward_refusal(op, arguments, grads, backend):
-    found = backward_op(op).backends.get(backend)
-    return found.refusal(backward_inputs(op, arguments, grads)) if found else f"{op}_backward has no such kernel"
+    arguments, grads, *_ = prepared(case, dtype, home(backend))
+    forward, backward = (op.backends.get(backend) for op in (OPS[case.op], backward_op(case.op)))
+    if forward is None or backward is None:
+        return f"{case.op}{'' if forward is None else '_backward'} has no such kernel"
+    return forward.refusal(arguments) or backward.refusal(backward_inputs(case.op, arguments, grads))
 
 
 def errors(case, dtype, backend):
     """(worst error over the gradients, its budget)"""
-    arguments, grads, exact, same = prepared(case, dtype, device_for(backend))
+    arguments, grads, exact, same = prepared(case, dtype, home(backend))
     ours = gradients(lambda *inputs: OPS[case.op](*inputs, backend), case.op, arguments, grads)
     largest = max((value.norm().item() for value in exact), default=0.0)
     worst = (0.0, 1.0)
@@ -106,14 +108,11 @@ def closed_form(monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [case for case in CASES if not case.big], ids=lambda case: f"{case.op}-{case.label}")
 def test_within_budget(case, backend, dtype):
-    with torch.device(device_for(backend)):
+    with torch.device(home(backend)):
         if reason := refusal(case, dtype, backend):
             pytest.skip(f"{backend}: {reason}")
         error, budget = errors(case, dtype, backend)
     assert error <= budget
-
-
-SMALL = {case.op: case for case in CASES if case.label in ("everything-contiguous", "mask-additive", "odd", "noise")}
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -125,13 +124,7 @@ def test_opcheck(name):
 @pytest.mark.parametrize("name", OPS)
 def test_gradcheck(name):
     """The closed form, in float64, against differences."""
-    x = functools.partial(torch.randn, dtype=torch.float64)
-    args, kwargs = {
-        "group_norm_silu": lambda: ((x(2, 4, 2, 2), x(4), x(4), 2), {"add": x(2, 4), "scale": x(2, 4)}),
-        "attention": lambda: ((x(1, 3, 2, 4), x(1, 2, 2, 4), x(1, 2, 2, 4)), {"mask": x(3, 2)}),
-        "timestep_mlp": lambda: ((x(2), x(4, 4), x(4), x(3, 4), x(3)), {"dim": 4}),
-        "ddim_step": lambda: ((x(2, 3), x(4, 3), 0.3, 0.6), {"guidance": 3.0, "noise": x(2, 3), "sigma": 0.2}),
-    }[name]()
+    args, kwargs = TINY[name]()
     arguments = list(OPS[name].normalise(*args, **kwargs))
     for i in differentiable(name, arguments):
         arguments[i].requires_grad_()
@@ -165,9 +158,9 @@ def worst_row(op, backend, dtype, big):
     """(worst (error, budget, label), cases that ran, the last refusal): nearest to its budget counts as worst."""
     worst, ran, reason = None, 0, None
     for case in CASES:
-        if case.op != op or case.big and not (big and backend not in SLOW):
+        if case.op != op or case.big and (not big or emulated(backend)):
             continue
-        with torch.device(device_for(backend)):
+        with torch.device(home(backend)):
             if refused := refusal(case, dtype, backend):
                 reason = refused
                 continue

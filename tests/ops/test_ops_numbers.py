@@ -14,23 +14,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a run as a script
 
-from cases import CASES, DTYPES, errors
+from cases import CASES, DTYPES, emulated, errors, home
 
-from ldmfast.ops.registry import OPS
+from ldmfast.ops.registry import OPS, RANKS
 
-# the interpreter runs in a pytest process of its own (tests/ops/test_triton.py); cuda needs a GPU
-BACKENDS = ("torch", "cpu", "cuda-host", "triton", "cuda")
-SLOW = ("cuda-host", "triton")
-
-
-def device_for(backend):
-    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+BACKENDS = tuple(reversed(RANKS))  # Triton's interpreter needs a process of its own (tests/ops/test_triton.py)
 
 
 def refusal(case, dtype, backend):
     args, kwargs = case.make(dtype)
-    arguments = OPS[case.op].normalise(*args, **kwargs)
-    return OPS[case.op].backends[backend].refusal(arguments)
+    op = OPS[case.op]
+    if backend not in op.backends:
+        return "it has no such kernel"
+    return op.backends[backend].refusal(op.normalise(*args, **kwargs))
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +42,11 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.label}")
 def test_within_budget(case, backend, dtype):
-    with torch.device(device_for(backend)):
+    with torch.device(home(backend)):
         reason = refusal(case, dtype, backend)
         if reason:
             pytest.skip(f"{backend}: {reason}")
-        if case.big and backend in SLOW and device_for(backend) == "cpu":
+        if case.big and emulated(backend):
             pytest.skip(f"{backend} is emulated here: the small shape of the same kind runs")
         error, budget = errors(case, dtype, backend)
     assert error <= budget
@@ -60,9 +56,9 @@ def worst_row(op, backend, dtype, big):
     """(worst (error, budget, label), cases that ran, the last refusal): nearest to its budget counts as worst."""
     worst, ran, reason = None, 0, None
     for case in CASES:
-        if case.op != op.name or case.big and not (big or backend in ("cpu", "cuda")):
+        if case.op != op.name or case.big and emulated(backend) and not big:
             continue
-        with torch.device(device_for(backend)):
+        with torch.device(home(backend)):
             refused = refusal(case, dtype, backend)
             if refused:
                 reason = refused

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ldmfast.kernels import attention, ddim_step, group_norm_silu, timestep_mlp  # noqa: E402
+from ldmfast.ops.group_norm_silu import as_ncp  # noqa: E402
+from ldmfast.ops.registry import BACKWARD_OPS, OPS  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
@@ -53,6 +55,11 @@ def group_norm_reference(x, weight, bias, add, scale, shift, groups, silu):
     return F.silu(y) if silu else y
 
 
+def launch_group_norm(x, *others):
+    x, channels_last, strides = as_ncp(x)
+    group_norm_silu.group_norm_silu(x, strides, channels_last, *others)
+
+
 GROUP_NORMS = {  # C, groups, H, W, whether it takes two launches: contiguous, channels_last
     "one tile": (1280, 32, 4, 4, False, False),
     "channels loop": (80, 8, 32, 64, False, False),
@@ -78,7 +85,7 @@ def test_group_norm_silu(name, last, dtype):
     weight, bias, add, scale, shift = (torch.randn(*shape).to(dtype) for shape in [(C,)] * 2 + [(1, C)] * 3)
     y = torch.full_like(x, float("nan"), memory_format=torch.channels_last if last else torch.contiguous_format)
     extra, silu = ((None, None, None), True) if dtype is torch.float32 else ((add, scale, shift), H > 4)
-    group_norm_silu.group_norm_silu(x, y, weight, bias, *extra, groups, 1e-5, silu)
+    launch_group_norm(x, y, weight, bias, *extra, groups, 1e-5, silu)
     check(y, group_norm_reference, x, weight, bias, *extra, groups, silu)
 
 
@@ -89,7 +96,7 @@ def test_group_norm_keeps_nan_in_its_group(last):
     x[0, 15, 3, 4] = float("nan")  # group 1 of 10 channels
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     y = torch.zeros_like(x)
-    group_norm_silu.group_norm_silu(x, y, None, None, None, None, None, 13, 1e-5, True)
+    launch_group_norm(x, y, None, None, None, None, None, 13, 1e-5, True)
     assert y[:, 10:20].isnan().all() and not y[:, :10].isnan().any() and not y[:, 20:].isnan().any()
 
 
@@ -99,14 +106,31 @@ def test_group_norm_moments_of_unlike_parts():
     x = torch.randn(1, 8, 128, 128)
     x[:, :, 64:] += 1000
     y = torch.full_like(x, float("nan"))
-    group_norm_silu.group_norm_silu(x, y, None, None, None, None, None, 2, 1e-5, False)
+    launch_group_norm(x, y, None, None, None, None, None, 2, 1e-5, False)
     check(y, lambda x: F.group_norm(x, 2), x)
 
 
-def test_group_norm_refuses_strides_that_no_tile_has():
-    x = torch.randn(2, 8, 6, 6)[:, ::2, :, ::2]
-    with pytest.raises(NotImplementedError, match="unit in neither|not one dimension"):
-        group_norm_silu.group_norm_silu(x, torch.empty(2, 4, 6, 3), None, None, None, None, None, 2, 1e-5, True)
+@interpreted
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_strides_past_32_bits_inside_a_tile_are_refused_before_the_choice(backward):
+    """In a sentence, so that another backend runs: 40 channels, in a tile of 64, far from each other."""
+    for stride, refused in ((1 << 24, False), (1 << 25, True)):
+        x = torch.empty_strided((1, 40, 2, 2), (0, stride, 2, 1), device="meta")  # of no memory
+        op, args = OPS["group_norm_silu"], (x, None, None, 1, 1e-5, True, None, None, None)
+        if backward:
+            op, args = BACKWARD_OPS["group_norm_silu_backward"], (x, *args)
+        reason = op.backends["triton"].reason(args)
+        assert (reason is not None) == refused and (not refused or "reaches past 2^31 inside a tile" in reason)
+
+
+@interpreted
+@pytest.mark.parametrize("name, widest", [("attention", 256), ("attention_backward", 80)])
+def test_wider_heads_are_refused_before_the_choice(name, widest):
+    for d, refused in ((widest, False), (widest + 1, True)):
+        q = torch.randn(1, 2, 1, d)
+        op, args = (OPS[name], (q, q, q)) if name in OPS else (BACKWARD_OPS[name], (q, q, q, q, q))
+        reason = op.backends["triton"].refusal((*args, 1.0, None))
+        assert (reason is not None) == refused and (not refused or f"D={d} is over {widest}" in reason)
 
 
 def attention_reference(q, k, v, mask, scale):
@@ -174,12 +198,6 @@ def test_attention_takes_the_lowest_number_for_no_infinity():
     out = poisoned(*q.shape, like=q)
     attention.attention(q, k, k, out, masks("lowest", 1, 2, 5, 90, torch.float32), 1.0)
     torch.testing.assert_close(out, k.mean(1, keepdim=True).expand_as(out))
-
-
-def test_attention_refuses_widths_over_256():
-    q = torch.randn(1, 2, 1, 257)
-    with pytest.raises(NotImplementedError, match="D=257"):
-        attention.attention(q, q, q, q.clone(), None, 1.0)
 
 
 def timestep_reference(t, w1, b1, w2, b2, freqs, dim, flip, rounded):

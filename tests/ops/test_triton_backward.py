@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ldmfast.kernels import attention_backward, group_norm_silu_backward  # noqa: E402
 from ldmfast.ops.attention import op as attention_op  # noqa: E402
 from ldmfast.ops.attention_backward import op as attention_backward_op  # noqa: E402
+from ldmfast.ops.group_norm_silu import as_ncp  # noqa: E402
 from ldmfast.ops.group_norm_silu_backward import op as group_norm_silu_backward_op  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,7 +65,9 @@ def test_group_norm_silu_backward(name):
     weight, bias, *rows = (torch.randn(*shape).to(dtype) for shape in [(C,)] * 2 + [(1, C)] * 3)
     rows = rows if modulated else [None] * 3
     dx, sums = poisoned(dy), torch.full((3, 1, C), float("nan"))
-    group_norm_silu_backward.group_norm_silu_backward(dy, x, dx, sums, weight, bias, *rows, groups, 1e-5, True)
+    x, channels_last, strides = as_ncp(x)
+    others = dx, sums, weight, bias, *rows, groups, 1e-5, True
+    group_norm_silu_backward.group_norm_silu_backward(dy, x, strides, channels_last, *others)
     args = (dy, x, weight, bias, groups, 1e-5, True, *rows)
     reference = group_norm_silu_backward_op.reference
     check((dx, *sums), unstack(reference(*args)), unstack(reference(*exactly(args))), dtype)
