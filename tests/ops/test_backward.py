@@ -17,19 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a run as a script
 
-from cases import (
-    CASES,
-    DTYPES,
-    FLOOR,
-    SMALL,
-    TINY,
-    WITHOUT_GRADIENT,
-    backward_inputs,
-    emulated,
-    exactly,
-    home,
-    tuples,
-)
+from cases import CASES, DTYPES, FLOOR, SMALL, TINY, WITHOUT_GRADIENT, backward_inputs, emulated, exactly, home, tuples
 from test_ops_numbers import BACKENDS, poisoned  # noqa: F401 - the fixture applies here too
 from torch.library import opcheck
 

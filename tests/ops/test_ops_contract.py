@@ -13,7 +13,7 @@ from cases import SMALL, TINY
 from torch.library import opcheck
 
 from ldmfast import ops
-from ldmfast.ops import native, registry
+from ldmfast.ops import registry
 from ldmfast.ops.registry import OPS
 
 

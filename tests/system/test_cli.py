@@ -147,23 +147,29 @@ def test_help_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
-def test_doctor_is_passed_its_arguments(monkeypatch):
-    import ldmfast.commands.doctor
+def test_doctor_is_a_command_like_the_others(monkeypatch, capsys):
+    from ldmfast.ops import self_check
 
-    monkeypatch.setattr(ldmfast.commands.doctor, "main", lambda argv: 7 if argv == ["--help"] else 1)
-    assert cli.main(["doctor", "--help"]) == 7
+    for right, code, said in ((True, 0, "everything that runs here is right"), (False, 1, "WRONG: see the rows")):
+        monkeypatch.setattr(self_check, "rows", lambda op, dtype, right=right: [(f"{op.name} {dtype}", right)])
+        assert cli.main(["doctor"]) == code
+        assert said in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["doctor", "--help"])
+    assert exit_.value.code == 0
+    assert "whether every op is right on this machine" in " ".join(capsys.readouterr().out.split())
 
 
-def test_doctor_checks_gradients(monkeypatch, capsys):
+def test_doctor_checks_gradients(monkeypatch):
     import torch
 
-    from ldmfast.commands import doctor
+    from ldmfast.ops import self_check
     from ldmfast.ops.registry import OPS
 
     op = OPS["ddim_step"]
     monkeypatch.setattr(op, "ranked", lambda: [op.backends["torch"]])
-    assert doctor._check_op(op, torch.float32)
-    assert "right: error" in (said := capsys.readouterr().out) and ", gradient " in said
-    monkeypatch.setattr(doctor, "_gradient_error", lambda *_: float("nan"))
-    assert not doctor._check_op(op, torch.float32)
-    assert "WRONG" in capsys.readouterr().out
+    ((row, right),) = self_check.rows(op, torch.float32)
+    assert right and "right: error" in row and ", gradient " in row
+    monkeypatch.setattr(self_check, "gradient_error", lambda *_: float("nan"))
+    ((row, right),) = self_check.rows(op, torch.float32)
+    assert not right and "WRONG" in row

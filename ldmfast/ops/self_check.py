@@ -1,0 +1,63 @@
+"""Every op and its gradient on its example, in every backend that does not refuse, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ldmfast.ops.operator import Op
+from ldmfast.ops.registry import RANKS, Backend
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def rows(op: Op, dtype: torch.dtype) -> Iterator[tuple[str, bool]]:
+    """A line for each backend, and whether it is right; one that refuses is not wrong."""
+    for backend in op.ranked():
+        if RANKS[backend.name] < 0:
+            continue
+        args = op.example(dtype, backend.home)
+        row = f"{op.name:<16} {str(dtype).removeprefix('torch.'):<9} {backend.name:<7}"
+        if reason := backend.refusal(args):
+            yield f"{row} refuses: {reason}", True
+            continue
+        error = output_error(op, backend, args)
+        right = error <= TOLERANCE[dtype]  # NaN is not
+        try:
+            gradient = gradient_error(op, backend.name, args)
+            right &= gradient <= TOLERANCE[dtype]
+            said = f", gradient {gradient:.1e}"
+        except NotImplementedError as reason:
+            said = f"; {reason}"
+        yield f"{row} {'right' if right else 'WRONG'}: error {error:.1e} against float64{said}", right
+
+
+def output_error(op: Op, backend: Backend, args) -> float:
+    """The worst of the outputs' errors, each as ||y - exact|| / ||exact||."""
+    exact = op.reference(*(value.double() if _is_float_tensor(value) else value for value in args))
+    got = backend.run(*args)
+    pairs = zip(*[value if isinstance(value, tuple) else (value,) for value in (got, exact)], strict=True)
+    return max(((y.double() - true).norm() / true.norm()).item() for y, true in pairs)
+
+
+def gradient_error(op: Op, name: str, args) -> float:
+    """The worst of the gradients of the outputs' sum of squares. Raises NotImplementedError where there is no kernel.
+
+    The sum is divided by the root of its length, so that float16 holds the gradients of x and of a bias alike.
+    """
+
+    def gradients(function, args):
+        args = [value.detach().requires_grad_() if _is_float_tensor(value) else value for value in args]
+        got = function(*args)
+        outputs = got if isinstance(got, tuple) else (got,)
+        wanted = [value for value in args if _is_float_tensor(value)]
+        return torch.autograd.grad([y.double().square().sum() / y.numel() ** 0.5 for y in outputs], wanted)
+
+    got = gradients(lambda *args: op(*args, name), args)
+    exact = gradients(op.reference, [value.double() if _is_float_tensor(value) else value for value in args])
+    return max(((g.double() - true).norm() / true.norm()).item() for g, true in zip(got, exact, strict=True))
+
+
+def _is_float_tensor(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
