@@ -93,6 +93,11 @@ def triton_launches(ops=tuple(CALLS)) -> list[Launch]:
         for label, args in CALLS[op]():
             with recorded(module, label, launches):
                 getattr(module, op)(*args)
+    return distinct(launches)
+
+
+def distinct(launches: list[Launch]) -> list[Launch]:
+    """Each compiled form once."""
     forms = {repr((launch.kernel.fn.__name__, specialise(launch), launch.options)): launch for launch in launches}
     return list(forms.values())
 

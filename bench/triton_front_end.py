@@ -18,9 +18,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]  # a bare c
 
 import torch  # noqa: E402
 from cases import CASES, DTYPES, backward_inputs, tuples  # noqa: E402
-from resources import Launch, recorded, specialise  # noqa: E402
+from resources import Launch, distinct, recorded, specialise  # noqa: E402
 
 from ldmfast.ops.registry import BACKWARD_OPS, OPS  # noqa: E402
+from ldmfast.ops.triton_backend import refuse  # noqa: E402 - whether it can run here, which is not asked
 
 
 def launches(cases=CASES, dtypes=DTYPES) -> list[Launch]:
@@ -35,20 +36,16 @@ def launches(cases=CASES, dtypes=DTYPES) -> list[Launch]:
                     arguments = OPS[case.op].normalise(*args, **kwargs)
                     grads = tuples(OPS[case.op].reference(*arguments))
                     _record(OPS[case.op], arguments, label, found)
-                    backward = BACKWARD_OPS[f"{case.op}_backward"]
-                    _record(backward, backward_inputs(case.op, arguments, grads), label, found)
-    return list({form(launch): launch for launch in found}.values())
+                    if backward := BACKWARD_OPS.get(f"{case.op}_backward"):
+                        _record(backward, backward_inputs(case.op, arguments, grads), label, found)
+    return distinct(found)
 
 
 def _record(op, arguments, label, found) -> None:
-    triton = op.backends["triton"]
-    if not any(condition(*arguments) for condition in triton.conditions[1:]):  # the first: whether it can run here
+    triton = op.backends.get("triton")
+    if triton and not any(condition(*arguments) for condition in triton.conditions if condition is not refuse):
         with recorded(importlib.import_module(f"ldmfast.kernels.{op.name}"), label, found):
             triton.run(*arguments)
-
-
-def form(launch: Launch) -> str:
-    return repr((launch.kernel.fn.__name__, specialise(launch), launch.options))
 
 
 def representatives(launches: list[Launch]) -> list[Launch]:

@@ -241,3 +241,100 @@ def test_import_touches_no_cuda():
     code = "import torch, ldmfast; ldmfast.ops; assert not torch.cuda.is_initialized()"
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+@pytest.fixture
+def fake_op():
+    """Three backends of one tensor, none of which refuses."""
+    from ldmfast.ops.registry import Choice
+
+    op = Choice("fake")
+    for name in ("cuda", "triton", "torch"):
+        op.backend(name)(lambda tensor, name=name: name)
+    return op
+
+
+@pytest.mark.parametrize(
+    "refuse, slower, runs",
+    [
+        ((), (), "cuda"),
+        ((), ("cuda",), "triton"),
+        (("triton",), ("cuda",), "torch"),
+        ((), ("cuda", "triton"), "torch"),
+        (("torch",), ("cuda", "triton"), "cuda"),  # no other is left: the best of the slow ones
+        (("cuda", "torch"), ("triton",), "triton"),
+    ],
+)
+def test_a_slower_backend_is_the_last_choice(fake_op, refuse, slower, runs):
+    for name in refuse:
+        fake_op.backends[name].refuses(lambda tensor: "not today")
+    for name in slower:
+        fake_op.backends[name].slower(lambda tensor: "torch is faster")
+    assert fake_op.select([x(1)]).name == runs
+
+
+def test_a_named_backend_runs_though_it_is_slower(fake_op):
+    fake_op.backends["cuda"].slower(lambda tensor: "torch is faster")
+    assert fake_op.select([x(1)], "cuda").name == "cuda"
+    with ops.use_backend("cuda"):
+        assert fake_op.select([x(1)]).name == "cuda"
+
+
+def on_a_gpu(op, monkeypatch, arch):
+    """Tensors of the CPU are taken for a GPU's, of this architecture."""
+    monkeypatch.delitem(op.backends, "cpu")
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(op.backends[name], "devices", None)
+        monkeypatch.setattr(op.backends[name], "conditions", [])
+    monkeypatch.setattr(op, "_automatic", {})
+    monkeypatch.setattr("ldmfast.ops.speeds.architecture", lambda device: arch)
+
+
+@pytest.mark.parametrize(
+    "arch, D, S, dtype, runs",
+    [
+        (90, 40, 4096, torch.float16, "cuda"),
+        (90, 64, 4096, torch.float16, "torch"),
+        (90, 128, 1024, torch.bfloat16, "torch"),
+        (90, 64, 77, torch.float16, "cuda"),  # a prompt's keys
+        (90, 64, 4096, torch.float32, "cuda"),
+        (80, 64, 4096, torch.float16, "cuda"),
+        (80, 256, 16, torch.float16, "cuda"),
+        (80, 512, 16, torch.bfloat16, "torch"),  # Triton refuses it
+        (80, 512, 16, torch.float32, "cuda"),
+        (None, 64, 4096, torch.float16, "cuda"),
+    ],
+)
+def test_attention_leaves_to_sdpa_what_it_does_faster(arch, D, S, dtype, runs, monkeypatch):
+    op = OPS["attention"]
+    on_a_gpu(op, monkeypatch, arch)
+    monkeypatch.setattr(
+        op.backends["triton"], "conditions", [lambda q, *others: "over 256" if q.shape[3] > 256 else None]
+    )
+    q, k = torch.empty(1, 1, 1, D, dtype=dtype), torch.empty(1, S, 1, D, dtype=dtype)
+    assert op.select((q, k, k, 1.0, None)).name == runs
+    said = ops.explain(ops.attention, q, k, k)
+    assert ("slower here: torch is faster (an estimate, not measured: H100" in said) == (runs == "torch")
+    assert f"{runs:<10} runs" in said
+    asked = ops.explain(ops.attention, q, k, k, backend="cuda")
+    assert ("cuda       runs (asked for), slower here" in asked) == (runs == "torch")
+
+
+def test_group_norms_gradient_is_tritons_where_triton_runs(monkeypatch):
+    op = registry.BACKWARD_OPS["group_norm_silu_backward"]
+    on_a_gpu(op, monkeypatch, 90)
+    args = (x(1, 8, 2, 2), x(1, 8, 2, 2), None, None, 2, 1e-5, True, None, None, None)
+    assert op.select(args).name == "triton"
+    monkeypatch.setattr(op.backends["triton"], "conditions", [lambda *args: "triton is not installed"])
+    assert op.select(args).name == "cuda"  # not the reference: it was compared with Triton
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_example_is_one_of_the_ops_inputs(name):
+    op = OPS[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        args = op.example(dtype, "cpu")
+        op.check(*args)
+        outputs = op.reference(*args)
+        for out in outputs if isinstance(outputs, tuple) else (outputs,):
+            assert out.dtype is dtype and out.isfinite().all()

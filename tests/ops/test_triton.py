@@ -267,6 +267,18 @@ def test_every_shipped_configuration_compiles_and_fits(resources):
     assert not [usage for usage in usages if usage.shared > limits[usage.arch]]
 
 
+@compiled
+def test_the_front_end_takes_what_is_one_for_a_constant(resources):
+    """A batch of one, one pixel, one key; `python bench/triton_front_end.py` takes every launch of cases.py through."""
+    import triton_front_end
+
+    chosen = triton_front_end.representatives(triton_front_end.launches(dtypes=(torch.float16, torch.float32)))
+    ones = {name for launch in chosen for name, value in launch.arguments.items() if type(value) is int and value == 1}
+    assert ones >= {"N", "P", "L", "S", "H"}
+    for launch in chosen:
+        triton_front_end.lower(launch)
+
+
 def self_attention_of_width_40(resources):
     launches = resources.triton_launches(["attention"])
     return next(launch for launch in launches if "40] x 4096 bfloat16" in launch.label)
