@@ -1,6 +1,6 @@
 """Every launch that tests/cases.py makes through Triton's front end, which needs no GPU: python to Triton's own IR.
 
-    python bench/triton_front_end.py            about a minute and a half
+    python bench/triton_front_end.py            about a minute
 
 Each case as it is and with a batch of one: Triton makes an int argument that is 1 a constant, which has fewer methods
 than a variable, so that a kernel can fail to compile at one shape only. Its interpreter does not see that.
