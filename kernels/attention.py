@@ -11,31 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def load_tile(ptr, rows, stride_row, length, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
-    # a [rows, cols] tile; FULL: every row exists. No mask at all where none is needed, so that copies stay asynchronous
-    offs = ptr + rows[:, None] * stride_row + cols[None, :]
-    if FULL and D == BLOCK_D:
-        return tl.load(offs)
-    elif FULL:
-        return tl.load(offs, (cols < D)[None, :], other=0.0)
-    elif D == BLOCK_D:
-        return tl.load(offs, (rows < length)[:, None], other=0.0)
-    else:
-        return tl.load(offs, (rows < length)[:, None] & (cols < D)[None, :], other=0.0)
-
-
-@triton.jit
-def add_mask(scores, mask_ptr, offs, inside, BOOL: tl.constexpr):
-    # scores in units of log2, the base of exp2
-    mask = tl.load(mask_ptr + offs, inside, other=0)
-    if BOOL:
-        return tl.where(mask != 0, scores, float("-inf"))
-    # float32's lowest number, which is no -inf, must not become one
-    mask = mask.to(tl.float32)
-    return scores + tl.where(mask == float("-inf"), mask, tl.maximum(mask * 1.4426950408889634, -3.4028234e38))
+from ldmfast.kernels.attention_tiles import add_mask, load_tile, split_width
 
 
 @triton.jit
@@ -170,14 +146,6 @@ class Configuration:
     block_n: int
     num_warps: int
     num_stages: int
-
-
-def split_width(d: int) -> tuple[int, int, int]:
-    """(D0, its tile, the rest's tile or 16): one or two tiles of powers of two, 16 or more, with the fewest columns."""
-    whole = max(triton.next_power_of_2(d), 16)
-    d0 = whole // 2
-    rest = max(triton.next_power_of_2(d - d0), 16) if d > d0 else 0
-    return (d0, d0, rest) if 0 < rest < d0 else (d, whole, 16)
 
 
 def configuration(d: int, rows: int, keys: int, itemsize: int, mask_rows: bool) -> Configuration:

@@ -13,116 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from ldmfast.kernels.attention import add_mask, load_tile, split_width
-
-
-@triton.jit
-def _product(a0, a1, b0, b1, TWO: tl.constexpr, PRECISION: tl.constexpr):
-    # a b^T over the width's one or two parts
-    product = tl.dot(a0, b0.T, input_precision=PRECISION)
-    if TWO:
-        product = tl.dot(a1, b1.T, product, input_precision=PRECISION)
-    return product
-
-
-@triton.jit
-def _load_parts(ptr, rows, stride_row, length, D0: tl.constexpr, D1: tl.constexpr, BLOCK_D0: tl.constexpr,
-                BLOCK_D1: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
-    part0 = load_tile(ptr, rows, stride_row, length, tl.arange(0, BLOCK_D0), D0, BLOCK_D0, FULL)
-    part1 = part0
-    if D1 > 0:
-        part1 = load_tile(ptr + D0, rows, stride_row, length, tl.arange(0, BLOCK_D1), D1, BLOCK_D1, FULL)
-    return part0, part1
-
-
-@triton.jit
-def _store_parts(ptr, part0, part1, rows, stride_row, length, D0: tl.constexpr, D1: tl.constexpr,
-                 BLOCK_D0: tl.constexpr, BLOCK_D1: tl.constexpr):  # fmt: skip
-    cols0, cols1 = tl.arange(0, BLOCK_D0), tl.arange(0, BLOCK_D1)
-    mask = (rows < length)[:, None]
-    offs = ptr + rows[:, None] * stride_row
-    tl.store(offs + cols0[None, :], part0.to(ptr.dtype.element_ty), mask & (cols0 < D0)[None, :])
-    if D1 > 0:
-        tl.store(offs + D0 + cols1[None, :], part1.to(ptr.dtype.element_ty), mask & (cols1 < D1)[None, :])
-
-
-@triton.jit
-def _rows_scores(
-    q0, q1, k_ptr, mask_ptr, stride_ks, stride_ml, stride_ms, lane_m, L, left, scale,
-    D0: tl.constexpr, D1: tl.constexpr, BLOCK_D0: tl.constexpr, BLOCK_D1: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr, MASK_ONE_ROW: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores of the queries against `left` keys from k_ptr on, [BLOCK_M, BLOCK_N], -inf past the last; and the keys."""
-    lane_n = tl.arange(0, BLOCK_N)
-    k0, k1 = _load_parts(k_ptr, lane_n, stride_ks, left, D0, D1, BLOCK_D0, BLOCK_D1, FULL)
-    scores = _product(q0, q1, k0, k1, D1 > 0, PRECISION) * scale
-    if MASK != "none":
-        offs, inside = lane_n[None, :] * stride_ms, (lane_n < left)[None, :]
-        if not MASK_ONE_ROW:
-            offs += lane_m[:, None] * stride_ml
-            inside &= (lane_m < L)[:, None]
-        scores = add_mask(scores, mask_ptr, offs, inside, MASK == "bool")
-    if not FULL:
-        scores = tl.where((lane_n < left)[None, :], scores, float("-inf"))
-    return scores, k0, k1
-
-
-@triton.jit
-def _head(blocks, H, BLOCK: tl.constexpr):
-    # sample, head and first row of this program's block; a head's blocks are neighbours, for the L2 cache
-    head = tl.program_id(0) // blocks
-    return (head // H).to(tl.int64), (head % H).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-
-
-@triton.jit
-def attention_statistics_kernel(
-    q_ptr, k_ptr, dout_ptr, out_ptr, mask_ptr,
-    rows_ptr,  # [3, N, H, L] float32: the largest score (+inf: none attended), 1 / sum, delta
-    stride_qn, stride_ql, stride_qh, stride_kn, stride_ks, stride_kh,  # in units of ALIGN
-    stride_mn, stride_mh, stride_ml, stride_ms,
-    N, L, S, H, blocks,
-    scale,  # times log2(e)
-    D: tl.constexpr, D0: tl.constexpr, BLOCK_D0: tl.constexpr, BLOCK_D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, MASK: tl.constexpr, MASK_ONE_ROW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    D1: tl.constexpr = D - D0
-    n, h, first = _head(blocks, H, BLOCK_M)
-    lane_m = tl.arange(0, BLOCK_M)
-    stride_ql, stride_ks = stride_ql * ALIGN, stride_ks * ALIGN
-    q_ptr += (n * stride_qn + h * stride_qh) * ALIGN + first * stride_ql
-    k_ptr += (n * stride_kn + h * stride_kh) * ALIGN
-    if MASK != "none":
-        mask_ptr += n * stride_mn + h * stride_mh + first * stride_ml
-    q0, q1 = _load_parts(q_ptr, lane_m, stride_ql, L - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, S, BLOCK_N):
-        scores, k0, k1 = _rows_scores(
-            q0, q1, k_ptr, mask_ptr, stride_ks, stride_ml, stride_ms, lane_m, L - first, S - start, scale,
-            D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, MASK_ONE_ROW, EVEN, PRECISION,
-        )  # fmt: skip
-        new = tl.maximum(top, tl.max(scores, axis=1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf would be NaN
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(scores - base[:, None]), axis=1)
-        top = new
-        k_ptr += BLOCK_N * stride_ks
-        if MASK != "none":
-            mask_ptr += BLOCK_N * stride_ms
-    # dense: dout and out
-    offs = ((n * L + first) * H + h) * D
-    do0, do1 = _load_parts(dout_ptr + offs, lane_m, H * D, L - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
-    o0, o1 = _load_parts(out_ptr + offs, lane_m, H * D, L - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
-    delta = tl.sum(do0.to(tl.float32) * o0.to(tl.float32), axis=1)
-    if D1 > 0:
-        delta += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), axis=1)
-    dead = top == float("-inf")
-    to = rows_ptr + (n * H + h) * L + first + lane_m
-    stride = tl.cast(N, tl.int64) * H * L
-    mask = lane_m < L - first
-    tl.store(to, tl.where(dead, float("inf"), top), mask)
-    tl.store(to + stride, tl.where(dead, 0.0, 1.0 / total), mask)
-    tl.store(to + 2 * stride, delta, mask)
+from ldmfast.kernels.attention_statistics import attention_statistics_kernel
+from ldmfast.kernels.attention_tiles import (
+    add_mask,
+    head_of_program,
+    load_parts,
+    product,
+    scores_of_rows,
+    split_width,
+    store_parts,
+)
 
 
 @triton.jit
@@ -140,7 +40,7 @@ def attention_backward_keys_kernel(
 ):  # fmt: skip
     """dk, dv or both of BLOCK_N keys, over a share of the queries: everything is transposed, [BLOCK_N, BLOCK_M]."""
     D1: tl.constexpr = D - D0
-    n, h, first = _head(blocks, H, BLOCK_N)
+    n, h, first = head_of_program(blocks, H, BLOCK_N)
     lane_n, lane_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     stride_ql, stride_ks, stride_vs = stride_ql * ALIGN, stride_ks * ALIGN, stride_vs * ALIGN
     begin = tl.program_id(1) * share
@@ -152,10 +52,10 @@ def attention_backward_keys_kernel(
     stride_rows = tl.cast(N, tl.int64) * H * L
     if MASK != "none":
         mask_ptr += n * stride_mn + h * stride_mh + first * stride_ms
-    k0, k1 = _load_parts(k_ptr, lane_n, stride_ks, S - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
+    k0, k1 = load_parts(k_ptr, lane_n, stride_ks, S - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
     v0, v1 = k0, k1
     if DK:
-        v0, v1 = _load_parts(v_ptr, lane_n, stride_vs, S - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
+        v0, v1 = load_parts(v_ptr, lane_n, stride_vs, S - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
     dk0 = tl.zeros([BLOCK_N, BLOCK_D0], tl.float32)
     dv0 = tl.zeros([BLOCK_N, BLOCK_D0], tl.float32)
     dk1, dv1 = dk0, dv0
@@ -164,8 +64,8 @@ def attention_backward_keys_kernel(
         dv1 = tl.zeros([BLOCK_N, BLOCK_D1], tl.float32)
     for start in range(begin, min(L, begin + share), BLOCK_M):
         left = L - start
-        q0, q1 = _load_parts(q_ptr, lane_m, stride_ql, left, D0, D1, BLOCK_D0, BLOCK_D1, EVEN)
-        scores = _product(k0, k1, q0, q1, D1 > 0, PRECISION) * factor
+        q0, q1 = load_parts(q_ptr, lane_m, stride_ql, left, D0, D1, BLOCK_D0, BLOCK_D1, EVEN)
+        scores = product(k0, k1, q0, q1, D1 > 0, PRECISION) * factor
         if MASK != "none":
             offs, inside = lane_n[:, None] * stride_ms, (lane_n < S - first)[:, None]
             if not MASK_ONE_ROW:
@@ -180,13 +80,13 @@ def attention_backward_keys_kernel(
         inverse = tl.load(rows_ptr + stride_rows + start + lane_m, lane_m < left, other=0.0)
         delta = tl.load(rows_ptr + 2 * stride_rows + start + lane_m, lane_m < left, other=0.0)
         p = tl.exp2(scores - top[None, :]) * inverse[None, :]
-        do0, do1 = _load_parts(dout_ptr, lane_m, H * D, left, D0, D1, BLOCK_D0, BLOCK_D1, EVEN)
+        do0, do1 = load_parts(dout_ptr, lane_m, H * D, left, D0, D1, BLOCK_D0, BLOCK_D1, EVEN)
         if DV:
             dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
             if D1 > 0:
                 dv1 = tl.dot(p.to(do0.dtype), do1, dv1, input_precision=PRECISION)
         if DK:
-            ds = (p * (_product(v0, v1, do0, do1, D1 > 0, PRECISION) - delta[None, :])).to(q0.dtype)
+            ds = (p * (product(v0, v1, do0, do1, D1 > 0, PRECISION) - delta[None, :])).to(q0.dtype)
             dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
             if D1 > 0:
                 dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
@@ -194,9 +94,9 @@ def attention_backward_keys_kernel(
         dout_ptr += BLOCK_M * H * D
     offs = (((tl.program_id(1) * tl.cast(N, tl.int64) + n) * S + first) * H + h) * D
     if DV:
-        _store_parts(dv_ptr + offs, dv0, dv1, lane_n, H * D, S - first, D0, D1, BLOCK_D0, BLOCK_D1)
+        store_parts(dv_ptr + offs, dv0, dv1, lane_n, H * D, S - first, D0, D1, BLOCK_D0, BLOCK_D1)
     if DK:
-        _store_parts(dk_ptr + offs, dk0 * scale, dk1 * scale, lane_n, H * D, S - first, D0, D1, BLOCK_D0, BLOCK_D1)
+        store_parts(dk_ptr + offs, dk0 * scale, dk1 * scale, lane_n, H * D, S - first, D0, D1, BLOCK_D0, BLOCK_D1)
 
 
 @triton.jit
@@ -213,7 +113,7 @@ def attention_backward_queries_kernel(
 ):  # fmt: skip
     """dq of BLOCK_M queries, over all keys."""
     D1: tl.constexpr = D - D0
-    n, h, first = _head(blocks, H, BLOCK_M)
+    n, h, first = head_of_program(blocks, H, BLOCK_M)
     lane_m, lane_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     stride_ql, stride_ks, stride_vs = stride_ql * ALIGN, stride_ks * ALIGN, stride_vs * ALIGN
     q_ptr += (n * stride_qn + h * stride_qh) * ALIGN + first * stride_ql
@@ -221,9 +121,9 @@ def attention_backward_queries_kernel(
     v_ptr += (n * stride_vn + h * stride_vh) * ALIGN
     if MASK != "none":
         mask_ptr += n * stride_mn + h * stride_mh + first * stride_ml
-    q0, q1 = _load_parts(q_ptr, lane_m, stride_ql, L - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
+    q0, q1 = load_parts(q_ptr, lane_m, stride_ql, L - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
     offs = ((n * L + first) * H + h) * D
-    do0, do1 = _load_parts(dout_ptr + offs, lane_m, H * D, L - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
+    do0, do1 = load_parts(dout_ptr + offs, lane_m, H * D, L - first, D0, D1, BLOCK_D0, BLOCK_D1, False)
     rows_ptr += (n * H + h) * L + first + lane_m
     stride_rows, mask = tl.cast(N, tl.int64) * H * L, lane_m < L - first
     top = tl.load(rows_ptr, mask, other=float("inf"))
@@ -234,13 +134,13 @@ def attention_backward_queries_kernel(
     if D1 > 0:
         dq1 = tl.zeros([BLOCK_M, BLOCK_D1], tl.float32)
     for start in range(0, S, BLOCK_N):
-        scores, k0, k1 = _rows_scores(
+        scores, k0, k1 = scores_of_rows(
             q0, q1, k_ptr, mask_ptr, stride_ks, stride_ml, stride_ms, lane_m, L - first, S - start, factor,
             D0, D1, BLOCK_D0, BLOCK_D1, BLOCK_N, MASK, MASK_ONE_ROW, EVEN, PRECISION,
         )  # fmt: skip
-        v0, v1 = _load_parts(v_ptr, lane_n, stride_vs, S - start, D0, D1, BLOCK_D0, BLOCK_D1, EVEN)
+        v0, v1 = load_parts(v_ptr, lane_n, stride_vs, S - start, D0, D1, BLOCK_D0, BLOCK_D1, EVEN)
         p = tl.exp2(scores - top[:, None]) * inverse[:, None]
-        ds = (p * (_product(do0, do1, v0, v1, D1 > 0, PRECISION) - delta[:, None])).to(k0.dtype)
+        ds = (p * (product(do0, do1, v0, v1, D1 > 0, PRECISION) - delta[:, None])).to(k0.dtype)
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if D1 > 0:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
@@ -248,7 +148,7 @@ def attention_backward_queries_kernel(
         v_ptr += BLOCK_N * stride_vs
         if MASK != "none":
             mask_ptr += BLOCK_N * stride_ms
-    _store_parts(dq_ptr + offs, dq0 * scale, dq1 * scale, lane_m, H * D, L - first, D0, D1, BLOCK_D0, BLOCK_D1)
+    store_parts(dq_ptr + offs, dq0 * scale, dq1 * scale, lane_m, H * D, L - first, D0, D1, BLOCK_D0, BLOCK_D1)
 
 
 @dataclass(frozen=True)

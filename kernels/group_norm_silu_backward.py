@@ -12,154 +12,20 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from ldmfast.kernels.group_norm_silu import (
-    BLOCK_PARTS,
-    Configuration,
+from ldmfast.kernels.group_norm_silu import Configuration
+from ldmfast.kernels.group_norm_silu import configuration as forward_configuration
+from ldmfast.kernels.group_norm_tiles import (
+    affine,
+    channel_sums,
+    combine,
+    gather,
     group_members,
     group_moments,
-    load_tile,
     moments_of_parts,
     reciprocal_deviation,
+    spread,
+    write_dx,
 )
-from ldmfast.kernels.group_norm_silu import configuration as forward_configuration
-
-
-@triton.jit
-def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, offs_c, mask_c):
-    # gain and offset, [BLOCK_C]: z = xhat * gain + offset
-    gain = tl.where(mask_c, 1.0, 0.0)
-    offset = tl.zeros_like(gain)
-    if weight_ptr is not None:
-        gain = tl.load(weight_ptr + offs_c, mask_c, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        offset += tl.load(bias_ptr + offs_c, mask_c, other=0.0).to(tl.float32)
-    if scale_ptr is not None:
-        scale = 1.0 + tl.load(scale_ptr + offs_c, mask_c, other=0.0).to(tl.float32)
-        gain *= scale
-        offset *= scale
-    if shift_ptr is not None:
-        offset += tl.load(shift_ptr + offs_c, mask_c, other=0.0).to(tl.float32)
-    return gain, offset
-
-
-@triton.jit
-def _terms(
-    x_ptr, dy_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, mask_p,
-    mean, rstd, gain, offset,  # [BLOCK_C]
-    SILU: tl.constexpr,
-):  # fmt: skip
-    """xhat and g = dL/dz, [BLOCK_C, BLOCK_P]; g is zero where there is no element."""
-    x = load_tile(x_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, mask_c, mask_p)
-    offs = lane_c[:, None] * stride_yc + lane_p[None, :] * stride_yp
-    g = tl.load(dy_ptr + offs, mask_c[:, None] & mask_p[None, :], other=0.0).to(tl.float32)
-    xhat = (x - mean[:, None]) * rstd[:, None]
-    if SILU:
-        z = xhat * gain[:, None] + offset[:, None]
-        sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        g *= sigmoid * (1.0 + z * (1.0 - sigmoid))
-    return xhat, g
-
-
-@triton.jit
-def _channel_sums(
-    x_ptr, dy_ptr, add_ptr, c, lane_c, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, length,
-    mean, rstd, gain, offset, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr,
-):  # fmt: skip
-    """Sums over the positions of g, g * xhat and xhat, [BLOCK_C] each."""
-    lane_p = tl.arange(0, BLOCK_P)
-    sum_g = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    sum_gx = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    sum_x = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    for p in range(0, length, BLOCK_P):
-        mask_p = lane_p < length - p
-        xhat, g = _terms(
-            x_ptr, dy_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, mask_p,
-            mean, rstd, gain, offset, SILU,
-        )  # fmt: skip
-        sum_g += g
-        sum_gx += g * xhat
-        sum_x += xhat if EVEN_P else tl.where(mask_p[None, :], xhat, 0.0)
-        x_ptr += BLOCK_P * stride_xp
-        dy_ptr += BLOCK_P * stride_yp
-    return tl.sum(sum_g, axis=1), tl.sum(sum_gx, axis=1), tl.sum(sum_x, axis=1)
-
-
-@triton.jit
-def _write_dx(
-    x_ptr, dy_ptr, dx_ptr, add_ptr, c, lane_c, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, length,
-    mean, rstd, gain, offset, mean_g, mean_gx,  # [BLOCK_C]
-    SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """dx = rstd * (gain * g - mean_g - xhat * mean_gx); returns its sum over the positions, [BLOCK_C]."""
-    lane_p = tl.arange(0, BLOCK_P)
-    total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    for p in range(0, length, BLOCK_P):
-        mask_p = lane_p < length - p
-        xhat, g = _terms(
-            x_ptr, dy_ptr, add_ptr, c, lane_c, lane_p, stride_xc, stride_xp, stride_yc, stride_yp, mask_c, mask_p,
-            mean, rstd, gain, offset, SILU,
-        )  # fmt: skip
-        dx = rstd[:, None] * (gain[:, None] * g - mean_g[:, None] - xhat * mean_gx[:, None])
-        inside = mask_c[:, None] & mask_p[None, :]
-        total += tl.where(inside, dx, 0.0)
-        offs = lane_c[:, None] * stride_yc + lane_p[None, :] * stride_yp
-        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), inside)
-        x_ptr += BLOCK_P * stride_xp
-        dy_ptr += BLOCK_P * stride_yp
-        dx_ptr += BLOCK_P * stride_yp
-    return tl.sum(total, axis=1)
-
-
-@triton.jit
-def _spread(member, groups):
-    # [BLOCK_G] of the groups -> [BLOCK_C] of their channels; a mask, so that a NaN stays in its group
-    return tl.sum(tl.where(member, groups[:, None], 0.0), axis=0)
-
-
-@triton.jit
-def _gather(member, channels):
-    # the sum over each group's channels: [BLOCK_C] -> [BLOCK_G]
-    return tl.sum(tl.where(member, channels[None, :], 0.0), axis=1)
-
-
-@triton.jit
-def _combine(
-    sums_ptr, parts_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd,
-    offs_g, mask_g, channels, parts, C, P, NC,
-    GROUP_SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The parts' sums to the channels' sums and each group's mean, 1 / std, mean_g and mean_gx."""
-    lane_c, offs_part = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_PARTS)
-    member = group_members(lane_c, channels, GROUP_SIZE, BLOCK_G)
-    mean_g = tl.zeros([BLOCK_G], tl.float32)
-    mean_gx = tl.zeros([BLOCK_G], tl.float32)
-    inverse = 1.0 / tl.cast(GROUP_SIZE * P, tl.float32)
-    for c in range(0, CHANNELS, BLOCK_C):
-        mask_c = c + lane_c < channels
-        gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
-        mask = (offs_part < parts)[:, None] & mask_c[None, :]
-        offs = offs_part[:, None] * C + (c + lane_c)[None, :]
-        sum_g = tl.sum(tl.load(parts_ptr + offs, mask, other=0.0), axis=0)
-        sum_gx = tl.sum(tl.load(parts_ptr + parts * NC + offs, mask, other=0.0), axis=0)
-        tl.store(sums_ptr + c + lane_c, sum_g, mask_c)
-        tl.store(sums_ptr + NC + c + lane_c, sum_gx, mask_c)
-        mean_g += _gather(member, gain * sum_g) * inverse
-        mean_gx += _gather(member, gain * sum_gx) * inverse
-    for c in range(0, CHANNELS, BLOCK_C):
-        mask_c = c + lane_c < channels
-        gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
-        mask = (offs_part < parts)[:, None] & mask_c[None, :]
-        offs = offs_part[:, None] * C + (c + lane_c)[None, :]
-        sum_g = tl.sum(tl.load(parts_ptr + offs, mask, other=0.0), axis=0)
-        sum_x = tl.sum(tl.load(parts_ptr + 2 * parts * NC + offs, mask, other=0.0), axis=0)
-        sum_dx = _spread(member, rstd) * (
-            gain * sum_g - P * _spread(member, mean_g) - sum_x * _spread(member, mean_gx)
-        )
-        tl.store(sums_ptr + 2 * NC + c + lane_c, sum_dx, mask_c)
-    tl.store(stats_ptr + offs_g * 4, mean, mask_g)
-    tl.store(stats_ptr + offs_g * 4 + 1, rstd, mask_g)
-    tl.store(stats_ptr + offs_g * 4 + 2, mean_g, mask_g)
-    tl.store(stats_ptr + offs_g * 4 + 3, mean_gx, mask_g)
 
 
 @triton.jit
@@ -174,14 +40,14 @@ def _sums(
 ):  # fmt: skip
     """Writes the tile's sums; returns mean_g and mean_gx, [BLOCK_G], which mean something without parts."""
     lane_c = tl.arange(0, BLOCK_C)
-    mean_c, rstd_c = _spread(member, mean), _spread(member, rstd)
+    mean_c, rstd_c = spread(member, mean), spread(member, rstd)
     mean_g = tl.zeros([BLOCK_G], tl.float32)
     mean_gx = tl.zeros([BLOCK_G], tl.float32)
     inverse = 1.0 / tl.cast(GROUP_SIZE * P, tl.float32)
     for c in range(0, CHANNELS, BLOCK_C):
         mask_c = c + lane_c < channels
-        gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
-        sum_g, sum_gx, sum_x = _channel_sums(
+        gain, offset = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
+        sum_g, sum_gx, sum_x = channel_sums(
             x_ptr + c * stride_xc, dy_ptr + c * stride_yc, add_ptr, c, lane_c, stride_xc, stride_xp,
             stride_yc, stride_yp, mask_c, length, mean_c, rstd_c, gain, offset, SILU, BLOCK_C, BLOCK_P, EVEN_P,
         )  # fmt: skip
@@ -192,8 +58,8 @@ def _sums(
         else:
             tl.store(sums_ptr + c + lane_c, sum_g, mask_c)
             tl.store(sums_ptr + NC + c + lane_c, sum_gx, mask_c)
-            mean_g += _gather(member, gain * sum_g) * inverse
-            mean_gx += _gather(member, gain * sum_gx) * inverse
+            mean_g += gather(member, gain * sum_g) * inverse
+            mean_gx += gather(member, gain * sum_gx) * inverse
     return mean_g, mean_gx
 
 
@@ -207,14 +73,14 @@ def _apply(
 ):  # fmt: skip
     """Writes the tile's dx, and its sums over the positions."""
     lane_c = tl.arange(0, BLOCK_C)
-    mean_c, rstd_c = _spread(member, mean), _spread(member, rstd)
+    mean_c, rstd_c = spread(member, mean), spread(member, rstd)
     for c in range(0, CHANNELS, BLOCK_C):
         mask_c = c + lane_c < channels
-        gain, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
-        sum_dx = _write_dx(
+        gain, offset = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, c + lane_c, mask_c)
+        sum_dx = write_dx(
             x_ptr + c * stride_xc, dy_ptr + c * stride_yc, dx_ptr + c * stride_yc, add_ptr, c, lane_c,
             stride_xc, stride_xp, stride_yc, stride_yp, mask_c, length, mean_c, rstd_c, gain, offset,
-            _spread(member, mean_g), _spread(member, mean_gx), SILU, BLOCK_C, BLOCK_P,
+            spread(member, mean_g), spread(member, mean_gx), SILU, BLOCK_C, BLOCK_P,
         )  # fmt: skip
         if sum_dx_ptr is not None:
             tl.store(sum_dx_ptr + c + lane_c, sum_dx, mask_c)
@@ -283,7 +149,7 @@ def group_norm_silu_backward_kernel(
         mean, m2 = moments_of_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, GROUP_SIZE)
         rstd = reciprocal_deviation(m2, P, eps, GROUP_SIZE)
     if STEP == "combine":
-        _combine(
+        combine(
             sums_ptr, parts_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd,
             offs_g, mask_g, channels, parts, C, P, NC, GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C,
         )  # fmt: skip
