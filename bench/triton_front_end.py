@@ -49,15 +49,11 @@ def _record(op, arguments, label, found) -> None:
 
 
 def representatives(launches: list[Launch]) -> list[Launch]:
-    """One launch of each kernel for each set of int arguments that are 1, and of switches: what the front end sees.
-
-    Sizes of tiles, which it does not look at, are left out.
-    """
+    """One launch of each kernel, and of each of its steps, for each set of int arguments that are 1."""
     chosen = {}
     for launch in launches:
-        signature, constants, _ = specialise(launch)
-        switches = {k: v for k, v in constants.items() if v is None or isinstance(v, (bool, str)) or v == 1}
-        chosen.setdefault((launch.kernel.fn.__name__, repr(switches)), launch)
+        ones = [name for name, value in launch.arguments.items() if type(value) is int and value == 1]
+        chosen.setdefault((launch.kernel.fn.__name__, launch.arguments.get("STEP"), *ones), launch)
     return list(chosen.values())
 
 
