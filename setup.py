@@ -2,6 +2,9 @@
 
 Without a C++ compiler the package still installs; the ops then say that the backend was not built
 (`python -m ldmfast doctor`). A compiler that is there and fails is an error.
+
+LDMFAST_CUDA=OFF leaves the CUDA module out where nvcc is found. A checkout (`pip install -e .`, `build_ext --inplace`)
+is always built in the same folder under build/, so that only what changed is compiled.
 """
 
 import os
@@ -27,6 +30,14 @@ def jobs() -> int:
     return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
 
 
+def wants_cuda() -> bool:
+    """Raises SystemExit for a LDMFAST_CUDA that is neither ON nor OFF."""
+    value = os.environ.get("LDMFAST_CUDA") or "ON"
+    if value not in ("ON", "OFF"):
+        raise SystemExit(f"ldmfast: LDMFAST_CUDA is {value!r}, expected ON or OFF")
+    return value == "ON"
+
+
 class BuildKernels(build_py):
     """ldmfast.kernels: in a checkout its __path__ reaches kernels/; in a wheel the files lie in the package."""
 
@@ -39,7 +50,13 @@ class BuildKernels(build_py):
 
 
 class BuildModules(build_ext):
-    """One CMake run for all modules."""
+    """One CMake run for all modules, or for those that --targets names (see CMakeLists.txt)."""
+
+    user_options = [*build_ext.user_options, ("targets=", None, "CMake targets, by commas (default: all)")]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.targets = None
 
     def run(self):
         if compiler() is None:
@@ -47,24 +64,29 @@ class BuildModules(build_ext):
             return
         inplace = self.inplace or self.editable_mode
         output = ROOT / "ldmfast" if inplace else Path(self.build_lib).resolve() / "ldmfast"
-        build = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
+        build = self.folder(inplace)
         build.mkdir(parents=True, exist_ok=True)
+        self.configure(build, output, ["-DCMAKE_CXX_FLAGS_RELEASE=-O3 -DNDEBUG -g1"] if inplace else [])
+        targets = ["--target", *self.targets.split(",")] if self.targets else []
+        self.spawn(["cmake", "--build", str(build), "--parallel", str(jobs()), *targets])
+
+    def folder(self, inplace: bool) -> Path:
+        """One for each interpreter and for CUDA on or off: changing a setting of CMake's compiles anew."""
+        name = sys.implementation.cache_tag + ("-cuda" if wants_cuda() else "")
+        return ROOT / "build" / name if inplace else Path(self.build_temp).resolve() / f"cmake-{name}"
+
+    def configure(self, build: Path, output: Path, options: list) -> None:
         import pybind11
 
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        configure = [
-            "cmake",
-            "-S",
-            str(ROOT),
-            "-B",
-            str(build),
-            *generator,
-            f"-DLDMFAST_OUTPUT={output}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        ]
-        self.spawn(configure)
-        self.spawn(["cmake", "--build", str(build), "--parallel", str(jobs())])
+        settings = {
+            "LDMFAST_OUTPUT": output,
+            "LDMFAST_CUDA": "ON" if wants_cuda() else "OFF",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        options = [*options, *(f"-D{name}={value}" for name, value in settings.items())]
+        self.spawn(["cmake", "-S", str(ROOT), "-B", str(build), *generator, *options])
 
     def spawn(self, command):
         try:
