@@ -222,22 +222,38 @@ BACKWARD_PARAMS = [
 SHARE = {"group_norm_silu": 1.5, "attention": 2.5, "timestep_mlp": 2.0}
 
 
+def forward_inputs(case, dtype):
+    """(the op, what it is run with)"""
+    torch.manual_seed(0)
+    args, kwargs = case.make(dtype)
+    return OPS[case.op], OPS[case.op].normalise(*args, **kwargs)
+
+
+def gradient_inputs(case, dtype):
+    """(the backward op, what it is run with)"""
+    op, inputs = forward_inputs(case, dtype)
+    out = op.run(*inputs, None)
+    grad = torch.randn_like(out)
+    return BACKWARD_OPS[f"{op.name}_backward"], [
+        grad,
+        *((*inputs[:3], out, *inputs[3:]) if case.op == "attention" else inputs),
+    ]
+
+
+def recorded(case, dtype, grad):
+    """(eager's output with its graph, the inputs that it is differentiated by, the output's gradient as it lies)"""
+    torch.manual_seed(0)
+    args, kwargs = case.make(dtype)
+    wanted = [a.requires_grad_() for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    grad = grad.transpose(1, 2) if case.op == "attention" else grad  # eager's output is [N, H, L, D]
+    return case.eager(*args, **kwargs), wanted, grad
+
+
 @pytest.mark.parametrize("case, dtype, backend", BACKWARD_PARAMS)
 def test_backward(benchmark, case, dtype, backend):
     """The gradient alone: ours, the backward op; eager's, autograd through a graph that is kept."""
-    torch.manual_seed(0)
-    args, kwargs = case.make(dtype)
-    op, backward = OPS[case.op], BACKWARD_OPS[f"{case.op}_backward"]
-    arguments = op.normalise(*args, **kwargs)
-    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-    out = case.eager(*leaves, **kwargs)
-    grad = torch.randn_like(out)
-    wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
-    inputs = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-    if case.op == "attention":  # eager's output is [N, H, L, D]; ours is one of the inputs
-        inputs = [grad.transpose(1, 2).contiguous(), *inputs[:3], op.run(*inputs, None), *inputs[3:]]
-    else:
-        inputs = [grad, *inputs]
+    backward, inputs = gradient_inputs(case, dtype)
+    out, wanted, grad = recorded(case, dtype, inputs[0])
     found = backward.backends.get(backend)
     reason = "has no such kernel" if found is None else found.refusal(inputs)
     if reason:
