@@ -54,8 +54,8 @@ def main() -> int:
         return model.decode(z.to(dtype)).sample
 
     good = figures("U-Net 64x64", networks.sd15(torch.float32), UNet.from_unet, unet)
-    good &= figures("encode 256x256", networks.sd15_vae(torch.float32), AutoencoderKL.from_vae, encode)
-    good &= figures("decode 32x32", networks.sd15_vae(torch.float32), AutoencoderKL.from_vae, decode)
+    good &= figures("encode 256x256", networks.sd15_vae(torch.float32), AutoencoderKL.adopt, encode)
+    good &= figures("decode 32x32", networks.sd15_vae(torch.float32), AutoencoderKL.adopt, decode)
     return 0 if good else 1
 
 

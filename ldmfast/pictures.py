@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+
+from ldmfast.files import replacing
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -64,8 +66,8 @@ def to_pil(x):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Context giving `write(picture)`. The path is tried before any work is done, under a temporary name.
+def writing(path: str | Path) -> Iterator[Callable[[Image.Image], None]]:
+    """Context giving `write(picture)`. That the path can be written is tried before any work is done.
 
     Raises ValueError for an unknown suffix, OSError for a path that cannot be written.
     """
@@ -75,18 +77,9 @@ def writing(path):
         raise ValueError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a file name")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        file = open(partial, "wb")
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from error
-    try:
-        with file:
-            yield lambda picture: picture.save(file, format=kind)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as partial:
+        partial.touch()
+        yield lambda picture: picture.save(partial, format=kind)
 
 
 def grid(pictures, columns=None, scale=1, gap=4):

@@ -1,6 +1,6 @@
 """Models in the released layout, built from nothing of ldmfast's: names and shapes, and the plain networks they mean.
 
-`denoiser`, `first_stage`, `transformer`, `clip` and `openclip` list {name: shape} as the released code's modules would
+`denoiser`, `autoencoder`, `transformer`, `clip` and `openclip` list {name: shape} as the released code's modules would
 name them; `UNet` and `Autoencoder` compute from such a table with torch alone, as the published formulas say.
 """
 
@@ -136,7 +136,7 @@ def _vae_mid(name, channels, attends):
     return {**table, **_vae_attention(f"{name}.attn_1", channels)} if attends else table
 
 
-def first_stage(z, ch, mult, *, codebook=None, at=(), mid=True, resolution=256):
+def autoencoder(z, ch, mult, *, codebook=None, at=(), mid=True, resolution=256):
     """The released autoencoders.   at  the resolutions with attention, of a picture of 256"""
     table, now, side = conv("encoder.conv_in", 3, ch), ch, resolution
     for level, m in enumerate(mult):

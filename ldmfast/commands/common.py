@@ -1,9 +1,9 @@
 """What several commands share."""
 
 import argparse
-from pathlib import Path
 
 from ldmfast import shipped
+from ldmfast.files import first_line
 
 
 def command(commands, name, text, run):
@@ -16,7 +16,7 @@ def command(commands, name, text, run):
 def add_model_options(command):
     command.add_argument(
         "--model",
-        help="a saved pipeline's folder or released file, or a model that ships: "
+        help="a pipeline's folder, a released file, or a model that ships: "
         f"{', '.join(shipped.names())} (default: {shipped.TEXT})",
     )
     command.add_argument("--text-encoder", help="'minilm', a hub name or a folder; default: the one trained with")
@@ -76,27 +76,11 @@ def pipeline(arguments, default=shipped.TEXT):
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {device} cannot be used: {first_line(error)}") from error
     dtype, model = getattr(torch, arguments.dtype), arguments.model or default
-    if Path(model).is_file() or Path(model, "text_encoder").is_dir():
-        pipe = _stable_diffusion(model, arguments.text_encoder, dtype)
-    else:
-        pipe = LatentDiffusionPipeline.from_pretrained(model, text_encoder=arguments.text_encoder, dtype=dtype)
+    pipe = LatentDiffusionPipeline.from_pretrained(model, text_encoder=arguments.text_encoder, dtype=dtype)
     if arguments.lora:
         from ldmfast.models.lora import load_lora
 
         load_lora(pipe.unet, *arguments.lora)
     return pipe.to(device)
-
-
-def _stable_diffusion(path, text_encoder, dtype):
-    """A released file, or a folder with its own text encoder."""
-    from ldmfast.pipeline import LatentDiffusionPipeline
-    from ldmfast.pipeline.load import load
-
-    if text_encoder is not None:
-        raise ValueError(f"--text-encoder {text_encoder}, but {path} has an encoder of its own")
-    pipe = load(path, dtype=dtype)
-    if not isinstance(pipe, LatentDiffusionPipeline):
-        raise ValueError(f"{path} is a {type(pipe).__name__}: draw with ldmfast.load({str(path)!r})(...) in Python")
-    return pipe

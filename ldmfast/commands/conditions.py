@@ -1,11 +1,11 @@
-"""`--class`, `--boxes` and `--map`: what a model other than a text model is told on the command line."""
+"""`--class`, `--boxes` and `--map`: what a model other than a text model is conditioned on."""
 
 import json
 from pathlib import Path
 
 
 def add_options(made):
-    group = made.add_argument_group("told other than by a prompt")
+    group = made.add_argument_group("conditions other than a prompt")
     group.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="classes, by name or number")
     group.add_argument(
         "--boxes",
@@ -27,7 +27,7 @@ def given(arguments):
 def inputs(arguments, conditioner):
     """The conditioner's inputs, one a picture, or None if none of the three options was given.
 
-    Several classes, files or maps are several pictures; options given together are told together, one by one.
+    Several classes, files or maps are several pictures; options given together are paired, one by one.
     Raises ValueError for an option that the model does not take, FileNotFoundError, or ValueError naming the file.
     """
     asked = given(arguments)
@@ -36,14 +36,15 @@ def inputs(arguments, conditioner):
     known = conditioner.by_option()
     for kind in asked:
         if kind not in known:
-            raise ValueError(f"this model takes no --{kind}; it is told {', '.join(known) or 'a prompt or nothing'}")
+            taken = ", ".join(f"--{k}" for k in known) or "a prompt or nothing"
+            raise ValueError(f"this model takes no --{kind}; it takes {taken}")
     lengths = {len(values) for values in asked.values()}
     if len(lengths) > 1:
         raise ValueError(f"{', '.join(f'--{kind} {len(v)}' for kind, v in asked.items())}: give as many of each")
     read = {"class": lambda text: _class(text, known["class"]), "boxes": _boxes, "map": _map}
     columns = {kind: [read[kind](value) for value in values] for kind, values in asked.items()}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return rows if hasattr(conditioner, "members") else [next(iter(row.values())) for row in rows]
+    return conditioner.as_inputs(rows)
 
 
 def _class(text, encoder):

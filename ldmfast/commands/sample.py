@@ -11,7 +11,7 @@ from ldmfast.commands.common import add_model_options, command, pipeline, width_
 
 def add(commands):
     made = command(commands, "sample", "draw pictures from prompts", run)
-    made.add_argument("prompt", nargs="*", help="what to draw; none for a model that is told nothing")
+    made.add_argument("prompt", nargs="*", help="what to draw; none for a model that takes no prompt")
     made.add_argument("-o", "--output", required=True, help="the picture to write: .png, .jpg or .webp")
     made.add_argument("-n", "--number", type=int, default=1, help="pictures of each prompt, laid out as a grid")
     made.add_argument("--batch", type=int, default=16, help="pictures drawn at once (default: 16)")
@@ -45,12 +45,12 @@ def _add_sampler_options(made):
 def _add_image_options(made):
     group = made.add_argument_group("from a picture")
     group.add_argument("--image", metavar="FILE", help="begin at this picture; or the one that the model enlarges")
-    group.add_argument("--mask", metavar="FILE", help="draw anew where this picture is white; the rest stays")
+    group.add_argument("--mask", metavar="FILE", help="repaint where this picture is white; the rest stays")
     group.add_argument(
         "--strength",
         type=float,
         metavar="S",
-        help="above 0 to 1: how much of --image is drawn anew (0.8; with --mask 1)",
+        help="above 0 to 1: how much of --image is repainted (0.8; with --mask 1)",
     )
 
 
@@ -65,7 +65,7 @@ def run(arguments):
     with writing(arguments.output) as write, contextlib.ExitStack() as after:
         pipe = pipeline(arguments, shipped.SCENES if conditions.given(arguments) else shipped.TEXT)
         asked = _inputs(arguments, pipe)
-        for caption, tokens in pipe.conditioner.cut(asked):
+        for caption, tokens in pipe.conditioner.truncated_captions(asked):
             print(f"ldmfast: only the first {tokens} tokens count of: {caption}", file=sys.stderr)
         columns = arguments.columns or (arguments.number if len(asked) > 1 else None)
 
@@ -94,27 +94,25 @@ def run(arguments):
 
 
 def _inputs(arguments, pipe):
-    """What the model is told, one entry a prompt, class, file of boxes or map."""
-    told, prompts = conditions.inputs(arguments, pipe.conditioner), arguments.prompt
-    if told is not None:
-        return told if not prompts else _with_prompts(told, prompts)
-    if pipe.conditioner.mode == "none" or pipe.conditioner.takes_pictures:
+    """What the model is conditioned on, one entry a prompt, class, file of boxes or map."""
+    given, prompts = conditions.inputs(arguments, pipe.conditioner), arguments.prompt
+    if given is not None:
+        return given if not prompts else _with_prompts(given, prompts)
+    if not pipe.conditioner.takes_inputs:
         if prompts:
             raise ValueError(f"this model takes no prompt: leave out {prompts[0]!r}")
         return [None]
     if not prompts and (known := pipe.conditioner.by_option()):
-        raise ValueError(f"nothing was asked for; this model is told --{' or --'.join(known)}")
-    if not prompts:
-        raise ValueError("the prompt is empty: say what to draw, as in 'a red apple on a yellow background'")
+        raise ValueError(f"nothing was asked for; this model takes --{' or --'.join(known)}")
     return prompts
 
 
-def _with_prompts(told, prompts):
+def _with_prompts(given, prompts):
     """Prompts beside boxes or a map, one by one, for a model that takes both."""
-    if not all(isinstance(one, dict) for one in told) or len(prompts) not in (1, len(told)):
-        raise ValueError(f"{len(prompts)} prompts beside {len(told)} other inputs: this model cannot pair them")
-    prompts = prompts * len(told) if len(prompts) == 1 else prompts
-    return [{"text": prompt, **one} for prompt, one in zip(prompts, told, strict=True)]
+    if not all(isinstance(one, dict) for one in given) or len(prompts) not in (1, len(given)):
+        raise ValueError(f"{len(prompts)} prompts beside {len(given)} other inputs: this model cannot pair them")
+    prompts = prompts * len(given) if len(prompts) == 1 else prompts
+    return [{"text": prompt, **one} for prompt, one in zip(prompts, given, strict=True)]
 
 
 def _read(path, size):

@@ -1,6 +1,7 @@
 """Encoders of what a denoiser is conditioned on: prompts, classes, boxes, semantic maps, pictures.
 
-base.py                    Condition, Conditioner, Hybrid
+condition.py, base.py      Condition; Conditioner
+hybrid.py                  several conditioners at once
 text.py, text_sdxl.py      frozen text encoders
 transformer.py             tokens through a transformer that is trained with the denoiser
 classes_and_boxes.py       classes and boxes as tokens
@@ -13,7 +14,7 @@ import importlib
 CONDITIONERS = {
     "BoxEncoder": "ldmfast.conditioning.classes_and_boxes",
     "ClassEmbedder": "ldmfast.conditioning.classes_and_boxes",
-    "Hybrid": "ldmfast.conditioning.base",
+    "Hybrid": "ldmfast.conditioning.hybrid",
     "LayoutEncoder": "ldmfast.conditioning.transformer",
     "LowResolution": "ldmfast.conditioning.spatial",
     "MapEncoder": "ldmfast.conditioning.spatial",
@@ -24,7 +25,7 @@ CONDITIONERS = {
     "TwoTextEncoders": "ldmfast.conditioning.text_sdxl",
     "Unconditional": "ldmfast.conditioning.base",
 }
-_HOMES = {"Condition": "ldmfast.conditioning.base", "Conditioner": "ldmfast.conditioning.base", **CONDITIONERS}
+_HOMES = {"Condition": "ldmfast.conditioning.condition", "Conditioner": "ldmfast.conditioning.base", **CONDITIONERS}
 __all__ = list(_HOMES)
 
 

@@ -7,7 +7,8 @@ import random
 import torch
 from torch import nn
 
-from ldmfast.conditioning.base import Condition, Conditioner
+from ldmfast.conditioning.base import Conditioner
+from ldmfast.conditioning.condition import Condition
 
 
 class ClassNames:
@@ -56,10 +57,10 @@ class ClassEmbedder(Conditioner):
         if self.trainable:
             self.embedding = nn.Embedding(self.classes.count + unconditional, width)
 
-    def forward(self, inputs):
+    def forward(self, inputs: list) -> Condition:
         return self._condition([self.classes.index(value) for value in inputs])
 
-    def empty(self, n):
+    def empty(self, n: int) -> Condition:
         if not self.unconditional:
             raise ValueError("ClassEmbedder: this model has no unconditional class; sample it with guidance 1")
         return self._condition([self.classes.count] * n)
@@ -75,13 +76,13 @@ class ClassEmbedder(Conditioner):
 
 
 class PlacedClass(Conditioner):
-    """A class alone, for a Hybrid that is told boxes: one of the class's boxes is drawn, and told in its place.
+    """A class alone, for a Hybrid conditioned on boxes: one of the class's boxes is drawn and put in its place.
 
-    p(picture | class) = sum over boxes of p(picture | class, box) p(box | class): a network that is told where the
-    object stands learns in a fraction of the steps what it looks like.
+    p(picture | class) = sum over boxes of p(picture | class, box) p(box | class): a network conditioned on where
+    the object stands learns in a fraction of the steps what it looks like.
 
     boxes       {class: [[x0, y0, x1, y1], ...]}, those of the collection that the model was trained on
-    stands_for  the member that the box is told to
+    stands_for  the member that gets the box
     """
 
     option = "class"
@@ -94,15 +95,15 @@ class PlacedClass(Conditioner):
             raise ValueError(f"PlacedClass: no box of {bare!r} to draw from")
 
     def draw(self, value, seed):
-        """The layout that is told for the class `value`; the same one for the same seed."""
+        """The layout drawn for the class `value`; the same one for the same seed."""
         index = self.classes.index(value)
         box = self.boxes[index][random.Random(seed).randrange(len(self.boxes[index]))]
         return [{"object": self.classes.names[index], "box": box}]
 
-    def forward(self, inputs):
-        raise ValueError("PlacedClass: a class is told as a box; call complete(inputs, seeds) of the Hybrid first")
+    def forward(self, inputs: list) -> Condition:
+        raise ValueError("PlacedClass: a class is drawn as a box; call complete(inputs, seeds) of the Hybrid first")
 
-    def empty(self, n):
+    def empty(self, n: int) -> Condition:
         return Condition()
 
 
@@ -171,7 +172,7 @@ class BoxEncoder(Conditioner):
         self.nothing = nn.Parameter(torch.randn(width) * 0.02)
         self.mlp = nn.Sequential(nn.Linear(width + coordinates, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
 
-    def forward(self, inputs):
+    def forward(self, inputs: list) -> Condition:
         found = [check_objects(value, self.classes, self.objects) for value in inputs]
         spare = [self.objects - len(each) for each in found]
         flat = [pair for each in found for pair in each]
@@ -188,7 +189,7 @@ class BoxEncoder(Conditioner):
         index = torch.tensor(rows, dtype=torch.int64, device=self.device).view(-1, self.objects)
         return Condition(context=tokens[index], concat=self._cells(label, box, index))
 
-    def empty(self, n):
+    def empty(self, n: int) -> Condition:
         return self([[]] * n)
 
     def _cells(self, label, box, index):

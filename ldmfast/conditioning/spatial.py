@@ -1,11 +1,15 @@
 """Semantic maps and pictures, joined to the latent along its channels."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldmfast.conditioning.base import Condition, Conditioner
+from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.classes_and_boxes import ClassNames
+from ldmfast.conditioning.condition import Condition
+from ldmfast.models.encode_decode import encode_pictures
 
 
 class SpatialRescaler(nn.Module):
@@ -31,7 +35,7 @@ class MapEncoder(Conditioner):
     An input is an integer tensor [H, W] of class indices, or a PIL picture in the palette's colours (the nearest colour
     counts). The empty map is all zeros: no pixel has a class.
 
-    classes  a count, or the names         stages  halvings; 2 for a first stage with f = 4
+    classes  a count, or the names         stages  halvings; 2 for an autoencoder with f = 4
     width    channels after rescaling      palette  [[r, g, b], ...] of 0..255, one a class, for pictures
     """
 
@@ -47,7 +51,7 @@ class MapEncoder(Conditioner):
         self.palette = None if palette is None else torch.tensor(palette, dtype=torch.float32)
         self.rescaler = SpatialRescaler(stages, self.classes.count, width, bias=bias)
 
-    def forward(self, inputs):
+    def forward(self, inputs: list) -> Condition:
         maps = [self.indices(value) for value in inputs]
         if len({m.shape for m in maps}) > 1:
             raise ValueError(f"MapEncoder: maps of different sizes: {sorted({tuple(m.shape) for m in maps})}")
@@ -56,7 +60,7 @@ class MapEncoder(Conditioner):
         one_hot = F.one_hot(stacked, self.classes.count).permute(0, 3, 1, 2).to(weight.dtype)
         return Condition(concat=self.rescaler(one_hot))
 
-    def empty(self, n):
+    def empty(self, n: int) -> Condition:
         blank = torch.zeros(n, self.classes.count, 1, 1, device=self.device)
         return Condition(concat=self.rescaler.channel_mapper(blank))
 
@@ -86,37 +90,38 @@ class MapEncoder(Conditioner):
 
 
 class PictureConditioner(Conditioner):
-    """Base of those that are told a picture [3, H, W] in [-1, 1].
+    """Base of those that are conditioned on a picture [3, H, W] in [-1, 1].
 
-    The first stage that encodes it (`bind`) is not theirs to save.
+    The autoencoder that encodes it (`bind`) is not theirs to save.
     """
 
     mode = "concat"
+    takes_inputs = False
 
     def __init__(self, channels, **settings):
         super().__init__(channels=channels, **settings)
         self.channels = channels
-        self._first_stage = []  # in a list, so that it is no submodule: the pipeline moves and saves it
+        self._vae = []  # in a list, so that it is no submodule: the pipeline moves and saves it
 
-    def bind(self, first_stage):
-        """Name the AutoencoderKL or VQModel that encodes. Returns self."""
-        self._first_stage[:] = [first_stage]
+    def bind(self, vae: nn.Module) -> PictureConditioner:
+        self._vae[:] = [vae]
         return self
 
+    def with_pictures(self, inputs: list, images: torch.Tensor, masks: torch.Tensor | None) -> list:
+        return list(images)
+
     @torch.no_grad()
-    def encode(self, pictures):
-        """[N, 3, H, W] -> the first stage's latents [N, z, h, w]. Raises RuntimeError before `bind`."""
-        from ldmfast.models.encode_decode import encode_first_stage
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> the autoencoder's latents [N, z, h, w]. Raises RuntimeError before `bind`."""
+        if not self._vae:
+            raise RuntimeError(f"{type(self).__name__}: no autoencoder; call bind(vae) before encoding pictures")
+        (vae,) = self._vae
+        return encode_pictures(vae, pictures.to(vae.device, vae.dtype))
 
-        if not self._first_stage:
-            raise RuntimeError(f"{type(self).__name__}: no first stage; call bind(vae) before encoding pictures")
-        (vae,) = self._first_stage
-        return encode_first_stage(vae, pictures.to(vae.device, vae.dtype))
-
-    def empty(self, n):
+    def empty(self, n: int) -> Condition:
         return Condition(concat=torch.zeros(n, self.channels, 1, 1))
 
-    def pictures(self, values):
+    def pictures(self, values: list) -> torch.Tensor:
         """Check and stack N pictures [3, H, W]. Raises ValueError for another shape, dtype or range."""
         owner = type(self).__name__
         for value in values:
@@ -151,7 +156,10 @@ class MaskedImage(PictureConditioner):
         super().__init__(channels, style=style)
         self.style = style
 
-    def forward(self, inputs):
+    def with_pictures(self, inputs: list, images: torch.Tensor, masks: torch.Tensor) -> list:
+        return [{"image": image, "mask": mask} for image, mask in zip(images, masks, strict=True)]
+
+    def forward(self, inputs: list) -> Condition:
         for value in inputs:
             if not isinstance(value, dict) or set(value) != {"image", "mask"}:
                 raise ValueError(f"MaskedImage: an input is a dict with image and mask; got {value!r:.80}")
@@ -173,7 +181,7 @@ class MaskedImage(PictureConditioner):
 class LowResolution(PictureConditioner):
     """Super-resolution: the small picture itself beside a latent of its size, or its latent.
 
-    An input is a picture [3, h, w] in [-1, 1].   encoded  whether the first stage encodes it (then [3, H, W], enlarged)
+    An input is a picture [3, h, w] in [-1, 1].   encoded  whether the autoencoder encodes it (then [3, H, W], enlarged)
     channels  3, or z where it is encoded.   The released bsr_sr takes the picture itself.
     """
 
@@ -183,6 +191,10 @@ class LowResolution(PictureConditioner):
         super().__init__(channels, encoded=encoded)
         self.encoded = encoded
 
-    def forward(self, inputs):
+    @property
+    def enlarges(self) -> bool:
+        return not self.encoded
+
+    def forward(self, inputs: list) -> Condition:
         images = self.pictures(inputs)
         return Condition(concat=self.encode(images) if self.encoded else images)

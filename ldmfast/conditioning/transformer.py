@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ldmfast import ops
-from ldmfast.conditioning.base import Condition, Conditioner
+from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.classes_and_boxes import ClassNames, check_objects
+from ldmfast.conditioning.condition import Condition
 from ldmfast.conditioning.text import locate, too_long
 
 
@@ -98,10 +99,10 @@ class TransformerText(Conditioner):
             self._tokenizer = AutoTokenizer.from_pretrained(locate(self.tokenizer_name))
         return self._tokenizer
 
-    def cut(self, inputs):
+    def truncated_captions(self, inputs: list) -> list[tuple[str, int]]:
         return too_long(self.tokenizer, inputs, self.tokens)
 
-    def forward(self, inputs):
+    def forward(self, inputs: list) -> Condition:
         wrong = next((c for c in inputs if not isinstance(c, str)), None)
         if wrong is not None:
             raise ValueError(f"TransformerText: a caption must be a string; got {wrong!r:.80}")
@@ -110,7 +111,7 @@ class TransformerText(Conditioner):
         )
         return Condition(context=self.transformer(found["input_ids"].to(self.device)))
 
-    def empty(self, n):
+    def empty(self, n: int) -> Condition:
         return Condition(context=self([""]).context.expand(n, -1, -1))
 
 
@@ -165,9 +166,9 @@ class LayoutEncoder(Conditioner):
         last = self.sections - 1
         return round(y * last) * self.sections + round(x * last)
 
-    def forward(self, inputs):
+    def forward(self, inputs: list) -> Condition:
         ids = torch.tensor([self.ids(value) for value in inputs], dtype=torch.int64, device=self.device)
         return Condition(context=self.transformer(ids.view(-1, self.tokens)))
 
-    def empty(self, n):
+    def empty(self, n: int) -> Condition:
         return Condition(context=self([[]]).context.expand(n, -1, -1))

@@ -8,13 +8,25 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ldmfast import ops
+from ldmfast.diffusion.guidance import guide
 
 
 class DDIMScheduler(diffusers.DDIMScheduler):
     """Constructed, configured, loaded and saved as diffusers' DDIMScheduler is. `step` also takes `guidance`.
 
+    a, b are the cumulative products at t and at the time before it, e the predicted noise, s = 0 where eta is:
+        x0 = (x - sqrt(1 - a) e) / sqrt(a)
+        s  = eta sqrt((1 - b) / (1 - a) (1 - a / b))
+        x  = sqrt(b) x0 + sqrt(1 - b - s^2) e + s noise
     Source: Song et al. 2020 (arXiv 2010.02502), formulas 12 and 16.
     """
+
+    stock = diffusers.DDIMScheduler
+
+    @classmethod
+    def adopt(cls, scheduler: diffusers.DDIMScheduler) -> DDIMScheduler:
+        """Ours of the same configuration."""
+        return cls.from_config(scheduler.config)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """As the parent does. Raises ValueError for less than one step or more than the schedule was trained with."""
@@ -45,7 +57,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):
         if self.num_inference_steps is None:
             raise ValueError("the number of steps is not set: call set_timesteps first")
         if self.config.thresholding or (use_clipped_model_output and self.config.clip_sample):
-            combined = model_output if guidance is None else _combine(model_output, guidance)
+            combined = model_output if guidance is None else guide(model_output, guidance)
             return super().step(
                 combined, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
@@ -89,11 +101,6 @@ class DDIMScheduler(diffusers.DDIMScheduler):
             return alpha_t, alpha_prev, 0.0
         variance = (1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)
         return alpha_t, alpha_prev, eta * variance.clamp(min=0) ** 0.5
-
-
-def _combine(model_output: torch.Tensor, guidance: float) -> torch.Tensor:
-    unconditional, conditional = model_output.chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
 
 
 def _noise(sample, model_output, generator, variance_noise) -> torch.Tensor:

@@ -14,9 +14,20 @@ from ldmfast.diffusion.guidance import guide
 class DDPMScheduler(diffusers.DDPMScheduler):
     """Constructed, configured, loaded and saved as diffusers' DDPMScheduler is. `step` also takes `guidance`.
 
+    a, b are the cumulative products at t and at the time before it, e the predicted noise:
+        x0 = (x - sqrt(1 - a) e) / sqrt(a)
+        v  = (1 - b) / (1 - a) (1 - a / b)
+        x  = sqrt(b) x0 + sqrt(1 - b - v) e + sqrt(v) noise
     Source: Ho et al. 2020 (arXiv 2006.11239), algorithm 2 and formula 7; on fewer steps than were trained, Song et al.
     2020 (arXiv 2010.02502), formula 16 with eta 1, of which it is a case.
     """
+
+    stock = diffusers.DDPMScheduler
+
+    @classmethod
+    def adopt(cls, scheduler: diffusers.DDPMScheduler) -> DDPMScheduler:
+        """Ours of the same configuration."""
+        return cls.from_config(scheduler.config)
 
     def step(
         self,

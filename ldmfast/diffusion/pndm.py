@@ -18,6 +18,10 @@ class PNDMScheduler(diffusers.PNDMScheduler):
 
     With skip_prk_steps it is PLMS: the DDIM update (eta 0) of a linear multistep prediction, the first step being
     done twice, as Heun does it. The Runge-Kutta steps of PNDM proper run as the parent's.
+        e' = (55 e[t] - 59 e[t+1] + 37 e[t+2] - 9 e[t+3]) / 24      fewer terms while there are fewer outputs
+        x0 = (x - sqrt(1 - a) e') / sqrt(a)                         a, b: the cumulative products at t and before it
+        x  = sqrt(b) x0 + sqrt(1 - b) e'
+        after the first step only: back to its x, with the mean of e and of the output at the new x
 
     history  what the steps of a model that predicts v are extrapolated in. "epsilon", as Stable Diffusion 2's own code
              does; "v_prediction" mixes the outputs as they are, as diffusers does.
@@ -27,6 +31,14 @@ class PNDMScheduler(diffusers.PNDMScheduler):
     # the shipped model, unguided, distance from 25 steps of Heun: epsilon 0.016 and 0.015 at 10 and 20 steps, v 0.131
     # and 0.072, DDIM 0.055 and 0.024
     history = "epsilon"
+    stock = diffusers.PNDMScheduler
+
+    @classmethod
+    def adopt(cls, scheduler: diffusers.PNDMScheduler) -> PNDMScheduler:
+        """Ours of the same configuration, which extrapolates as diffusers does: the same pictures."""
+        new = cls.from_config(scheduler.config)
+        new.history = new.config.prediction_type
+        return new
 
     def step(
         self,

@@ -1,18 +1,15 @@
 """Samplers by name, all for the noise schedule of one model.
 
-Ours (`ddim`, `ddpm`, `plms`) step by one op, with guidance in the same pass; the others are diffusers' as they are.
+`ddim`, `ddpm` and `plms` are ours, which step by one op, with guidance in the same pass; the others are diffusers'.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
+from typing import TYPE_CHECKING
 
-OURS = {
-    "ddim": ("ldmfast.diffusion.ddim", "DDIMScheduler"),
-    "ddpm": ("ldmfast.diffusion.ddpm", "DDPMScheduler"),
-    "plms": ("ldmfast.diffusion.pndm", "PNDMScheduler"),
-}
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 # name -> diffusers' class, and what of its configuration the name stands for
 SAMPLERS = {
@@ -33,7 +30,7 @@ SAMPLERS = {
 }
 
 
-def make_sampler(sampler, scheduler):
+def make_sampler(sampler: str | type | SchedulerMixin | None, scheduler: SchedulerMixin) -> SchedulerMixin:
     """The sampler to run a model with whose noise schedule `scheduler` (a diffusers scheduler) describes.
 
     sampler  None: `scheduler` itself; a name of SAMPLERS; a class of diffusers' schedulers; a scheduler, used as it is
@@ -46,7 +43,10 @@ def make_sampler(sampler, scheduler):
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler={sampler!r} is none of {', '.join(SAMPLERS)}")
-        kind, settings = _named(sampler)
+        from ldmfast.diffusion import catalogue  # here, so that the names above can be listed without torch
+
+        name, settings = SAMPLERS[sampler]
+        kind = catalogue.scheduler(name)
     else:
         kind, settings = sampler, {}
     known = inspect.signature(kind.__init__).parameters
@@ -55,8 +55,3 @@ def make_sampler(sampler, scheduler):
     if "clip_sample" in known:  # diffusers' default clips, which is for pixels; latents go beyond 1
         settings = {"clip_sample": scheduler.config.get("clip_sample", False), **settings}
     return kind.from_config(scheduler.config, **settings)
-
-
-def _named(name):
-    home, kind = OURS.get(name, ("diffusers", SAMPLERS[name][0]))
-    return getattr(importlib.import_module(home), kind), SAMPLERS[name][1]

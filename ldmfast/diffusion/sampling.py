@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import diffusers
 import torch
@@ -12,8 +13,18 @@ from ldmfast.diffusion.guidance import guide
 
 @torch.no_grad()
 def sample(
-    predict, x, scheduler, times, *, guidance=None, rescale=0.0, eta=0.0, generators=None, after=None, watch=None
-):
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    scheduler: diffusers.SchedulerMixin,
+    times: torch.Tensor,
+    *,
+    guidance: float | None = None,
+    rescale: float = 0.0,
+    eta: float = 0.0,
+    generators: list[torch.Generator] | None = None,
+    after: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    watch: Callable[[int, Callable[[], torch.Tensor]], None] | None = None,
+) -> torch.Tensor:
     """From the noisy x [N, ...] at times[0] to the clean sample [N, ...].
 
     predict     (x [N, ...], t) -> the model's output [N, ...], or [2N, ...], unconditional half first, with guidance
@@ -32,9 +43,8 @@ def sample(
     options = {"guidance": guidance} if fused else {}
     if "generator" in takes:
         options["generator"] = generators
+    check_eta(scheduler, eta)
     if eta:
-        if "eta" not in takes:
-            raise ValueError(f"eta={eta}: {type(scheduler).__name__} takes none; eta belongs to ddim")
         options["eta"] = eta
     for i, t in enumerate(times):
         seen = scheduler.scale_model_input(x, t)
@@ -48,6 +58,12 @@ def sample(
         if watch:
             watch(i, lambda: _x0(scheduler, result, seen, output, t, guidance if fused else None))  # noqa: B023
     return x
+
+
+def check_eta(scheduler: diffusers.SchedulerMixin, eta: float) -> None:
+    """Raises ValueError if the scheduler takes no eta, and one is given."""
+    if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ValueError(f"eta={eta}: {type(scheduler).__name__} takes none; eta belongs to ddim")
 
 
 def _x0(scheduler, result, x, output, t, guidance):
@@ -64,7 +80,7 @@ def _x0(scheduler, result, x, output, t, guidance):
     return a * x - b * output if kind == "v_prediction" else (x - b * output) / a
 
 
-def begin_at(scheduler, steps, first, device=None):
+def begin_at(scheduler: diffusers.SchedulerMixin, steps: int, first: int, device=None) -> torch.Tensor:
     """The timesteps of `steps` steps without the first `first` of them, for img2img. Sets the scheduler's state.
 
     Schedulers of order 2 have two timesteps a step; PLMS does its first step twice, wherever it begins.
@@ -82,14 +98,22 @@ def begin_at(scheduler, steps, first, device=None):
     return times[first:]
 
 
-def starting_point(scheduler, times, noise, latents=None):
+def starting_point(
+    scheduler: diffusers.SchedulerMixin, times: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor | None = None
+) -> torch.Tensor:
     """x at times[0]: the noise at the scheduler's scale, or the latents [N, ...] with noise to that time's level."""
     if latents is None:
         return noise * scheduler.init_noise_sigma
     return scheduler.add_noise(latents, noise, times[:1])
 
 
-def keep_known(scheduler, times, latents, noise, mask):
+def keep_known(
+    scheduler: diffusers.SchedulerMixin,
+    times: torch.Tensor,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    mask: torch.Tensor,
+) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """`after` for inpainting with any model: outside of the mask, the known latents at the next time's noise level.
 
     latents, noise [N, c, h, w]; mask [N, 1, h, w], 1 where to draw.

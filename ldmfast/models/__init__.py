@@ -1,12 +1,9 @@
-"""Modules over `ldmfast.ops`: the U-Net, the autoencoder, the conditioning encoders. Loaded on first use."""
+"""Modules over `ldmfast.ops`: the U-Nets and the autoencoders. Loaded on first use."""
 
 import importlib
 
 _HOMES = {
     "AutoencoderKL": "ldmfast.models.autoencoder",
-    "Condition": "ldmfast.conditioning.base",
-    "Conditioner": "ldmfast.conditioning.base",
-    "TextEncoder": "ldmfast.conditioning.text",
     "UNet": "ldmfast.models.unet",
     "UNet2D": "ldmfast.models.unet2d",
     "VQModel": "ldmfast.models.vq",

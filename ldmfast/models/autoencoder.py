@@ -1,7 +1,7 @@
 """`AutoencoderKL`: diffusers' AutoencoderKL with encoder and decoder over `ldmfast.ops`.
 
 vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
-pipe.vae = AutoencoderKL.from_vae(pipe.vae)
+pipe.vae = AutoencoderKL.adopt(pipe.vae)
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from torch import nn
 
-from ldmfast.models.blocks import Conditioning, downsample, image_attention, mid_block, resnet, upsample
+from ldmfast.models.blocks import BlockInputs, downsample, image_attention, mid_block, resnet, upsample
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.guard import obstacle, obstacles
 from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of, weights_channels_last
 
 
 class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
-    """Images to latents and back: the first stage.
+    """Images to latents and back.
 
     Constructed, configured, loaded and saved as diffusers' AutoencoderKL is, with the same encode, decode, slicing and
     tiling; tiles go through diffusers' own forward. A float16 decoding that overflows is repeated in float32.
@@ -35,11 +35,6 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         weights_channels_last(self)
-
-    @classmethod
-    def from_vae(cls, vae: diffusers.AutoencoderKL) -> AutoencoderKL:
-        """The same network under our forward, sharing its parameters. Raises as `DropIn.adopt` does."""
-        return cls.adopt(vae)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         if self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size:
@@ -73,37 +68,33 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
         with _in_float32(self):
             return self._decode_as_it_is(z.float()).to(z.dtype)
 
-    def explain(self) -> list[str]:
-        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
-        sentences = super().explain()
-        if self.use_tiling:
-            sentences.append("Pictures larger than a tile run as diffusers' AutoencoderKL: tiling is on.")
-        return sentences
+    def remarks(self) -> list[str]:
+        return ["Pictures larger than a tile run as diffusers' AutoencoderKL: tiling is on."] if self.use_tiling else []
 
 
 def encode(m: Encoder, x: torch.Tensor) -> torch.Tensor:
     """Images [N, 3, H, W] to moments [N, 2c, H/f, W/f]."""
     if obstacle(m):
         return m(x)
-    cond = Conditioning()
+    cond = BlockInputs()
     x = conv2d(m.conv_in, x)
     for block in m.down_blocks:
-        x = _level(block, x, cond, downsample, "downsamplers")
-    return _out(m, mid_block(m.mid_block, x, cond))
+        x = _level(block, x, cond, downsample, "downsamplers")  # half the size, but at the last level
+    return _out(m, mid_block(m.mid_block, x, cond))  # [N, 2c, H/f, W/f]
 
 
 def decode(m: Decoder, z: torch.Tensor) -> torch.Tensor:
     """Latents [N, c, h, w] to images [N, 3, f h, f w]."""
     if obstacle(m):
         return m(z)
-    cond = Conditioning()
+    cond = BlockInputs()
     x = mid_block(m.mid_block, conv2d(m.conv_in, z), cond)
     for block in m.up_blocks:
-        x = _level(block, x, cond, upsample, "upsamplers")
-    return _out(m, x)
+        x = _level(block, x, cond, upsample, "upsamplers")  # twice the size, but at the last level
+    return _out(m, x)  # [N, 3, f h, f w]
 
 
-def _level(m: nn.Module, x: torch.Tensor, cond: Conditioning, resample, name: str) -> torch.Tensor:
+def _level(m: nn.Module, x: torch.Tensor, cond: BlockInputs, resample, name: str) -> torch.Tensor:
     """One size: its resnets, each with its attention where there is one, then the step to the next size."""
     if obstacle(m):
         return m(x)

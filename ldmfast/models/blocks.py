@@ -27,8 +27,8 @@ from ldmfast.models.layers import conv2d, group_norm, image, linear, pointwise, 
 
 
 @dataclass
-class Conditioning:
-    """What every block is told: the time, the prompt, and which keys to attend to."""
+class BlockInputs:
+    """What every block takes beside the picture: the time, the prompt, and which keys to attend to."""
 
     temb: torch.Tensor | None = None  # [N, E]
     temb_silu: torch.Tensor | None = None  # SiLU(temb), which every resnet's projection takes
@@ -52,7 +52,7 @@ def recomputed(m: nn.Module, function, *args):
     return function(*args)
 
 
-def resnet(m: ResnetBlock2D, x: torch.Tensor, cond: Conditioning, size: tuple[int, int] | None = None) -> torch.Tensor:
+def resnet(m: ResnetBlock2D, x: torch.Tensor, cond: BlockInputs, size: tuple[int, int] | None = None) -> torch.Tensor:
     """GroupNorm, SiLU, conv; time; GroupNorm, SiLU, conv; plus the input. One that resamples does so to both, first."""
     if obstacle(m):
         return m(x, cond.temb)
@@ -70,7 +70,7 @@ def resnet(m: ResnetBlock2D, x: torch.Tensor, cond: Conditioning, size: tuple[in
     return x if m.output_scale_factor == 1 else x / m.output_scale_factor
 
 
-def _time(m: ResnetBlock2D, cond: Conditioning) -> dict[str, torch.Tensor]:
+def _time(m: ResnetBlock2D, cond: BlockInputs) -> dict[str, torch.Tensor]:
     """How the time embedding enters the second norm: added before it, or as scale and shift after it."""
     if m.time_emb_proj is None or cond.temb is None:
         return {}
@@ -86,26 +86,27 @@ def attention(m: Attention, x: torch.Tensor, context: torch.Tensor | None, mask:
     if obstacle(m) or m.group_norm is not None:
         return m(x, encoder_hidden_states=context, attention_mask=mask)
     h = _attend(m, x, x if context is None else context, None if mask is None else mask[:, None])
-    return _leave(m, h, x)
+    return _add_input(m, h, x)
 
 
-def image_attention(m: Attention, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+def image_attention(m: Attention, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """Self-attention over the pixels of x [N, C, H, W] behind its own GroupNorm: the autoencoder's and UNet2D's."""
     if obstacle(m) or m.group_norm is None:
         return m(x, temb=cond.temb)
-    h = tokens(group_norm(m.group_norm, x, silu=False))
-    return _leave(m, image(_attend(m, h, h), x.shape[2:]), x)
+    h = tokens(group_norm(m.group_norm, x, silu=False))  # [N, HW, C]
+    return _add_input(m, image(_attend(m, h, h), x.shape[2:]), x)
 
 
 def _attend(m: Attention, x: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Project, attend, project: x [N, L, C], keys [N, S, C'] -> [N, L, C]. Heads are views; nothing is transposed."""
-    heads = (m.heads, -1)
-    q, k, v = linear(m.to_q, x), linear(m.to_k, keys), linear(m.to_v, keys)
-    h = ops.attention(q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), mask=mask)
-    return m.to_out[1](linear(m.to_out[0], h.flatten(2)))
+    q, k, v = linear(m.to_q, x), linear(m.to_k, keys), linear(m.to_v, keys)  # [N, L, H D], [N, S, H D] twice
+    q, k, v = (t.unflatten(-1, (m.heads, -1)) for t in (q, k, v))  # [N, L, H, D], [N, S, H, D] twice
+    h = ops.attention(q, k, v, mask=mask)  # [N, L, H, D]
+    return m.to_out[1](linear(m.to_out[0], h.flatten(2)))  # [N, L, C]
 
 
-def _leave(m: Attention, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _add_input(m: Attention, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The block's residual: what it computed plus what came in."""
     h = h + x if m.residual_connection else h
     return h if m.rescale_output_factor == 1 else h / m.rescale_output_factor
 
@@ -114,14 +115,14 @@ def feed_forward(m: FeedForward, x: torch.Tensor) -> torch.Tensor:
     """GEGLU and a linear layer: (a * gelu(b)) W, [a, b] = x V."""
     if obstacle(m) or type(m.net[0]) is not GEGLU or obstacle(m.net[0]):
         return m(x)
-    a, b = linear(m.net[0].proj, x).chunk(2, dim=-1)
+    a, b = linear(m.net[0].proj, x).chunk(2, dim=-1)  # [N, L, 4C] each
     x = a * F.gelu(b)
     for layer in m.net[1:]:  # dropout, linear, sometimes dropout
         x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
     return x
 
 
-def transformer_block(m: BasicTransformerBlock, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+def transformer_block(m: BasicTransformerBlock, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and added to x [N, L, C]."""
     if obstacle(m):
         return m(x, **cond.for_attention())
@@ -131,12 +132,12 @@ def transformer_block(m: BasicTransformerBlock, x: torch.Tensor, cond: Condition
     return x + feed_forward(m.ff, m.norm3(x))
 
 
-def transformer(m: Transformer2DModel, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+def transformer(m: Transformer2DModel, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """The spatial transformer: an image as tokens, through its blocks, and added back."""
     if obstacle(m):
         return m(x, **cond.for_attention(), return_dict=False)[0]
     size = x.shape[2:]
-    h = tokens(group_norm(m.norm, x, silu=False))
+    h = tokens(group_norm(m.norm, x, silu=False))  # [N, HW, C]
     h = linear(m.proj_in, h) if m.use_linear_projection else pointwise(m.proj_in, h, size)
     for block in m.transformer_blocks:
         h = recomputed(m, transformer_block, block, h, cond)
@@ -144,7 +145,7 @@ def transformer(m: Transformer2DModel, x: torch.Tensor, cond: Conditioning) -> t
     return image(h, size) + x
 
 
-def resample(m: nn.Module, x: torch.Tensor, cond: Conditioning, size: tuple[int, int] | None = None) -> torch.Tensor:
+def resample(m: nn.Module, x: torch.Tensor, cond: BlockInputs, size: tuple[int, int] | None = None) -> torch.Tensor:
     """The step to the next level: a resnet that resamples, or a convolution that does."""
     if isinstance(m, ResnetBlock2D):
         return resnet(m, x, cond, size)
@@ -171,7 +172,7 @@ def upsample(m: Upsample2D, x: torch.Tensor, size: tuple[int, int] | None = None
     return conv2d(m.conv, x) if m.use_conv else x
 
 
-def down_block(m: nn.Module, x: torch.Tensor, cond: Conditioning, residual: torch.Tensor | None = None):
+def down_block(m: nn.Module, x: torch.Tensor, cond: BlockInputs, residual: torch.Tensor | None = None):
     """(x, the skips) of one level on the way down. `residual` (T2I-Adapter) joins before the downsampler."""
     crosses = has_cross_attention(m)
     if obstacle(m):
@@ -196,7 +197,7 @@ def down_block(m: nn.Module, x: torch.Tensor, cond: Conditioning, residual: torc
     return x, tuple(skips)
 
 
-def mid_block(m: nn.Module, x: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+def mid_block(m: nn.Module, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """The lowest level: resnet, then (transformer, resnet) each time."""
     crosses = has_cross_attention(m)
     if obstacle(m):
@@ -209,7 +210,7 @@ def mid_block(m: nn.Module, x: torch.Tensor, cond: Conditioning) -> torch.Tensor
     return x
 
 
-def up_block(m: nn.Module, x: torch.Tensor, skips: tuple, cond: Conditioning, size=None) -> torch.Tensor:
+def up_block(m: nn.Module, x: torch.Tensor, skips: tuple, cond: BlockInputs, size=None) -> torch.Tensor:
     """One level on the way up: the skips joined from the last to the first, then upsampled to `size` or twice."""
     crosses = has_cross_attention(m)
     if obstacle(m):

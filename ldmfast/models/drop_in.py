@@ -58,9 +58,22 @@ class DropIn:
         weights_channels_last(model)
         return (model, info) if output_loading_info else model
 
-    def explain(self) -> list[str]:
-        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
-        return guard.explain(self)
+    def stock_reason(self, *arguments, **named) -> str | None:
+        """Why a call with these arguments goes to the stock class's forward as a whole, as a clause, or None."""
+        return None
+
+    def remarks(self) -> list[str]:
+        """Sentences of `explain` that no module shows."""
+        return []
+
+    def explain(self, *arguments, **named) -> list[str]:
+        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does.
+
+        arguments, named  of the call in question, where they decide: UNet's cross_attention_kwargs
+        """
+        if reason := self.stock_reason(*arguments, **named):
+            return [f"The whole network runs as {self.stock.__name__}.forward: {reason}."]
+        return [*guard.explain(self), *self.remarks()]
 
     def to_json_string(self) -> str:
         """The configuration as diffusers writes it, under the name of diffusers' class, so that diffusers loads it."""

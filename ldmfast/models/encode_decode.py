@@ -1,4 +1,4 @@
-"""Pictures to the denoiser's latents and back, whichever family the first stage is of."""
+"""Pictures to the denoiser's latents and back, whichever family the autoencoder is of."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import diffusers
 import torch
 
 
-def encode_first_stage(vae, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Pictures [N, 3, H, W] in [-1, 1] to latents [N, c, H/f, W/f], scaled by the model's scaling_factor.
+def encode_pictures(vae, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1] to latents [N, c, H/f, W/f], scaled as a denoiser takes them.
 
     generator  draws from the posterior of an AutoencoderKL; None takes its mean. A VQModel has nothing to draw: its
                latents are those before the codebook.
@@ -19,20 +19,32 @@ def encode_first_stage(vae, x: torch.Tensor, generator: torch.Generator | None =
         posterior = vae.encode(x).latent_dist
         z = posterior.mode() if generator is None else posterior.sample(generator)
     else:
-        raise _unknown("encode_first_stage", vae)
-    shift = getattr(vae.config, "shift_factor", None) or 0
-    return (z - shift) * vae.config.scaling_factor
+        raise _unknown("encode_pictures", vae)
+    return scaled(vae, z)
 
 
-def decode_first_stage(vae, z: torch.Tensor) -> torch.Tensor:
-    """Latents [N, c, h, w], scaled as `encode_first_stage` leaves them, to pictures [N, 3, f h, f w], not clamped.
+def decode_latents(vae, z: torch.Tensor) -> torch.Tensor:
+    """Latents [N, c, h, w], scaled as `encode_pictures` leaves them, to pictures [N, 3, f h, f w], not clamped.
 
     A VQModel quantises them first. Raises TypeError for a model of neither family.
     """
     if not isinstance(vae, diffusers.VQModel | diffusers.AutoencoderKL):
-        raise _unknown("decode_first_stage", vae)
-    shift = getattr(vae.config, "shift_factor", None) or 0
-    return vae.decode(z / vae.config.scaling_factor + shift).sample
+        raise _unknown("decode_latents", vae)
+    return vae.decode(unscaled(vae, z)).sample
+
+
+def scaled(vae, z: torch.Tensor) -> torch.Tensor:
+    """The autoencoder's latents as the denoiser takes them, (z - shift_factor) * scaling_factor."""
+    return (z - _shift(vae)) * vae.config.scaling_factor
+
+
+def unscaled(vae, z: torch.Tensor) -> torch.Tensor:
+    """The denoiser's latents as the autoencoder decodes them."""
+    return z / vae.config.scaling_factor + _shift(vae)
+
+
+def _shift(vae) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0
 
 
 def downsampling(vae) -> int:

@@ -3,15 +3,19 @@
 Source: Hu et al. 2021 (arXiv 2106.09685); the layers are peft's.
 """
 
-import os
+from __future__ import annotations
+
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ldmfast.files import first_line, replacing
 
 NAME = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for in a folder
 
 
-def load_lora(unet, *files):
+def load_lora(unet: nn.Module, *files: str | Path | tuple[str | Path, float]) -> None:
     """Add LoRAs to `unet`, each a path or (path, scale); a scale of 0 leaves the network as it was.
 
     path  a file, or a folder that holds NAME
@@ -25,8 +29,7 @@ def load_lora(unet, *files):
         try:
             unet.load_lora_adapter(path.parent, weight_name=path.name, prefix="unet", adapter_name=name)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:160]
-            raise ValueError(f"{path} does not fit this U-Net: {reason}") from error
+            raise ValueError(f"{path} does not fit this U-Net: {first_line(error)}") from error
     if names:
         unet.set_adapters(names, [scale for _, scale in files])
 
@@ -45,7 +48,7 @@ def _checked(path):
     return path
 
 
-def add_lora(unet, rank, alpha, targets):
+def add_lora(unet: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
     """Freeze `unet` and add an untrained LoRA to the layers whose names end in one of `targets`.
 
     Raises ValueError for a target that no layer is named by: peft asks only that one of them is.
@@ -61,7 +64,7 @@ def add_lora(unet, rank, alpha, targets):
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
 
 
-def save_lora(unet, folder):
+def save_lora(unet: nn.Module, folder: str | Path) -> Path:
     """Write the LoRA that `add_lora` added to folder/NAME, complete or not at all. Returns its path."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
@@ -69,14 +72,13 @@ def save_lora(unet, folder):
 
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     layers = {name: value.detach().cpu().contiguous() for name, value in layers.items()}
-    partial = NAME.replace(".safetensors", ".partial.safetensors")
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=layers,
-        weight_name=partial,
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-    )
-    os.replace(Path(folder, partial), Path(folder, NAME))
+    with replacing(Path(folder, NAME)) as partial:
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=layers,
+            weight_name=partial.name,
+            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        )
     return Path(folder, NAME)
 
 

@@ -21,7 +21,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ldmfast.models.blocks import Conditioning, down_block, has_cross_attention, mid_block, up_block
+from ldmfast.models.blocks import BlockInputs, down_block, has_cross_attention, mid_block, up_block
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.input_checks import add_residual, add_residuals, check_inputs, timestep_tensor
 from ldmfast.models.layers import (
@@ -72,7 +72,7 @@ class UNet(DropIn, UNet2DConditionModel):
         Raises ValueError naming the argument, what came and what was wanted.
         """
         extras = (down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals)
-        if self._parents_business(cross_attention_kwargs, *extras):
+        if self.stock_reason(cross_attention_kwargs, *extras):
             return super().forward(
                 sample,
                 timestep,
@@ -90,9 +90,9 @@ class UNet(DropIn, UNet2DConditionModel):
         check_inputs(self, sample, encoder_hidden_states, class_labels, added_cond_kwargs, masks)
 
         # the time, and what is added to it
-        temb = self._time(sample, timestep, timestep_cond, class_labels)
+        temb = self._time(sample, timestep, timestep_cond, class_labels)  # [N, E]
         temb, x = self._added(temb, sample, encoder_hidden_states, added_cond_kwargs)
-        cond = Conditioning(
+        cond = BlockInputs(
             temb=temb,
             temb_silu=F.silu(temb),
             context=self.process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs),
@@ -101,12 +101,12 @@ class UNet(DropIn, UNet2DConditionModel):
         )
 
         # down, leaving a skip at every step
-        x = conv2d(self.conv_in, channels_last(x))
+        x = conv2d(self.conv_in, channels_last(x))  # [N, C0, H, W]
         x, skips = self._down(x, cond, down_intrablock_additional_residuals)
         if down_block_additional_residuals is not None:  # ControlNet's
             skips = add_residuals(skips, down_block_additional_residuals)
 
-        # mid
+        # mid, at the lowest level's size
         if self.mid_block is not None:
             x = mid_block(self.mid_block, x, cond)
         x = self._after_mid(x, mid_block_additional_residual, down_intrablock_additional_residuals)
@@ -120,7 +120,7 @@ class UNet(DropIn, UNet2DConditionModel):
         if self.conv_norm_out is not None:
             x = group_norm(self.conv_norm_out, x, silu=type(self.conv_act) is nn.SiLU)
             x = x if type(self.conv_act) is nn.SiLU else self.conv_act(x)
-        x = in_layout_of(sample, conv2d(self.conv_out, x))
+        x = in_layout_of(sample, conv2d(self.conv_out, x))  # [N, C', H, W]
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
     def _time(self, sample, timestep, timestep_cond, class_labels) -> torch.Tensor:
@@ -142,7 +142,7 @@ class UNet(DropIn, UNet2DConditionModel):
         temb = temb if more is None else temb + more
         return temb if self.time_embed_act is None else self.time_embed_act(temb), x
 
-    def _down(self, x, cond: Conditioning, adapters: list | None) -> tuple[torch.Tensor, tuple]:
+    def _down(self, x, cond: BlockInputs, adapters: list | None) -> tuple[torch.Tensor, tuple]:
         """(x, the skips). T2I-Adapter's residuals are popped as they are used, as the parent does."""
         skips = (x,)
         for block in self.down_blocks:
@@ -161,8 +161,7 @@ class UNet(DropIn, UNet2DConditionModel):
             x = x + adapters.pop(0)
         return x if control is None else add_residual("mid_block_additional_residual", x, control)
 
-    def _parents_business(self, cross_attention_kwargs, controls, mid_control, adapters) -> str | None:
-        """Why this call goes to UNet2DConditionModel.forward as a whole, as a clause, or None."""
+    def stock_reason(self, cross_attention_kwargs=None, controls=None, mid_control=None, adapters=None) -> str | None:
         if cross_attention_kwargs and (names := sorted(set(cross_attention_kwargs) - {"scale"})):
             return f"cross_attention_kwargs has {', '.join(names)}"
         if (controls is None) != (mid_control is None):
@@ -175,12 +174,6 @@ class UNet(DropIn, UNet2DConditionModel):
     def from_unet(cls, unet: UNet2DConditionModel) -> UNet:
         """The same network under our forward, sharing its parameters. Raises as `DropIn.adopt` does."""
         return cls.adopt(unet)
-
-    def explain(self, cross_attention_kwargs: dict | None = None) -> list[str]:
-        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
-        if reason := self._parents_business(cross_attention_kwargs, None, None, None):
-            return [f"The whole network runs as UNet2DConditionModel.forward: {reason}."]
-        return super().explain()
 
 
 def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

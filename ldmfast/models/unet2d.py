@@ -1,7 +1,7 @@
 """`UNet2D`: diffusers' UNet2DModel with its own forward, over `ldmfast.ops`.
 
-The denoiser of the latent diffusion models without cross-attention: unconditional ones, and those that are told by
-channels joined to the latent (a map, a masked picture, a low resolution).
+The denoiser of the latent diffusion models without cross-attention: unconditional ones, and those that are
+conditioned by channels joined to the latent (a map, a masked picture, a low resolution).
 
     unet = UNet2D.from_pretrained("CompVis/ldm-celebahq-256", subfolder="unet")
 """
@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.nn.modules.module import _has_any_global_hook
 
-from ldmfast.models.blocks import Conditioning, down_block, mid_block, up_block
+from ldmfast.models.blocks import BlockInputs, down_block, mid_block, up_block
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.input_checks import check_sample, timestep_tensor
 from ldmfast.models.layers import (
@@ -79,16 +79,16 @@ class UNet2D(DropIn, UNet2DModel):
         Any H and W: where a size is odd, the way up takes its sizes from the way down.
         Raises ValueError naming the argument, what came and what was wanted.
         """
-        if self._parents_business():
+        if self.stock_reason():
             return super().forward(sample, timestep, class_labels, return_dict)
         check_sample(self, sample)
         t = timestep_tensor(timestep, sample)
         temb = self._time(t, sample, class_labels)
-        cond = Conditioning(temb=temb, temb_silu=F.silu(temb))
+        cond = BlockInputs(temb=temb, temb_silu=F.silu(temb))
 
         # down, leaving a skip at every step
         x = 2 * sample - 1 if self.config.center_input_sample else sample
-        x = conv2d(self.conv_in, channels_last(x))
+        x = conv2d(self.conv_in, channels_last(x))  # [N, C0, H, W]
         skips = (x,)
         for block in self.down_blocks:
             x, more = down_block(block, x, cond)
@@ -124,8 +124,7 @@ class UNet2D(DropIn, UNet2DModel):
             labels = self.time_proj(labels).to(sample.dtype)
         return temb + self.class_embedding(labels).to(temb.dtype)
 
-    def _parents_business(self) -> str | None:
-        """Why this call goes to UNet2DModel.forward as a whole, as a clause, or None."""
+    def stock_reason(self) -> str | None:
         if any(hasattr(block, "skip_conv") for block in (*self.down_blocks, *self.up_blocks)):
             return "its blocks hand the picture along beside the features"
         return "a global module hook is set" if _has_any_global_hook() else None
@@ -134,9 +133,3 @@ class UNet2D(DropIn, UNet2DModel):
     def from_unet(cls, unet: UNet2DModel) -> UNet2D:
         """The same network under our forward, sharing its parameters. Raises as `DropIn.adopt` does."""
         return cls.adopt(unet)
-
-    def explain(self) -> list[str]:
-        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
-        if reason := self._parents_business():
-            return [f"The whole network runs as UNet2DModel.forward: {reason}."]
-        return super().explain()

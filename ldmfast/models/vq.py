@@ -1,7 +1,7 @@
-"""`VQModel`: diffusers' VQModel, the first stage with a codebook, over `ldmfast.ops`.
+"""`VQModel`: diffusers' VQModel, the autoencoder with a codebook, over `ldmfast.ops`.
 
 vqvae = VQModel.from_pretrained("CompVis/ldm-celebahq-256", subfolder="vqvae")
-pipe.vqvae = VQModel.from_vq(pipe.vqvae)
+pipe.vqvae = VQModel.adopt(pipe.vqvae)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ldmfast.models.layers import channels_last, conv2d, in_layout_of, weights_c
 
 
 class VQModel(DropIn, diffusers.VQModel):
-    """Images to latents and back through a codebook: the first stage of LDM's vq-f4, vq-f8 and vq-f16.
+    """Images to latents and back through a codebook: LDM's vq-f4, vq-f8 and vq-f16.
 
     Constructed, configured, loaded and saved as diffusers' VQModel is. `encode` returns what comes before the codebook,
     which is what a denoiser is trained on; `decode` quantises. A decoder with norm_type "spatial" (MoVQ) runs as
@@ -33,11 +33,6 @@ class VQModel(DropIn, diffusers.VQModel):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         weights_channels_last(self)
-
-    @classmethod
-    def from_vq(cls, model: diffusers.VQModel) -> VQModel:
-        """The same network under our forward, sharing its parameters. Raises as `DropIn.adopt` does."""
-        return cls.adopt(model)
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
@@ -72,9 +67,6 @@ class VQModel(DropIn, diffusers.VQModel):
         """Codes [N, c, h, w] to images [N, 3, f h, f w]."""
         return in_layout_of(codes, decode(self.decoder, conv2d(self.post_quant_conv, channels_last(codes))))
 
-    def explain(self) -> list[str]:
-        """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does."""
-        sentences = super().explain()
-        if self.config.norm_type == "spatial":
-            sentences.append("Decoding runs as diffusers' VQModel: its norms are spatial (MoVQ).")
-        return sentences
+    def remarks(self) -> list[str]:
+        spatial = self.config.norm_type == "spatial"
+        return ["Decoding runs as diffusers' VQModel: its norms are spatial (MoVQ)."] if spatial else []

@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from its first bytes, so that a wrong one is refused in one line.
+"""What a checkpoint is, read from its first bytes, so that a wrong one is refused in one line.
 
 Only headers are read: a safetensors file begins with the length of a JSON table of names, dtypes and shapes.
 """

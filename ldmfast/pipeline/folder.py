@@ -1,8 +1,8 @@
 """A pipeline as a folder: diffusers' layout, with conditioner/ and ldmfast.json beside it.
 
     unet/ vae/ scheduler/ model_index.json    diffusers' own
-    conditioner/                              what turns inputs into what the denoiser is told
-    ldmfast.json                              the classes of the first stage and the conditioner, the default guidance
+    conditioner/                              what turns inputs into what the denoiser is conditioned on
+    ldmfast.json                              the classes of the autoencoder and the conditioner, the default guidance
 
 A folder without conditioner/ is a text model whose encoder ldmfast.json names.
 """
@@ -10,36 +10,21 @@ A folder without conditioner/ is a text model whose encoder ldmfast.json names.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import os
-import shutil
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 
-from ldmfast import shipped
-from ldmfast.conditioning.base import load_conditioner
+from ldmfast import files
+from ldmfast.conditioning.base import Conditioner, load_conditioner
 from ldmfast.conditioning.text import TextEncoder
-
-# the class that a part's config.json names -> ours
-NETWORKS = {
-    "AutoencoderKL": ("ldmfast.models", "AutoencoderKL"),
-    "UNet": ("ldmfast.models", "UNet"),
-    "UNet2D": ("ldmfast.models.unet2d", "UNet2D"),
-    "UNet2DConditionModel": ("ldmfast.models", "UNet"),
-    "UNet2DModel": ("ldmfast.models.unet2d", "UNet2D"),
-    "VQModel": ("ldmfast.models.vq", "VQModel"),
-}
-SCHEDULERS = {
-    "DDIMScheduler": ("ldmfast.diffusion.ddim", "DDIMScheduler"),
-    "DDPMScheduler": ("ldmfast.diffusion.ddpm", "DDPMScheduler"),
-    "PNDMScheduler": ("ldmfast.diffusion.pndm", "PNDMScheduler"),
-}
+from ldmfast.diffusion import catalogue
 
 
-def load_parts(folder, *, text_encoder=None, dtype=torch.float32):
+def load_parts(folder, *, text_encoder=None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """{"unet", "vae", "scheduler", "conditioner", "guidance"?} of a saved pipeline.
 
     text_encoder  "minilm", a hub name or a folder, in place of the one that the pipeline names
@@ -48,17 +33,16 @@ def load_parts(folder, *, text_encoder=None, dtype=torch.float32):
     folder = Path(folder)
     for part in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
         if not (folder / part).is_file():
-            known = "" if folder.exists() else f"; the models that ship are {', '.join(shipped.names())}"
-            raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no {part}{known}")
+            raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no {part}")
     extra = folder / "ldmfast.json"
     settings = json.loads(extra.read_text()) if extra.is_file() else {}
-    parts = {name: _load(_class_of(folder / name), folder / name, dtype) for name in ("unet", "vae")}
+    parts = {name: _network(folder / name, dtype) for name in ("unet", "vae")}
     parts["scheduler"] = _scheduler(folder / "scheduler")
     parts["conditioner"] = _conditioner(folder / "conditioner", settings, text_encoder)
     return {**parts, **({"guidance": settings["guidance"]} if "guidance" in settings else {})}
 
 
-def _conditioner(folder, settings, text_encoder):
+def _conditioner(folder: Path, settings: dict, text_encoder) -> Conditioner:
     if not folder.is_dir():
         return TextEncoder.from_pretrained(text_encoder or settings.get("text_encoder", "minilm"))
     if text_encoder is None:
@@ -69,50 +53,28 @@ def _conditioner(folder, settings, text_encoder):
     return TextEncoder.from_pretrained(text_encoder)
 
 
-def _class_of(folder):
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    if name not in NETWORKS:
-        raise ValueError(f"{folder} is a {name}; expected one of {', '.join(NETWORKS)}")
-    home, kind = NETWORKS[name]
-    return getattr(importlib.import_module(home), kind)
-
-
-def _scheduler(folder):
-    """Ours of that name, or else diffusers' own."""
+def _scheduler(folder: Path) -> diffusers.SchedulerMixin:
     name = json.loads((folder / "scheduler_config.json").read_text()).get("_class_name", "DDIMScheduler")
-    home, kind = SCHEDULERS.get(name, ("diffusers", name))
-    return getattr(importlib.import_module(home), kind).from_pretrained(folder)
+    return catalogue.scheduler(name).from_pretrained(folder)
 
 
-def _load(kind, folder, dtype):
+def _network(folder: Path, dtype: torch.dtype) -> nn.Module:
+    kind = catalogue.network(json.loads((folder / "config.json").read_text()).get("_class_name"))
     try:
         return kind.from_pretrained(folder, torch_dtype=dtype)
     except Exception as error:  # diffusers and safetensors raise many types for a damaged file
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder} could not be loaded: {reason}") from error
+        raise ValueError(f"{folder} could not be loaded: {files.first_line(error)}") from error
 
 
-def save_parts(folder, *, dtype=None, **parts):
+def save_parts(folder, *, dtype: torch.dtype | None = None, **parts) -> None:
     """Write what `load_parts` reads. `dtype` converts the weights in the files only.
 
-    All of it is written beside `folder` and then moved in, so that what was there stays until it is complete; what the
-    folder holds beside a pipeline's parts is left alone.
+    The folder holds all of the old or all of the new pipeline at every moment; what it holds beside a pipeline's parts
+    stays.
     parts  unet, vae, scheduler, conditioner, guidance
     """
-    folder = Path(folder).resolve()
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with files.replacing_folder(Path(folder).resolve(), keep=True) as partial:
         _write_parts(partial, dtype=dtype, **parts)
-        folder.mkdir(exist_ok=True)
-        for written in list(partial.iterdir()):
-            target = folder / written.name
-            if target.is_dir():
-                os.replace(target, partial / f"{written.name}.old")
-            os.replace(written, target)
-    finally:
-        shutil.rmtree(partial)
 
 
 def _write_parts(folder, *, unet, vae, scheduler, conditioner, guidance, dtype):
@@ -122,7 +84,7 @@ def _write_parts(folder, *, unet, vae, scheduler, conditioner, guidance, dtype):
         torch.nn.Module.to(module, dtype or module.dtype).save_pretrained(folder / name)
         _forget_origin(folder / name / "config.json")
     scheduler.save_pretrained(folder / "scheduler")
-    settings = {"conditioner": type(conditioner).__name__, "first_stage": type(vae).__name__, "guidance": guidance}
+    settings = {"conditioner": type(conditioner).__name__, "autoencoder": type(vae).__name__, "guidance": guidance}
     if isinstance(conditioner, TextEncoder):
         settings["text_encoder"] = conditioner.settings["name"]
     index = _model_index(unet, vae, scheduler, conditioner)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable
 
+from ldmfast import conditioning
 from ldmfast.conditioning import CONDITIONERS
 from ldmfast.conditioning.base import Conditioner
 from ldmfast.released.families import DENOISERS
@@ -113,4 +113,4 @@ def make_conditioner(config: dict) -> Conditioner:
         raise ValueError(f"a conditioner of class {name} is not known; expected one of {', '.join(CONDITIONERS)}")
     if name == "Hybrid":
         raise ValueError("several conditioners side by side (Hybrid) have no place in the released layout")
-    return getattr(importlib.import_module(CONDITIONERS[name]), name).from_settings(settings)
+    return getattr(conditioning, name).from_settings(settings)

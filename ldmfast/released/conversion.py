@@ -11,15 +11,23 @@ from pathlib import Path
 
 import torch
 
+from ldmfast import files
 from ldmfast.released import diffusers_folder as folders
-from ldmfast.released.parts import Model, from_released, to_released
-from ldmfast.released.weights import read_weights
+from ldmfast.released.model import Model
+from ldmfast.released.read import HEADER, check_missing, read
+from ldmfast.released.single_file import to_released
 
-HEADER = "ldmfast"  # in a safetensors file's metadata: the folder's configurations
 _LARGEST_CONFIG = 100_000  # bytes; vocabularies are larger, and no configuration
 
 
-def convert(source, target, *, ema=False, config=None, allow_missing=False) -> list[str]:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    ema: bool = False,
+    config: dict | str | Path | None = None,
+    allow_missing: bool = False,
+) -> list[str]:
     """Write `target` in the layout that `source` does not have.
 
     source         a released .safetensors or .ckpt, or a folder in diffusers' layout
@@ -51,25 +59,6 @@ def convert(source, target, *, ema=False, config=None, allow_missing=False) -> l
     return report(model)
 
 
-def read(source, *, ema=False, config=None) -> Model:
-    """The parts of a released file or a diffusers folder. Raises FileNotFoundError, ValueError."""
-    source = Path(source)
-    if source.is_dir():
-        return folders.read_folder(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source} is neither a file nor a folder")
-    tensors, others = read_weights(source)
-    header = json.loads(others.pop(HEADER, "{}"))
-    try:
-        model = from_released(tensors, config, ema=ema, header=header)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    others.pop("format", None)
-    if others:
-        model.notes.append(f"not tensors, left out: {', '.join(sorted(others))}")
-    return model
-
-
 def report(model: Model) -> list[str]:
     lines = [f"{' or '.join(model.names) or 'a model of no known family'}: " + ", ".join(_counts(model))]
     lines += [f"missing, and random when loaded: {name}" for name in model.missing]
@@ -80,27 +69,16 @@ def _counts(model: Model) -> list[str]:
     return [f"{where or 'network'} {len(part.tensors)}" for where, part in model.parts.items() if part.tensors]
 
 
-def check_missing(source: Path, model: Model, allowed: bool) -> None:
-    if not model.missing or allowed:
-        return
-    more = f" and {len(model.missing) - 3} more" if len(model.missing) > 3 else ""
-    raise ValueError(
-        f"{source} lacks {len(model.missing)} of this model's weights: {', '.join(model.missing[:3])}{more}; "
-        "they would be random. allow_missing=True (--allow-missing) takes it so"
-    )
-
-
 def _write_file(model: Model, source: Path, target: Path) -> None:
     known = len(model.missing)
     tensors = to_released(model)
     del model.missing[known:]  # the same ones, now by their place
     header = json.dumps({"configs": _configs(source), "legacy": model.record["legacy"]})
-    if target.suffix == ".safetensors":
-        folders.save(tensors, target, {HEADER: header})
-        return
-    partial = target.with_name(target.name + ".partial")
-    torch.save({"state_dict": tensors, HEADER: header}, partial)
-    partial.rename(target)
+    with files.replacing(target) as partial:
+        if target.suffix == ".safetensors":
+            folders.save(tensors, partial, {HEADER: header})
+        else:
+            torch.save({"state_dict": tensors, HEADER: header}, partial)
 
 
 def _configs(source: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A `Model` (parts.py) as a folder in diffusers' layout, and back, with every tensor as it is.
+"""A `Model` (model.py) as a folder in diffusers' layout, and back, with every tensor as it is.
 
 unet/ vae/ text_encoder/ conditioner/ scheduler/    the parts: config.json and a safetensors file each
 model_index.json, ldmfast.json                      what pipelines read
@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import diffusers
 import torch
 from safetensors.torch import save_file
 
-from ldmfast.released import parts
-from ldmfast.released.parts import CONDITION, FIRST_STAGE, UNET, Model, Part
+from ldmfast import files
+from ldmfast.released.model import (
+    AUTOENCODER,
+    CONDITION,
+    UNET,
+    Model,
+    Part,
+    autoencoder_part,
+    conditioner_part,
+    text_part,
+    unet_part,
+)
 from ldmfast.released.weights import part_weights, read_weights
 
 REST, RECORD = "released.safetensors", "released.json"
@@ -30,31 +39,37 @@ def write_folder(model: Model, folder: Path) -> None:
     """Write the parts; the folder appears whole or not at all. Raises ValueError if it exists."""
     if folder.exists():
         raise ValueError(f"{folder} exists already; name another, or remove it")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    with files.new_folder(folder) as partial:
+        _write_parts(model, partial)
+
+
+def _write_parts(model: Model, folder: Path) -> None:
     carried, rest = _carried(model.rest)
     for where, part in model.parts.items():
-        place = partial / where
+        place = folder / where
         place.mkdir(parents=True, exist_ok=True)
-        (place / "config.json").write_text(json.dumps(part.config, indent=2) + "\n")
+        _write_json(place / "config.json", part.config)
         if tensors := part.tensors | carried.pop(where, {}):
             stem = "diffusion_pytorch_model" if where in _NETWORKS else "model"
             save(tensors, place / f"{stem}.safetensors")
     if model.schedule is not None:
-        (partial / "scheduler").mkdir()
-        (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(model.schedule, indent=2) + "\n")
-        (partial / "model_index.json").write_text(json.dumps(model_index(model), indent=2) + "\n")
-        (partial / "ldmfast.json").write_text(json.dumps(_pipeline_settings(model), indent=2) + "\n")
+        (folder / "scheduler").mkdir()
+        _write_json(folder / "scheduler" / "scheduler_config.json", model.schedule)
+        _write_json(folder / "model_index.json", model_index(model))
+        _write_json(folder / "ldmfast.json", _pipeline_settings(model))
     for where, tensors in carried.items():
-        (partial / where).mkdir(exist_ok=True)
-        save(tensors, partial / where / "model.safetensors")
+        (folder / where).mkdir(exist_ok=True)
+        save(tensors, folder / where / "model.safetensors")
     if rest:
-        save(rest, partial / REST)
-    (partial / RECORD).write_text(parts.record_text(model.record))
+        save(rest, folder / REST)
+    (folder / RECORD).write_text(json.dumps({"format": 1, **model.record}, indent=2, sort_keys=True) + "\n")
     for name, text in model.record.get("configs", {}).items():  # the very files that the parts once came with
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).write_text(text)
-    partial.rename(folder)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _carried(rest: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
@@ -77,9 +92,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = N
         at = value.untyped_storage().data_ptr()
         own[name] = value.clone() if at in seen else value
         seen.add(at)
-    partial = path.with_name(path.name + ".partial")
-    save_file(own, partial, metadata={"format": "pt", **(metadata or {})})
-    partial.rename(path)
+    save_file(own, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def model_index(model: Model) -> dict:
@@ -113,8 +126,8 @@ def pipeline_class(model: Model) -> str | None:
 
 
 def _pipeline_settings(model: Model) -> dict:
-    stage, conditioner = model.parts.get("vae"), model.parts.get("conditioner")
-    settings = {"first_stage": stage and stage.config["_class_name"]}
+    vae, conditioner = model.parts.get("vae"), model.parts.get("conditioner")
+    settings = {"autoencoder": vae and vae.config["_class_name"]}
     return {**settings, "conditioner": conditioner.config["_class_name"] if conditioner else "TextEncoder"}
 
 
@@ -146,7 +159,7 @@ def _canonical_prefixes(folder: Path, alone: bool) -> dict[str, str]:
     """Where the parts go in a released file, for a folder that did not come from one."""
     if alone:
         return {"": UNET if "UNet" in _config(folder)["_class_name"] else ""}
-    places = {"unet": UNET, "vae": FIRST_STAGE, "vqvae": FIRST_STAGE, "conditioner": CONDITION}
+    places = {"unet": UNET, "vae": AUTOENCODER, "vqvae": AUTOENCODER, "conditioner": CONDITION}
     two, first = (folder / "text_encoder_2").is_dir(), folder / "text_encoder"
     if first.is_dir():
         if two:
@@ -201,13 +214,13 @@ def _modern(name: str) -> str:
 def part_of(config: dict, where: str, prefix: str, record: dict, tensors: dict) -> Part:
     """The part of a folder, with the table that leads to a released file."""
     if where == "unet" or "UNet" in config.get("_class_name", ""):
-        return parts.unet_part(config, prefix, record["legacy"])
+        return unet_part(config, prefix, record["legacy"])
     if where in _NETWORKS:
-        return parts.first_stage_part(config, prefix)
+        return autoencoder_part(config, prefix)
     if where.startswith("text_encoder"):
         bare = {name for name in tensors if name.startswith("embeddings.")}
         if bare:
             raise ValueError(f"{where}: its weights lack the prefix text_model.; save it with an older transformers")
         layout = "openclip" if prefix.endswith("model.") else "clip"
-        return parts.text_part(config, layout, prefix)
-    return parts.conditioner_part(config)
+        return text_part(config, layout, prefix)
+    return conditioner_part(config)

@@ -40,7 +40,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class FirstStage:
+class Autoencoder:
     """An autoencoder: ch 128, two residual blocks a level.
 
     attention   levels of the encoder that have it; codebook None for a KL autoencoder
@@ -53,19 +53,19 @@ class FirstStage:
     mid_attention: bool = True
     ch: int = 128
 
-    def alike(self) -> FirstStage:
+    def alike(self) -> Autoencoder:
         return dataclasses.replace(self, ch=1, codebook=None if self.codebook is None else 1)
 
 
-FIRST_STAGES = {
-    "kl-f4": FirstStage(3, (1, 2, 4)),
-    "kl-f8": FirstStage(4, (1, 2, 4, 4)),
-    "kl-f16": FirstStage(16, (1, 1, 2, 2, 4), attention=(4,)),
-    "kl-f32": FirstStage(64, (1, 1, 2, 2, 4, 4), attention=(4, 5)),
-    "vq-f4": FirstStage(3, (1, 2, 4), 8192),
-    "vq-f4-noattn": FirstStage(3, (1, 2, 4), 8192, mid_attention=False),
-    "vq-f8": FirstStage(4, (1, 2, 2, 4), 16384, attention=(3,)),
-    "vq-f16": FirstStage(8, (1, 1, 2, 2, 4), 16384, attention=(4,)),
+AUTOENCODERS = {
+    "kl-f4": Autoencoder(3, (1, 2, 4)),
+    "kl-f8": Autoencoder(4, (1, 2, 4, 4)),
+    "kl-f16": Autoencoder(16, (1, 1, 2, 2, 4), attention=(4,)),
+    "kl-f32": Autoencoder(64, (1, 1, 2, 2, 4, 4), attention=(4, 5)),
+    "vq-f4": Autoencoder(3, (1, 2, 4), 8192),
+    "vq-f4-noattn": Autoencoder(3, (1, 2, 4), 8192, mid_attention=False),
+    "vq-f8": Autoencoder(4, (1, 2, 2, 4), 16384, attention=(3,)),
+    "vq-f16": Autoencoder(8, (1, 1, 2, 2, 4), 16384, attention=(4,)),
 }
 
 
@@ -81,7 +81,7 @@ class Denoiser:
     """
 
     structure: Structure
-    first_stage: str
+    autoencoder: str  # a row of AUTOENCODERS
     condition: str
     betas: tuple[float, float]
     heads: int | None = None
@@ -171,17 +171,17 @@ DENOISERS = {
 
 
 def recognise(structure: Structure, condition: str | None) -> list[str]:
-    """The rows that a U-Net of this structure, told in this way, may be: by every width, else by the build alone.
+    """The rows that a U-Net of this structure and condition may be: by every width, else by the build alone.
 
-    condition   as the checkpoint's other tensors show it; None if they are not there, or do not tell
+    condition   as the checkpoint's other tensors show it; None if they are not there, or do not show it
     """
     fitting = {k: row for k, row in DENOISERS.items() if condition in (None, row.condition)}
     exact = [name for name, row in fitting.items() if row.structure == structure]
     return exact or [name for name, row in fitting.items() if row.structure.alike() == structure.alike()]
 
 
-def recognise_first_stage(found: FirstStage) -> str | None:
+def recognise_autoencoder(found: Autoencoder) -> str | None:
     """The row of an autoencoder, by every width, else by the build alone."""
-    exact = [name for name, row in FIRST_STAGES.items() if row == found]
-    alike = [name for name, row in FIRST_STAGES.items() if row.alike() == found.alike()]
+    exact = [name for name, row in AUTOENCODERS.items() if row == found]
+    alike = [name for name, row in AUTOENCODERS.items() if row.alike() == found.alike()]
     return next(iter(exact or alike), None)

@@ -1,14 +1,15 @@
 """What a released checkpoint is, from the names and shapes of its tensors alone.
 
-`unet_structure` and `first_stage_structure` read the released layout (openaimodel's `input_blocks`, the autoencoder's
-`encoder.down`); `unet_config` and `first_stage_config` write what they found as diffusers' configurations.
+`unet_structure` and `autoencoder_structure` read the released layout (openaimodel's `input_blocks`, the autoencoder's
+`encoder.down`); `unet_config` and `autoencoder_config` write what they found as diffusers' configurations.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
-from ldmfast.released.families import FirstStage, Structure
+from ldmfast.released.families import Autoencoder, Structure
 
 Table = dict[str, tuple[int, ...]]
 
@@ -82,7 +83,7 @@ def _depth(table: Table, prefix: str) -> int:
     return len(list(blocks))
 
 
-def unet_config(s: Structure, heads, sample_size: int) -> dict:
+def unet_config(s: Structure, heads: Callable[[int], int], sample_size: int) -> dict:
     """The configuration of UNet2DConditionModel, or of UNet2DModel where nothing crosses.
 
     heads   channels -> heads
@@ -147,16 +148,16 @@ def _cross_config(s: Structure, channels: list[int], heads) -> dict:
     return config
 
 
-def first_stage_structure(table: Table) -> tuple[FirstStage, dict]:
+def autoencoder_structure(table: Table) -> tuple[Autoencoder, dict]:
     """(the autoencoder, what else its configuration needs), names without prefix. Raises ValueError."""
     levels = 1 + max((int(n.split(".")[2]) for n in table if n.startswith("encoder.down.")), default=-1)
     if not levels or "encoder.conv_in.weight" not in table:
-        raise ValueError("the first stage has no encoder in the released layout (encoder.conv_in, encoder.down)")
+        raise ValueError("the autoencoder has no encoder in the released layout (encoder.conv_in, encoder.down)")
     ch, inputs = table["encoder.conv_in.weight"][:2]
     channels = [table[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
     codebook = table.get("quantize.embedding.weight")
     z = table["decoder.conv_in.weight"][1]
-    found = FirstStage(
+    found = Autoencoder(
         z=z,
         mult=tuple(c // ch for c in channels),
         codebook=codebook and codebook[0],
@@ -173,7 +174,7 @@ def first_stage_structure(table: Table) -> tuple[FirstStage, dict]:
     return found, more
 
 
-def first_stage_config(f: FirstStage, more: dict, scale_factor: float, sample_size: int) -> dict:
+def autoencoder_config(f: Autoencoder, more: dict, scale_factor: float, sample_size: int) -> dict:
     """The configuration of AutoencoderKL or VQModel."""
     levels = range(len(f.mult))
     config = {

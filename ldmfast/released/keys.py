@@ -153,7 +153,7 @@ def _qkv(keys: list[str]) -> tuple[str, ...]:
     return tuple(next(k for k in keys if f".to_{letter}." in k) for letter in "qkv")
 
 
-_FIRST_STAGE = (
+_AUTOENCODER = (
     (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
     (r"\.down_blocks\.(\d+)\.attentions\.", r".down.\1.attn."),
     (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
@@ -171,13 +171,13 @@ _FIRST_STAGE = (
 )
 
 
-def first_stage_entries(shapes: dict[str, tuple], config: dict) -> list[Entry]:
+def autoencoder_entries(shapes: dict[str, tuple], config: dict) -> list[Entry]:
     """The autoencoder's table; released, its attention is 1x1 convolutions and its `up` counts from the top."""
     last = len(config["block_out_channels"]) - 1
     entries = []
     for key, shape in shapes.items():
         name = key
-        for pattern, written in _FIRST_STAGE:
+        for pattern, written in _AUTOENCODER:
             name = re.sub(pattern, written, name)
         name = re.sub(r"decoder\.up\.(\d+)", lambda found: f"decoder.up.{last - int(found[1])}", name)
         attention = ".attentions." in key and len(shape) == 2

@@ -49,15 +49,15 @@ _PLACES = (  # a tensor that shows it, where it is, what the condition is called
     ("cond_stage_model.transformer.token_emb.weight", Place("cond_stage_model.", "conditioner", "text"), "text"),
     ("cond_stage_model.embedding.weight", Place("cond_stage_model.", "conditioner", "class"), "class"),
     ("cond_stage_model.channel_mapper.weight", Place("cond_stage_model.", "conditioner", "map"), "map"),
-    ("cond_stage_model.encoder.conv_in.weight", None, "masked"),  # a second copy of the first stage
+    ("cond_stage_model.encoder.conv_in.weight", None, "masked"),  # a second copy of the autoencoder
 )
 
 
 def places(table: Table) -> tuple[list[Place], set[str]]:
-    """(the encoders in a checkpoint; the conditions that a model with them can have, empty if nothing tells)"""
+    """(the encoders in a checkpoint; the conditions that a model with them can have, empty if nothing shows it)"""
     found = [(place, name) for mark, place, name in _PLACES if mark in table]
     conditions = {name for _, name in found}
-    if "text" in conditions:  # one module for captions and for boxes: the U-Net tells which
+    if "text" in conditions:  # one module for captions and for boxes: the U-Net shows which
         conditions.add("boxes")
     return [place for place, _ in found if place], conditions
 

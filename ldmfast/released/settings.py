@@ -5,14 +5,16 @@ Heads, the latents' scale and the noise schedule of a released model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ldmfast.files import first_line
 from ldmfast.released.families import DENOISERS, Denoiser, Structure
 
 
-def read_config(config) -> dict:
+def read_config(config: dict | str | Path | None) -> dict:
     """model.params of an original configuration: a YAML file's path, its content, or {} for None."""
     if config is None:
         return {}
@@ -22,7 +24,7 @@ def read_config(config) -> dict:
         try:
             config = yaml.safe_load(Path(config).read_text())
         except yaml.YAMLError as error:
-            raise ValueError(f"config={config} is not YAML: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"config={config} is not YAML: {first_line(error)}") from error
     found = config.get("model", config) if isinstance(config, dict) else None
     found = found.get("params", found) if isinstance(found, dict) else None
     if not isinstance(found, dict):
@@ -35,8 +37,8 @@ def unet_settings(settings: dict) -> dict:
     return found.get("params", found)
 
 
-def heads_rule(structure: Structure, names: list[str], settings: dict):
-    """channels -> heads, from the original configuration or the family. Raises ValueError where neither tells."""
+def heads_rule(structure: Structure, names: list[str], settings: dict) -> Callable[[int], int]:
+    """channels -> heads, from the original configuration or the family. Raises ValueError where neither says."""
     given = unet_settings(settings)
     if (width := given.get("num_head_channels", -1)) != -1:
         return lambda channels: channels // width
@@ -46,11 +48,11 @@ def heads_rule(structure: Structure, names: list[str], settings: dict):
     if len(rules) == 1:
         return DENOISERS[names[0]].heads_at
     channels = tuple(structure.ch * m for m in structure.mult)
-    told = f"may be {' or '.join(names)}" if names else "is none of the released ones"
+    found = f"may be {' or '.join(names)}" if names else "is none of the released ones"
     raise ValueError(
         f"a U-Net of {structure.inputs} -> {structure.outputs} channels with levels {channels} and context "
-        f"{structure.context} {told}, and its heads cannot be read from its shapes; give its original YAML as config=, "
-        "or config={'unet_config': {'num_heads': N}} or {'num_head_channels': width}"
+        f"{structure.context} {found}, and its heads cannot be read from its shapes; give its original YAML as "
+        "config=, or config={'unet_config': {'num_heads': N}} or {'num_head_channels': width}"
     )
 
 

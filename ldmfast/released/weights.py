@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ldmfast.files import first_line
 from ldmfast.models.weight_files import not_weights, shapes
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -42,8 +43,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: {_code_in_pickle(error)}") from error
     except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: truncated or damaged ({reason[:120]}); download it again") from error
+        raise ValueError(f"{path}: truncated or damaged ({first_line(error, 120)}); download it again") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds no table of tensors (a {type(content).__name__})")

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from ldmfast.conditioning.text import TextEncoder
 from ldmfast.data.collection import load_pictures
 from ldmfast.diffusion import sampling
 from ldmfast.diffusion.schedule import make_scheduler
 from ldmfast.evaluation.samples import features as small_picture
 from ldmfast.metrics import features, sets
-from ldmfast.models import TextEncoder
-from ldmfast.models.encode_decode import decode_first_stage, encode_first_stage
+from ldmfast.models.encode_decode import decode_latents, encode_pictures
 from ldmfast.pictures import grid, to_pil
 from ldmfast.study import cost
 from ldmfast.training import checkpoint, condition_sources, latents, parallel, train_autoencoder, train_denoiser
@@ -173,7 +173,7 @@ def reconstruction(vae, reference) -> dict:
     if vae is None:
         return {"psnr": None, "ssim": 1.0, "kid": 0.0}
     x = reference.some.batch(slice(None))
-    y = torch.cat([decode_first_stage(vae, encode_first_stage(vae, part)) for part in x.split(32)])
+    y = torch.cat([decode_latents(vae, encode_pictures(vae, part)) for part in x.split(32)])
     scores = train_autoencoder.score(vae, reference.some)
     return {"psnr": scores["psnr"], "ssim": scores["ssim"], "kid": sets.kid(reference.features, reference.of(y))}
 
@@ -224,7 +224,7 @@ def draw(unet, shape, encoder, prompts, vae, config, batch=16):
         x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         times = sampling.begin_at(scheduler, config.steps, 0)
         z = sampling.sample(lambda x, t, c=condition: c.predict(unet, x, t), x, scheduler, times)
-        drawn.append(z if vae is None else decode_first_stage(vae, z))
+        drawn.append(z if vae is None else decode_latents(vae, z))
     return torch.cat(drawn).float().clamp(-1, 1)
 
 

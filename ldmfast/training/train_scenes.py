@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldmfast.conditioning.base import Hybrid
 from ldmfast.conditioning.classes_and_boxes import BoxEncoder, PlacedClass
+from ldmfast.conditioning.hybrid import Hybrid
 from ldmfast.conditioning.spatial import MapEncoder
 from ldmfast.data import scenes
 from ldmfast.data.collection import read_rows

@@ -17,7 +17,7 @@ CLOSE = 1e-5  # norm of the difference over norm, float32
 
 def pair(**changes):
     stock = tiny.vae(**changes)
-    return stock, AutoencoderKL.from_vae(copy.deepcopy(stock))
+    return stock, AutoencoderKL.adopt(copy.deepcopy(stock))
 
 
 def encoded(model, x):

@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldmfast.conditioning.base import Condition, Conditioner, Hybrid, Unconditional, load_conditioner
+from ldmfast.conditioning.base import Conditioner, Unconditional, load_conditioner
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
+from ldmfast.conditioning.condition import Condition
+from ldmfast.conditioning.hybrid import Hybrid
 from ldmfast.released.conditioner_parts import make_conditioner
 
 
@@ -24,10 +26,10 @@ def test_a_condition_is_indexed_joined_and_cast():
 
 
 def test_dropout_puts_the_empty_condition_where_it_is_asked_to():
-    told, empty = condition(3), Condition(torch.zeros(1, 3, 4), None, torch.zeros(1, 2, 1, 1), torch.tensor([9]))
-    got = told.dropped(torch.tensor([False, True, False]), empty)
+    given, empty = condition(3), Condition(torch.zeros(1, 3, 4), None, torch.zeros(1, 2, 1, 1), torch.tensor([9]))
+    got = given.dropped(torch.tensor([False, True, False]), empty)
     assert got.label.tolist() == [0, 9, 2]
-    assert torch.equal(got.concat[0], told.concat[0]) and not got.concat[1].any() and not got.context[1].any()
+    assert torch.equal(got.concat[0], given.concat[0]) and not got.concat[1].any() and not got.context[1].any()
 
 
 def test_no_condition_is_saved_and_loaded(tmp_path):

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldmfast.conditioning.base import Hybrid, load_conditioner
+from ldmfast.conditioning.base import load_conditioner
 from ldmfast.conditioning.classes_and_boxes import BoxEncoder, ClassEmbedder
+from ldmfast.conditioning.hybrid import Hybrid
 from ldmfast.conditioning.spatial import LowResolution, MapEncoder, MaskedImage
 from ldmfast.conditioning.text import TextEncoder
 from ldmfast.conditioning.transformer import LayoutEncoder, TransformerEmbedder, TransformerText
@@ -37,11 +38,11 @@ def test_an_encoder_is_the_same_after_saving_and_in_any_batch(kind, tmp_path):
     encoder = make()
     encoder.save_pretrained(tmp_path)
     again = load_conditioner(tmp_path)
-    told, empty = encoder([value]), encoder.empty(2)
+    given, empty = encoder([value]), encoder.empty(2)
     assert again.mode == encoder.mode and again.trainable == encoder.trainable
-    assert len(told) == 1 and len(empty) == 2 and set(told.parts()) == set(empty.parts())
+    assert len(given) == 1 and len(empty) == 2 and set(given.parts()) == set(empty.parts())
     both = again([value, value])
-    for name, part in told.parts().items():
+    for name, part in given.parts().items():
         assert torch.allclose(getattr(both, name)[1], part[0], atol=1e-6), name
     dropped = both.dropped(torch.tensor([True, False]), empty[:1])
     assert any(not torch.equal(a[0], a[1]) for a in dropped.parts().values())
@@ -51,8 +52,8 @@ def test_an_encoder_is_the_same_after_saving_and_in_any_batch(kind, tmp_path):
 def test_an_encoder_trained_jointly_gets_a_gradient_everywhere(kind):
     make, value = ENCODERS[kind]
     encoder, other = make(), [{"object": "cat"}] if "boxes" in kind else value  # an object without a box
-    told = encoder([value, other])
-    sum(part.square().sum() for part in told.parts().values()).backward()
+    given = encoder([value, other])
+    sum(part.square().sum() for part in given.parts().values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
 
@@ -60,12 +61,12 @@ def test_an_encoder_trained_jointly_gets_a_gradient_everywhere(kind):
 def test_tokens_reach_the_unet(kind):
     make, value = ENCODERS[kind]
     encoder = make()
-    told = encoder([value])
-    joined = 0 if told.concat is None else told.concat.shape[1]
-    unet = UNet.from_unet(tiny.unet(cross_attention_dim=told.context.shape[-1], in_channels=4 + joined, sample_size=4))
+    given = encoder([value])
+    joined = 0 if given.concat is None else given.concat.shape[1]
+    unet = UNet.from_unet(tiny.unet(cross_attention_dim=given.context.shape[-1], in_channels=4 + joined, sample_size=4))
     x = torch.randn(1, 4, 4, 4)
     with torch.no_grad():
-        assert not torch.equal(told.predict(unet, x, 10), encoder.empty(1).predict(unet, x, 10))
+        assert not torch.equal(given.predict(unet, x, 10), encoder.empty(1).predict(unet, x, 10))
 
 
 def test_a_label_and_a_map_reach_the_unet():
@@ -73,24 +74,24 @@ def test_a_label_and_a_map_reach_the_unet():
     both = Hybrid(label=label, map=chart)
     unet = UNet.from_unet(tiny.unet(in_channels=6, num_class_embeds=4, cross_attention_dim=8))
     x, context = torch.randn(2, 4, 4, 4), torch.zeros(2, 1, 8)
-    told, empty = both([{"label": 1, "map": MAP}, {"map": MAP}]), both.empty(2)
-    assert told.label.tolist() == [1, 3]
-    told.context = empty.context = context
+    given, empty = both([{"label": 1, "map": MAP}, {"map": MAP}]), both.empty(2)
+    assert given.label.tolist() == [1, 3]
+    given.context = empty.context = context
     with torch.no_grad():
-        assert not torch.equal(told.predict(unet, x, 10), empty.predict(unet, x, 10))
+        assert not torch.equal(given.predict(unet, x, 10), empty.predict(unet, x, 10))
 
 
 def test_hybrid_puts_its_members_side_by_side(tmp_path):
     hybrid = Hybrid(
         **{"class": ClassEmbedder(NAMES, 8), "boxes": BoxEncoder(NAMES, 8, grid=4), "map": MapEncoder(3, 2)}
     )
-    told = hybrid([{"class": "cat"}, {"boxes": SCENE, "map": MAP}])
-    assert told.context.shape == (2, 4, 8) and told.concat.shape == (2, 12, 4, 4)
+    given = hybrid([{"class": "cat"}, {"boxes": SCENE, "map": MAP}])
+    assert given.context.shape == (2, 4, 8) and given.concat.shape == (2, 12, 4, 4)
     alone, empty = hybrid.members["boxes"]([SCENE]), hybrid.empty(1)
-    assert torch.allclose(told.context[1, 1:], alone.context[0]) and torch.equal(
-        told.context[1, 0], empty.context[0, 0]
+    assert torch.allclose(given.context[1, 1:], alone.context[0]) and torch.equal(
+        given.context[1, 0], empty.context[0, 0]
     )
-    assert torch.equal(told.concat[0, 10:], torch.zeros(2, 4, 4)) and told.concat[1, 10:].any()
+    assert torch.equal(given.concat[0, 10:], torch.zeros(2, 4, 4)) and given.concat[1, 10:].any()
     hybrid.save_pretrained(tmp_path, dtype=torch.float16)
     again = load_conditioner(tmp_path)([{"class": "cat"}])
     assert torch.allclose(again.context, hybrid([{"class": "cat"}]).context, atol=1e-2)
@@ -141,17 +142,17 @@ def test_the_transformer_attends_to_every_token():
         model(torch.zeros(1, 7, dtype=torch.int64))
 
 
-def test_pictures_are_encoded_by_the_first_stage():
+def test_pictures_are_encoded_by_the_autoencoder():
     vae, image = tiny.vae(), torch.rand(3, 32, 32) * 2 - 1
     mask = torch.zeros(1, 32, 32)
     mask[:, :16] = 1
     encoder = MaskedImage(5)
     with pytest.raises(RuntimeError, match=r"call bind\(vae\)"):
         encoder([{"image": image, "mask": mask}])
-    told = encoder.bind(vae)([{"image": image, "mask": mask}]).concat
+    given = encoder.bind(vae)([{"image": image, "mask": mask}]).concat
     hidden = encoder([{"image": torch.where(mask > 0, torch.zeros(()), image), "mask": mask}]).concat
-    assert told.shape == (1, 5, 8, 8) and torch.equal(told, hidden)  # what is to be painted is not seen
-    assert told[0, 4, :4].eq(1).all() and told[0, 4, 4:].eq(-1).all()
+    assert given.shape == (1, 5, 8, 8) and torch.equal(given, hidden)  # what is to be painted is not seen
+    assert given[0, 4, :4].eq(1).all() and given[0, 4, 4:].eq(-1).all()
     assert not list(encoder.parameters())
     assert LowResolution(4, encoded=True).bind(vae)([image]).concat.shape == (1, 4, 8, 8)
 

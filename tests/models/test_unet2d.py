@@ -198,7 +198,7 @@ def test_an_autoencoder_with_attention_at_some_levels_goes_through_ours():
         "up_block_types": ("AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
     }
     stock = tiny.vae(**types)
-    ours = AutoencoderKL.from_vae(copy.deepcopy(stock))
+    ours = AutoencoderKL.adopt(copy.deepcopy(stock))
     x = torch.randn(2, 3, 32, 32)
     assert tiny.error(ours.encode(x).latent_dist.parameters, stock.encode(x).latent_dist.parameters) <= CLOSE
     z = torch.randn(2, 4, 8, 8)

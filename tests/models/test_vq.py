@@ -1,4 +1,4 @@
-"""`VQModel` against stock diffusers, and the two functions that hide which family a first stage is of."""
+"""`VQModel` against stock diffusers, and the two functions that hide which family an autoencoder is of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import ldmfast
-from ldmfast.models.encode_decode import decode_first_stage, downsampling, encode_first_stage
+from ldmfast.models.encode_decode import decode_latents, downsampling, encode_pictures
 from ldmfast.models.vq import VQModel
 from ldmfast.training.config import DecoderConfig
 from ldmfast.training.train_decoder import Decoder
@@ -38,7 +38,7 @@ def stock_model(**changes):
 
 def pair(**changes):
     stock = stock_model(**changes)
-    return stock, VQModel.from_vq(copy.deepcopy(stock))
+    return stock, VQModel.adopt(copy.deepcopy(stock))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (36, 28), (40, 12)])
@@ -144,19 +144,19 @@ def test_saved_files_are_stock(tmp_path):
 def test_both_families_through_one_pair_of_functions():
     x = torch.randn(2, 3, 32, 32)
     kl, vq = tiny.vae(scaling_factor=0.5), pair(scaling_factor=0.25)[1]
-    assert torch.equal(encode_first_stage(kl, x), kl.encode(x).latent_dist.mean * 0.5)
-    drawn = [encode_first_stage(kl, x, torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert torch.equal(*drawn) and not torch.equal(drawn[0], encode_first_stage(kl, x))
-    z = encode_first_stage(vq, x)
+    assert torch.equal(encode_pictures(kl, x), kl.encode(x).latent_dist.mean * 0.5)
+    drawn = [encode_pictures(kl, x, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], encode_pictures(kl, x))
+    z = encode_pictures(vq, x)
     assert torch.equal(z, vq.encode(x).latents * 0.25)
-    assert torch.equal(decode_first_stage(vq, z), vq.decode(vq.encode(x).latents).sample)
-    z = encode_first_stage(kl, x)
-    assert tiny.error(decode_first_stage(kl, z), kl.decode(kl.encode(x).latent_dist.mean).sample) <= 1e-6
+    assert torch.equal(decode_latents(vq, z), vq.decode(vq.encode(x).latents).sample)
+    z = encode_pictures(kl, x)
+    assert tiny.error(decode_latents(kl, z), kl.decode(kl.encode(x).latent_dist.mean).sample) <= 1e-6
     assert downsampling(kl) == downsampling(vq) == 4
 
 
 def test_another_model_is_refused():
-    for function in (encode_first_stage, decode_first_stage):
+    for function in (encode_pictures, decode_latents):
         with pytest.raises(TypeError, match=f"{function.__name__}: vae is a Linear; expected"):
             function(torch.nn.Linear(1, 1), torch.zeros(1))
 

@@ -48,7 +48,7 @@ def test_sample_lays_out_a_grid(tmp_path):
         (["sample", PROMPT, "-o", "{tmp}/a.png", "-n", "0"], "--number 0"),
         (["sample", PROMPT, "-o", "{tmp}/a.png", "--scale", "0"], "--scale 0"),
         (["sample", PROMPT, "-o", "{tmp}/a.png", "--columns", "0"], "--columns 0"),
-        (["sample", PROMPT, "-o", "{tmp}/a.png", "--model", "{tmp}"], "is not a saved pipeline"),
+        (["sample", PROMPT, "-o", "{tmp}/a.png", "--model", "{tmp}"], "neither unet/config.json nor config.json"),
         (["evaluate", "--data", "{tmp}/none", "--quiet"], "not a folder of pictures"),
         (["evaluate", "--data", "{tmp}", "--samples", "0"], "samples=0"),
         (["evaluate", "--data", "{tmp}", "--inception", "{tmp}/none.pt"], "none.pt: no such file"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from test_pipeline_pictures import half_mask, picture, told_a_class, told_nothing
+from test_pipeline_pictures import class_conditional, half_mask, picture, unconditional
 
 from ldmfast.commands import cli, sample
 from ldmfast.conditioning.spatial import LowResolution
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    told_a_class().save_pretrained(folder / "class")
-    told_nothing().save_pretrained(folder / "nothing")
-    told_nothing(7, LowResolution(3)).save_pretrained(folder / "small")
+    class_conditional().save_pretrained(folder / "class")
+    unconditional().save_pretrained(folder / "nothing")
+    unconditional(7, LowResolution(3)).save_pretrained(folder / "small")
     picture().save(folder / "image.png")
     picture(width=6, height=5).save(folder / "small.png")
     half_mask().save(folder / "mask.png")

@@ -17,11 +17,11 @@ import ldmfast
 from ldmfast.commands import cli
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
 from ldmfast.models.weight_files import shapes
-from ldmfast.released import parts
+from ldmfast.released import single_file
 from ldmfast.released.conversion import convert
 
 SD = ((1, 2, 4, 4), (4, 2, 1))
-VAE, CLIP_L = layout.first_stage(4, 128, (1, 2, 4, 4)), layout.clip(768, 12)
+VAE, CLIP_L = layout.autoencoder(4, 128, (1, 2, 4, 4)), layout.clip(768, 12)
 OLD, FIRST = "conditioner.embedders.0.transformer.", "cond_stage_model.transformer."
 XL = {"depth": (0, 2, 10), "is_linear": True, "label": 2816}
 FULL = {  # name: the U-Net's table, the encoders', the published count of tensors and parameters
@@ -51,17 +51,17 @@ def test_full_width_keys(name):
     unet, encoders, published = FULL[name]
     assert published in (None, (len(unet), sum(map(math.prod, unet.values()))))
     table = layout.under("model.diffusion_model.", unet) | layout.under("first_stage_model.", VAE) | encoders
-    model = parts.from_released({n: torch.empty(s, device="meta") for n, s in table.items()})
+    model = single_file.from_released({n: torch.empty(s, device="meta") for n, s in table.items()})
     assert model.names == [name] and model.missing == []
     for part in model.parts.values():
         assert part.shapes is None or {n: tuple(v.shape) for n, v in part.tensors.items()} == part.shapes
     assert all(n.startswith(("cond_stage_model.", "conditioner.")) for n in model.rest)
-    assert {n: tuple(v.shape) for n, v in parts.to_released(model).items()} == table
+    assert {n: tuple(v.shape) for n, v in single_file.to_released(model).items()} == table
 
 
 def small(family="sd-v1", **more):
     """A narrow Stable Diffusion in the released layout."""
-    first = layout.under("first_stage_model.", layout.first_stage(4, 32, (1, 2, 4, 4)))
+    first = layout.under("first_stage_model.", layout.autoencoder(4, 32, (1, 2, 4, 4)))
     if family == "sd-v1":
         unet = layout.denoiser(4, 4, 32, *SD, context=64)
         encoders = layout.under("cond_stage_model.transformer.", layout.clip(64, 2))
@@ -116,7 +116,7 @@ def test_without_a_tokenizer_the_prompt_says_so(sd1, tmp_path):
 def test_as_diffusers_own_converters(family):
     """Tensor by tensor, and the text encoder by what it computes."""
     tensors = small(family)
-    model = parts.from_released(dict(tensors))
+    model = single_file.from_released(dict(tensors))
     unet, vae = model.parts["unet"], model.parts["vae"]
     wanted = single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), unet.config)
     assert wanted.keys() == unet.tensors.keys() and all(torch.equal(unet.tensors[k], v) for k, v in wanted.items())
@@ -219,14 +219,14 @@ def test_folders_with_the_names_of_2022(tmp_path):
     assert all(torch.equal(value, vae.state_dict()[name]) for name, value in again.vae.state_dict().items())
 
 
-def test_a_denoiser_without_its_encoder_or_first_stage_asks_for_it(sd1, tmp_path):
+def test_a_denoiser_without_its_encoder_or_autoencoder_asks_for_it(sd1, tmp_path):
     tensors = load_file(sd1)
     without = {n: v for n, v in tensors.items() if not n.startswith("cond_stage_model.")}
     save_file(without, tmp_path / "a.safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "a")
     encoder = ClassEmbedder(10, 64)
     for denoiser in ("a.safetensors", "a"):
-        with pytest.raises(ValueError, match="no encoder for what its denoiser is told; give one: conditioner="):
+        with pytest.raises(ValueError, match="no encoder for what its denoiser .* give one: conditioner="):
             ldmfast.load(tmp_path / denoiser)
         assert ldmfast.load(tmp_path / denoiser, conditioner=encoder).conditioner is encoder
     save_file({n: v for n, v in without.items() if not n.startswith("first_stage_model.")}, tmp_path / "b.safetensors")
@@ -234,9 +234,9 @@ def test_a_denoiser_without_its_encoder_or_first_stage_asks_for_it(sd1, tmp_path
     save_file(stage, tmp_path / "stage.safetensors")
     convert(tmp_path / "b.safetensors", tmp_path / "b")
     for denoiser in ("b.safetensors", "b"):
-        with pytest.raises(ValueError, match="no first stage; give one: first_stage="):
+        with pytest.raises(ValueError, match="no autoencoder; give one: autoencoder="):
             ldmfast.load(tmp_path / denoiser, conditioner=encoder)
-        pipe = ldmfast.load(tmp_path / denoiser, conditioner=encoder, first_stage=tmp_path / "stage.safetensors")
+        pipe = ldmfast.load(tmp_path / denoiser, conditioner=encoder, autoencoder=tmp_path / "stage.safetensors")
         assert torch.equal(pipe.vae.encoder.conv_in.weight, stage["encoder.conv_in.weight"])
 
 
@@ -258,7 +258,7 @@ def write_yaml(path, **unet):
 def odd(ch=32):
     """A model of no released family: a level less than celeba's."""
     table = layout.under("model.diffusion_model.", layout.denoiser(3, 3, ch, (1, 2), (2,)))
-    return layout.weights(table | layout.under("first_stage_model.", layout.first_stage(3, 32, (1, 2), codebook=16)))
+    return layout.weights(table | layout.under("first_stage_model.", layout.autoencoder(3, 32, (1, 2), codebook=16)))
 
 
 def test_an_unknown_family_needs_its_configuration(tmp_path):

@@ -13,13 +13,13 @@ import torch
 from tiny import CUTOUTS
 
 from ldmfast import shipped
-from ldmfast.conditioning.text import locate
+from ldmfast.conditioning.base import Conditioner
+from ldmfast.conditioning.text import TextEncoder, locate
 from ldmfast.data import emoji
 from ldmfast.data.collection import load_pictures
 from ldmfast.evaluation import samples
-from ldmfast.models import TextEncoder
 from ldmfast.pipeline import TextToImagePipeline
-from ldmfast.pipeline.call import Request
+from ldmfast.pipeline.call import SamplingOptions
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,10 @@ def test_it_draws_what_the_prompt_says(pipeline, references):
 
 def test_seeds_give_the_same_pictures_in_any_batch(pipeline):
     prompts = ["a cat on a blue background", "a rocket on a black background", "a bee, green background"]
-    seeds, request = [7, 1, 4], Request(pipeline.scheduler, 4, 3.0)
+    seeds, options = [7, 1, 4], SamplingOptions(pipeline.scheduler, 4, 3.0)
     with torch.no_grad():
-        together = pipeline.denoise(prompts, seeds, request)
-        alone = [pipeline.denoise([p], [s], request) for p, s in zip(prompts, seeds, strict=True)]
+        together = pipeline.denoise(prompts, seeds, options)
+        alone = [pipeline.denoise([p], [s], options) for p, s in zip(prompts, seeds, strict=True)]
     assert torch.allclose(together, torch.cat(alone), atol=1e-3)
     first, second = (pipeline(prompts[:1], steps=2, seeds=s)[0] for s in (7, 8))
     assert np.array(first).tolist() != np.array(second).tolist()
@@ -146,12 +146,12 @@ def test_the_text_encoder_by_name_and_by_folder(pipeline):
     states = again.states(["a cat", ""])
     assert states.shape == (2, again.tokens, 384)
     assert torch.equal(states, pipeline.encoder.states(["a cat", ""]))
-    assert again.cut(["a cat", "a cat " * 40]) == [("a cat " * 40, again.tokens)]
+    assert again.truncated_captions(["a cat", "a cat " * 40]) == [("a cat " * 40, again.tokens)]
 
 
 def test_a_text_encoder_of_another_width_is_refused(pipeline):
-    class Narrow:
-        width = 64
+    class Narrow(Conditioner):
+        mode, width = "crossattn", 64
 
     with pytest.raises(ValueError, match="64 wide; this U-Net expects 384"):
         TextToImagePipeline(pipeline.unet, pipeline.vae, pipeline.scheduler, Narrow())

@@ -11,25 +11,26 @@ import transformers
 from PIL import Image
 
 from ldmfast import UNet
-from ldmfast.conditioning.base import Hybrid, Unconditional
+from ldmfast.conditioning.base import Unconditional
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
+from ldmfast.conditioning.hybrid import Hybrid
 from ldmfast.conditioning.spatial import LowResolution, MapEncoder, MaskedImage
 from ldmfast.conditioning.text_sdxl import TwoTextEncoders
 from ldmfast.diffusion.samplers import SAMPLERS, make_sampler
 from ldmfast.models import AutoencoderKL
-from ldmfast.models.encode_decode import encode_first_stage
+from ldmfast.models.encode_decode import encode_pictures
 from ldmfast.models.unet2d import UNet2D
 from ldmfast.pictures import to_pil
 from ldmfast.pipeline import LatentDiffusionPipeline
-from ldmfast.pipeline.call import Request
+from ldmfast.pipeline.call import SamplingOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # numpy's, about diffusers
 
 
-def first_stage(z=4):
+def autoencoder(z=4):
     """Its latents of noise pictures have deviation 1, as a trained one's have of its pictures."""
     torch.manual_seed(3)
-    vae = AutoencoderKL.from_vae(tiny.vae(latent_channels=z))
+    vae = AutoencoderKL.adopt(tiny.vae(latent_channels=z))
     with torch.no_grad():
         spread = vae.encode(tensor(picture())[None]).latent_dist.mode().std().item()
     vae.register_to_config(scaling_factor=1 / spread)
@@ -41,7 +42,7 @@ def scheduler(**config):
     return diffusers.DDIMScheduler(**betas, clip_sample=False, timestep_spacing="trailing", **config)
 
 
-def told_a_class(channels=4, **members):
+def class_conditional(channels=4, **members):
     """A class-conditional pipeline of 16x16 pictures; with members, a hybrid of the class and those."""
     torch.manual_seed(4)
     small = {
@@ -57,10 +58,10 @@ def told_a_class(channels=4, **members):
     conditioner = ClassEmbedder(3, 8)
     if members:
         conditioner = Hybrid(**{"class": conditioner}, **members)
-    return LatentDiffusionPipeline(unet, first_stage(), scheduler(), conditioner)
+    return LatentDiffusionPipeline(unet, autoencoder(), scheduler(), conditioner)
 
 
-def told_nothing(channels=4, conditioner=None):
+def unconditional(channels=4, conditioner=None):
     torch.manual_seed(5)
     unet = UNet2D(
         sample_size=4,
@@ -73,12 +74,12 @@ def told_nothing(channels=4, conditioner=None):
         norm_num_groups=4,
         attention_head_dim=8,
     )
-    return LatentDiffusionPipeline(unet, first_stage(), scheduler(), conditioner)
+    return LatentDiffusionPipeline(unet, autoencoder(), scheduler(), conditioner)
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return told_a_class()
+    return class_conditional()
 
 
 def picture(seed=0, width=16, height=16):
@@ -98,10 +99,10 @@ def array(picture):
 
 def batch_difference(pipeline, name, steps=6):
     """Relative difference (norms) of three pictures' latents from the same seeds drawn one by one, noise included."""
-    request = Request(make_sampler(name, pipeline.scheduler), steps, guidance=3.0)
+    options = SamplingOptions(make_sampler(name, pipeline.scheduler), steps, guidance=3.0)
     inputs, seeds = [0, 2, 1], [7, 1, 4]
-    together = pipeline.denoise(inputs, seeds, request)
-    alone = torch.cat([pipeline.denoise([i], [s], request) for i, s in zip(inputs, seeds, strict=True)])
+    together = pipeline.denoise(inputs, seeds, options)
+    alone = torch.cat([pipeline.denoise([i], [s], options) for i, s in zip(inputs, seeds, strict=True)])
     assert not torch.equal(together[:1], together[1:2])
     return ((together - alone).norm() / alone.norm()).item()
 
@@ -115,13 +116,13 @@ def test_seeds_in_a_batch_equal_the_seeds_one_by_one(pipeline, name):
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "dpm++", "unipc"])
 def test_a_zero_terminal_snr_of_the_model_s_configuration_is_kept(name):
     """The first step sees pure noise at the last time; a sampler that would take another schedule is refused."""
-    pipe = told_a_class()
+    pipe = class_conditional()
     pipe.scheduler = scheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     made = make_sampler(name, pipe.scheduler)
     assert made.config.prediction_type == "v_prediction" and made.alphas_cumprod[-1] <= 1e-6
     seen = []
     pipe.unet.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[:2]), with_kwargs=True)
-    latents = pipe.denoise([0], [5], Request(made, 4, guidance=3.0, rescale=0.7))
+    latents = pipe.denoise([0], [5], SamplingOptions(made, 4, guidance=3.0, rescale=0.7))
     assert torch.isfinite(latents).all() and float(seen[0][1]) == 999
     torch.testing.assert_close(seen[0][0][:1], pipe.noise([5]), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="PNDMScheduler has no rescale_betas_zero_snr"):
@@ -129,13 +130,13 @@ def test_a_zero_terminal_snr_of_the_model_s_configuration_is_kept(name):
 
 
 def test_eta_draws_noise_of_each_picture_s_own_seed(pipeline):
-    request = Request(make_sampler("ddim", pipeline.scheduler), 5, guidance=3.0, eta=1.0)
-    together = pipeline.denoise([0, 1], [7, 1], request)
-    alone = pipeline.denoise([1], [1], request)
+    options = SamplingOptions(make_sampler("ddim", pipeline.scheduler), 5, guidance=3.0, eta=1.0)
+    together = pipeline.denoise([0, 1], [7, 1], options)
+    alone = pipeline.denoise([1], [1], options)
     assert (together[1:] - alone).norm() <= 1e-6 * alone.norm()
-    ancestral = Request(make_sampler("ddpm", pipeline.scheduler), 5, guidance=3.0)
+    ancestral = SamplingOptions(make_sampler("ddpm", pipeline.scheduler), 5, guidance=3.0)
     assert (pipeline.denoise([1], [1], ancestral) - alone).norm() <= 1e-5 * alone.norm()  # eta 1 is DDPM
-    still = Request(make_sampler("ddim", pipeline.scheduler), 5, guidance=3.0)
+    still = SamplingOptions(make_sampler("ddim", pipeline.scheduler), 5, guidance=3.0)
     assert (pipeline.denoise([1], [1], still) - alone).norm() > 0.01 * alone.norm()
 
 
@@ -179,7 +180,7 @@ def test_guidance_and_its_rescaling_change_the_picture(pipeline):
 @pytest.mark.parametrize("name", ["ddim", "plms", "euler", "dpm2", "dpm++-sde"])
 def test_a_little_strength_stays_near_the_image(pipeline, name):
     with torch.no_grad():
-        reference = array(to_pil(pipeline.decode(encode_first_stage(pipeline.vae, tensor(picture())[None])))[0])
+        reference = array(to_pil(pipeline.decode(encode_pictures(pipeline.vae, tensor(picture())[None])))[0])
     far = [
         np.abs(array(pipeline([0], guidance=1, steps=10, sampler=name, image=picture(), strength=s)[0]) - reference)
         for s in (0.1, 0.9)
@@ -218,7 +219,7 @@ def test_masks_by_tensor_and_one_for_each(pipeline):
 @pytest.mark.parametrize("text", [False, True])
 def test_inpainting_with_a_model_that_takes_the_masked_latent(style, text):
     masked = MaskedImage(5, style=style)
-    pipe = told_a_class(9, pictures=masked) if text else told_nothing(9, masked)
+    pipe = class_conditional(9, pictures=masked) if text else unconditional(9, masked)
     seen = []
     pipe.unet.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
     image, mask = picture(), half_mask()
@@ -230,7 +231,7 @@ def test_inpainting_with_a_model_that_takes_the_masked_latent(style, text):
     without = tensor(image).clone()
     without[:, :, 8:] = hole
     with torch.no_grad():
-        z = encode_first_stage(pipe.vae, without[None])
+        z = encode_pictures(pipe.vae, without[None])
     small = torch.cat([torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 4, 2)], dim=3)
     wanted = torch.cat([z, 2 * small - 1], dim=1) if style == "ldm" else torch.cat([small, z], dim=1)
     torch.testing.assert_close(beside[:1], wanted)
@@ -239,7 +240,7 @@ def test_inpainting_with_a_model_that_takes_the_masked_latent(style, text):
 
 
 def test_super_resolution():
-    pipe = told_nothing(7, LowResolution(3))
+    pipe = unconditional(7, LowResolution(3))
     seen = []
     pipe.unet.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
     small = picture(width=6, height=5)
@@ -253,19 +254,19 @@ def test_super_resolution():
         pipe(None, steps=1, image=small, size=(32, 32))
 
 
-def test_what_is_told_beside_the_latents_must_fit():
-    pipe = told_nothing(7, MapEncoder(2, 3, stages=2))
+def test_what_is_joined_to_the_latents_must_fit():
+    pipe = unconditional(7, MapEncoder(2, 3, stages=2))
     assert pipe([torch.zeros(16, 16, dtype=torch.int64)], steps=1, guidance=2.0)[0].size == (16, 16)
-    with pytest.raises(ValueError, match="what is told beside the latents is 2x4, the latents are 4x4"):
+    with pytest.raises(ValueError, match="the condition beside the latents is 2x4, the latents are 4x4"):
         pipe([torch.zeros(16, 8, dtype=torch.int64)], steps=1)
-    with pytest.raises(ValueError, match="takes 4 channels; the latents have 4 and what it is told beside them 3"):
-        told_nothing(4, MapEncoder(2, 3, stages=2))([torch.zeros(16, 16, dtype=torch.int64)], steps=1)
+    with pytest.raises(ValueError, match="takes 4 channels; the latents have 4 and the condition beside them 3"):
+        unconditional(4, MapEncoder(2, 3, stages=2))([torch.zeros(16, 16, dtype=torch.int64)], steps=1)
 
 
-def test_a_model_that_is_told_nothing():
-    pipe = told_nothing()
+def test_an_unconditional_model_draws_as_many_as_are_asked_for():
+    pipe = unconditional()
     assert len(pipe(2, steps=1)) == 2 and len(pipe(steps=1)) == 1
-    with pytest.raises(ValueError, match="guidance=2.0: this model is told nothing"):
+    with pytest.raises(ValueError, match="guidance=2.0: this model is unconditional"):
         pipe(1, steps=1, guidance=2.0)
 
 
@@ -306,14 +307,14 @@ def test_a_picture_of_another_kind_is_a_type_error(pipeline):
 @pytest.mark.parametrize("kind", ["class", "nothing", "masked", "small"])
 def test_saving_and_loading_keeps_the_picture(tmp_path, kind):
     pipe, inputs, given = {
-        "class": (told_a_class, 2, {}),
-        "nothing": (told_nothing, None, {}),
+        "class": (class_conditional, 2, {}),
+        "nothing": (unconditional, None, {}),
         "masked": (
-            lambda: told_a_class(9, pictures=MaskedImage(5, style="sd")),
+            lambda: class_conditional(9, pictures=MaskedImage(5, style="sd")),
             1,
             {"image": picture(), "mask": half_mask()},
         ),
-        "small": (lambda: told_nothing(7, LowResolution(3)), None, {"image": picture(width=4, height=4)}),
+        "small": (lambda: unconditional(7, LowResolution(3)), None, {"image": picture(width=4, height=4)}),
     }[kind]
     pipe = pipe()
     pipe.guidance, pipe.scheduler = 2.5, make_sampler("plms", pipe.scheduler)
@@ -327,14 +328,14 @@ def test_saving_and_loading_keeps_the_picture(tmp_path, kind):
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    home, pipe = tmp_path / "saved", told_a_class()
+    home, pipe = tmp_path / "saved", class_conditional()
     pipe.save_pretrained(home)
     (home / "README.md").write_text("mine")
     before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.vae), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            told_a_class().save_pretrained(home)
+            class_conditional().save_pretrained(home)
     assert before == {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
     pipe.save_pretrained(home, dtype=torch.float16)
@@ -348,7 +349,7 @@ def test_sdxl_by_a_conditioner_of_two_text_towers():
     pipe = stable_diffusion_xl()
     ours = LatentDiffusionPipeline(
         UNet.from_unet(pipe.unet),
-        AutoencoderKL.from_vae(pipe.vae),
+        AutoencoderKL.adopt(pipe.vae),
         pipe.scheduler,
         TwoTextEncoders([pipe.text_encoder, pipe.text_encoder_2], [pipe.tokenizer, pipe.tokenizer_2], name="tiny"),
     )
@@ -361,9 +362,9 @@ def test_sdxl_by_a_conditioner_of_two_text_towers():
         ours([3], steps=1)
     most = min(tower.config.max_position_embeddings for tower in (pipe.text_encoder, pipe.text_encoder_2))
     long = "a " * most
-    assert ours.conditioner.cut(["a b", long]) == [(long, most)]
+    assert ours.conditioner.truncated_captions(["a b", long]) == [(long, most)]
     beside = Hybrid(text=ours.conditioner, label=Unconditional())
-    assert beside.cut([{"text": long}, {"label": None}, {"text": "a"}, "a text", None]) == [(long, most)]
+    assert beside.truncated_captions([{"text": long}, {"label": None}, {"text": "a"}, "a text", None]) == [(long, most)]
 
 
 class Words:

@@ -247,11 +247,11 @@ def main():
     for case in CASES:
         name, prediction, guidance, eta = case
         print(f"{name:8} {eta:4} {prediction:14} {guidance or '-':>8} {difference(*case):11.2e}")
-    from test_pipeline_pictures import batch_difference, told_a_class
+    from test_pipeline_pictures import batch_difference, class_conditional
 
     print("\nthree seeds in a batch from the seeds one by one, 10 steps of a tiny network   (at most 1e-06)")
     for name in SAMPLERS:
-        print(f"{name:14} {batch_difference(told_a_class(), name, 10):11.2e}")
+        print(f"{name:14} {batch_difference(class_conditional(), name, 10):11.2e}")
 
 
 if __name__ == "__main__":

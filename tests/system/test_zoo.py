@@ -46,11 +46,11 @@ class Row:
 
 
 def kl(z, mult, at=()):
-    return layout.first_stage(z, CH, mult, at=at)
+    return layout.autoencoder(z, CH, mult, at=at)
 
 
 def vq(z, mult, at=(), mid=True):
-    return layout.first_stage(z, CH, mult, codebook=64, at=at, mid=mid)
+    return layout.autoencoder(z, CH, mult, codebook=64, at=at, mid=mid)
 
 
 def width_32(channels):
@@ -66,7 +66,7 @@ def one(channels):
 
 
 KL8, VQ4 = (lambda: kl(4, (1, 2, 4, 4))), (lambda: vq(3, (1, 2, 4)))
-FIRST_STAGES = {
+AUTOENCODERS = {
     "kl-f4": lambda: kl(3, (1, 2, 4)),
     "kl-f8": KL8,
     "kl-f16": lambda: kl(16, (1, 1, 2, 2, 4), (16,)),
@@ -98,7 +98,7 @@ def classes(count):
 def inpainting_big():
     stage = vq(3, (1, 2, 4), mid=False)
     unet = layout.denoiser(7, 3, CH, (1, 2, 3, 4), (8, 4, 2), updown=True)
-    return Row(unet, stage, dict(stage), (0.0015, 0.0205), eight)  # its condition is the first stage itself
+    return Row(unet, stage, dict(stage), (0.0015, 0.0205), eight)  # its condition is the autoencoder itself
 
 
 DENOISERS = {
@@ -180,9 +180,9 @@ def same(got, wanted):
 def unet_error(pipe, tensors, row, size=16):
     x = torch.randn(1, row.unet["input_blocks.0.0.weight"][1], size, size)
     t = torch.tensor([371])
-    told = {} if row.context is None else {"encoder_hidden_states": torch.randn(1, 5, row.context)}
-    wanted = reference.unet(tensors, x, t, row.heads, *told.values())
-    return tiny.error(pipe.unet(x, t, **told).sample, wanted)
+    context = {} if row.context is None else {"encoder_hidden_states": torch.randn(1, 5, row.context)}
+    wanted = reference.unet(tensors, x, t, row.heads, *context.values())
+    return tiny.error(pipe.unet(x, t, **context).sample, wanted)
 
 
 @torch.no_grad()
@@ -255,9 +255,9 @@ def test_a_released_denoiser_loads_and_comes_back(name, tmp_path):
     assert same(again.unet.state_dict(), pipe.unet.state_dict()) and same(again.vae.state_dict(), pipe.vae.state_dict())
 
 
-@pytest.mark.parametrize("name", FIRST_STAGES)
-def test_a_released_first_stage_loads_and_comes_back(name, tmp_path):
-    table = FIRST_STAGES[name]() | {"loss.logvar": (), "loss.discriminator.main.0.weight": (8, 3, 4, 4)}
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_a_released_autoencoder_loads_and_comes_back(name, tmp_path):
+    table = AUTOENCODERS[name]() | {"loss.logvar": (), "loss.discriminator.main.0.weight": (8, 3, 4, 4)}
     tensors = layout.weights(table)
     path = write(tensors, tmp_path / "model.ckpt")
     vae = ldmfast.load(path)
@@ -270,14 +270,14 @@ def test_a_released_first_stage_loads_and_comes_back(name, tmp_path):
 
 
 def main():
-    print("| row | tensors | loads: error of the denoiser or first stage | round trip |\n| --- | --- | --- | --- |")
-    for name in (*DENOISERS, *FIRST_STAGES):
+    print("| row | tensors | loads: error of the denoiser or autoencoder | round trip |\n| --- | --- | --- | --- |")
+    for name in (*DENOISERS, *AUTOENCODERS):
         with tempfile.TemporaryDirectory() as tmp:
             tmp = Path(tmp)
             torch.manual_seed(0)
-            stage = name in FIRST_STAGES
+            stage = name in AUTOENCODERS
             row = None if stage else DENOISERS[name]()
-            tensors = layout.weights(FIRST_STAGES[name]()) if stage else checkpoint(row)
+            tensors = layout.weights(AUTOENCODERS[name]()) if stage else checkpoint(row)
             path = write(tensors, tmp / f"model{'.ckpt' if stage else row.suffix}")
             loaded = ldmfast.load(path)
             if stage:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny import CUTOUTS
 
 from ldmfast.commands import cli
+from ldmfast.conditioning.text import TextEncoder
 from ldmfast.data import emoji
 from ldmfast.diffusion.schedule import make_scheduler
-from ldmfast.models import AutoencoderKL, TextEncoder, UNet
+from ldmfast.models import AutoencoderKL, UNet
 from ldmfast.models.lora import NAME, add_lora, load_lora
 from ldmfast.pipeline import LatentDiffusionPipeline, TextToImagePipeline
 from ldmfast.training import checkpoint, train_denoiser, train_lora

@@ -11,8 +11,8 @@ from PIL import Image
 from tiny import CUTOUTS
 
 from ldmfast.commands import cli, conditions
-from ldmfast.conditioning.base import Hybrid
 from ldmfast.conditioning.classes_and_boxes import BoxEncoder, ClassEmbedder
+from ldmfast.conditioning.hybrid import Hybrid
 from ldmfast.conditioning.spatial import MapEncoder
 from ldmfast.data import emoji, scenes
 from ldmfast.evaluation import scene_samples
@@ -165,7 +165,7 @@ def test_the_command_line_becomes_inputs(tmp_path):
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [(_asked(maps=["x.png"]), "takes no --map; it is told class"), (_asked(boxes=["x.json"]), "takes no --boxes")],
+    [(_asked(maps=["x.png"]), "takes no --map; it takes --class"), (_asked(boxes=["x.json"]), "takes no --boxes")],
 )
 def test_an_option_that_the_model_does_not_take_is_refused(asked, message):
     with pytest.raises(ValueError, match=message):

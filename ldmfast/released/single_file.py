@@ -1,32 +1,39 @@
-"""A model as parts: diffusers' configurations and tensors, and how each goes back into the released layout.
+"""A `Model` (model.py) as a single file in the released layout, and back.
 
-`from_released` takes a single file's tensors apart, `to_released` puts them together again; nothing is lost: what has
-no place in a part is the `rest`. Where a configuration does not follow from the shapes it comes from the family
-(families.py), or from the original YAML.
+`from_released` takes a file's tensors apart, `to_released` puts them together again; nothing is lost: what has no place
+in a part is the `rest`. Where a configuration does not follow from the shapes it comes from the family (families.py),
+or from the original YAML.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
-from dataclasses import dataclass, field
 
 import torch
 
 from ldmfast.models.weight_files import kind
 from ldmfast.released import infer, keys_text
-from ldmfast.released.conditioner_parts import conditioner_config, conditioner_entries, make_conditioner
-from ldmfast.released.families import DENOISERS, recognise, recognise_first_stage
-from ldmfast.released.keys import Entry, first_stage_entries, unet_entries
+from ldmfast.released.conditioner_parts import conditioner_config
+from ldmfast.released.families import DENOISERS, recognise, recognise_autoencoder
+from ldmfast.released.keys import Entry
+from ldmfast.released.model import (
+    AUTOENCODER,
+    CONDITION,
+    UNET,
+    Model,
+    Part,
+    autoencoder_part,
+    conditioner_part,
+    text_part,
+    unet_part,
+)
 from ldmfast.released.settings import heads_rule, read_config, scale_factor, schedule, unet_settings
 
-UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 # what a released file holds beside the model, and what that is
 _KNOWN_REST = {
     "model_ema.": "averaged weights (ema=True takes them)",
-    "loss.": "the first stage's discriminator and perceptual network",
-    "first_stage_model.loss.": "the first stage's discriminator and perceptual network",
+    "loss.": "the autoencoder's discriminator and perceptual network",
+    "first_stage_model.loss.": "the autoencoder's discriminator and perceptual network",
     "cond_stage_model.": "parts of the encoder that the model does not read",
     "conditioner.embedders.": "parts of the encoders that the model does not read",
     "ldmfast.": "parts without a place in the released layout",
@@ -41,34 +48,6 @@ _SCHEDULE = (
     "logvar",
     "lvlb_weights",
 )
-
-
-@dataclass
-class Part:
-    """One network.   config  its config.json;   entries  the released tensors that it is made of, their names whole"""
-
-    config: dict
-    entries: list[Entry]
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    shapes: dict[str, tuple] | None = None  # what its class expects
-
-    @property
-    def complete(self) -> bool:
-        """Whether no tensor is missing."""
-        return all(key in self.tensors for entry in self.entries for key in entry.keys)
-
-
-@dataclass
-class Model:
-    """names  rows of families.py that it may be;  schedule  a DDIMScheduler's configuration;  rest  other tensors"""
-
-    names: list[str]
-    parts: dict[str, Part]
-    schedule: dict | None
-    rest: dict[str, torch.Tensor]
-    record: dict = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
 
 
 def ema_name(name: str) -> str:
@@ -100,7 +79,7 @@ def from_released(tensors: dict[str, torch.Tensor], config=None, *, ema: bool = 
 def _empty_model(table: dict, tensors: dict, settings: dict, known: dict, legacy: bool | None) -> Model:
     """The parts that a file's names show, without their tensors."""
     if "encoder.down.0.block.0.conv1.weight" in table:
-        return _first_stage_alone(table, settings, known)
+        return _autoencoder_alone(table, settings, known)
     if UNET + "input_blocks.0.0.weight" in table:
         return _whole(table, tensors, settings, known, legacy)
     raise ValueError(f"no latent diffusion model in the released layout: this is {kind(_without_prefix(table))}")
@@ -110,12 +89,12 @@ def _without_prefix(table: dict) -> dict:
     return {name.removeprefix(UNET): shape for name, shape in table.items()}
 
 
-def _first_stage_alone(table: dict, settings: dict, known: dict) -> Model:
-    found, more = infer.first_stage_structure(table)
-    name = recognise_first_stage(found)
+def _autoencoder_alone(table: dict, settings: dict, known: dict) -> Model:
+    found, more = infer.autoencoder_structure(table)
+    name = recognise_autoencoder(found)
     scale = settings.get("scale_factor", 0.18215 if name == "kl-f8" else 1.0)
-    config = known.get("config.json") or infer.first_stage_config(found, more, scale, 256)
-    return Model([name] if name else [], {"": first_stage_part(config)}, None, {}, {"prefixes": {"": ""}})
+    config = known.get("config.json") or infer.autoencoder_config(found, more, scale, 256)
+    return Model([name] if name else [], {"": autoencoder_part(config)}, None, {}, {"prefixes": {"": ""}})
 
 
 def _whole(table: dict, tensors: dict, settings: dict, known: dict, legacy: bool | None) -> Model:
@@ -130,13 +109,13 @@ def _whole(table: dict, tensors: dict, settings: dict, known: dict, legacy: bool
     config = known.get("unet/config.json") or infer.unet_config(structure, heads_rule(structure, names, settings), side)
     model = Model(names, {"unet": unet_part(config, UNET, legacy)}, None, {}, {"legacy": legacy})
     model.record["prefixes"] = {"unet": UNET}
-    if stage := _under(table, FIRST_STAGE):
+    if stage := _under(table, AUTOENCODER):
         where = "vqvae" if "vqvae/config.json" in known else "vae"  # as diffusers' LDMPipeline names it
-        config = known.get(f"{where}/config.json") or _first_stage_config(
+        config = known.get(f"{where}/config.json") or _autoencoder_config(
             stage, scale_factor(tensors, settings, row), side
         )
-        model.parts[where] = first_stage_part(config, FIRST_STAGE)
-        model.record["prefixes"][where] = FIRST_STAGE
+        model.parts[where] = autoencoder_part(config, AUTOENCODER)
+        model.record["prefixes"][where] = AUTOENCODER
     _add_encoders(model, table, encoders, settings, known)
     model.schedule = known.get("scheduler/scheduler_config.json") or schedule(tensors, settings, row)
     return model
@@ -146,9 +125,9 @@ def _under(table: dict, prefix: str) -> dict:
     return {name.removeprefix(prefix): shape for name, shape in table.items() if name.startswith(prefix)}
 
 
-def _first_stage_config(table: dict, scale: float, latent: int) -> dict:
-    found, more = infer.first_stage_structure(table)
-    return infer.first_stage_config(found, more, scale, latent * 2 ** (len(found.mult) - 1))
+def _autoencoder_config(table: dict, scale: float, latent: int) -> dict:
+    found, more = infer.autoencoder_structure(table)
+    return infer.autoencoder_config(found, more, scale, latent * 2 ** (len(found.mult) - 1))
 
 
 def _add_encoders(model: Model, table: dict, encoders: list, settings: dict, known: dict) -> None:
@@ -168,63 +147,6 @@ def _add_encoders(model: Model, table: dict, encoders: list, settings: dict, kno
         config = known.get("conditioner/config.json") or conditioner_config({}, model.names, settings, joined)
         model.parts["conditioner"] = conditioner_part(config)
         model.record["prefixes"]["conditioner"] = CONDITION
-
-
-def unet_part(config: dict, prefix: str = UNET, legacy: bool = True) -> Part:
-    shapes, full = class_shapes(config)
-    return Part(config, _prefixed(prefix, unet_entries(shapes, full, legacy=legacy)), shapes=shapes)
-
-
-def first_stage_part(config: dict, prefix: str = "") -> Part:
-    shapes, full = class_shapes(config)
-    return Part(config, _prefixed(prefix, first_stage_entries(shapes, full)), shapes=shapes)
-
-
-def conditioner_part(config: dict) -> Part:
-    if config["_class_name"] == "TextEncoder":  # known by its name; its weights are not the model's
-        return Part(config, [])
-    with torch.device("meta"):
-        weights = make_conditioner(config).own_weights()
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    return Part(config, _prefixed(CONDITION, conditioner_entries(shapes)), shapes=shapes)
-
-
-def text_part(config: dict, layout: str, prefix: str) -> Part:
-    return Part(config, _prefixed(prefix, keys_text.clip_entries(config, layout)))
-
-
-def _prefixed(prefix: str, entries: list[Entry]) -> list[Entry]:
-    return [dataclasses.replace(e, released=prefix + e.released) for e in entries]
-
-
-def network_class(config: dict) -> type:
-    """ldmfast's class for a config.json of diffusers."""
-    import ldmfast.models as ours
-    from ldmfast.models.vq import VQModel
-
-    classes = {
-        "UNet2DConditionModel": ours.UNet,
-        "UNet2DModel": ours.UNet2D,
-        "AutoencoderKL": ours.AutoencoderKL,
-        "VQModel": VQModel,
-    }
-    name = config.get("_class_name")
-    if name not in classes:
-        raise ValueError(f"a {name} has no place in a latent diffusion model; expected one of {', '.join(classes)}")
-    return classes[name]
-
-
-def class_shapes(config: dict) -> tuple[dict[str, tuple], dict]:
-    """({name: shape} of a network, without its memory; its configuration with the defaults of its class)"""
-    return _class_shapes(json.dumps(config, sort_keys=True))
-
-
-@functools.lru_cache(maxsize=16)
-def _class_shapes(text: str) -> tuple[dict[str, tuple], dict]:
-    config = json.loads(text)
-    with torch.device("meta"):
-        model = network_class(config).from_config(config)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}, dict(model.config)
 
 
 def _fill(model: Model, tensors: dict[str, torch.Tensor], ema: bool) -> None:
@@ -273,7 +195,7 @@ def rest_notes(rest: dict, expected: dict[str, str]) -> list[str]:
 
 
 def to_released(model: Model) -> dict[str, torch.Tensor]:
-    """Put the parts together again as a single file's tensors. Raises ValueError if two claim one name."""
+    """The parts put together again as a single file's tensors. Raises ValueError if two claim one name."""
     tensors = dict(model.rest)
     ema, shapes = model.record.get("ema", False), model.record.get("shapes", {})
     for where, part in model.parts.items():
@@ -288,7 +210,3 @@ def to_released(model: Model) -> dict[str, torch.Tensor]:
             value = entry.undo(values)
             tensors[name] = value.view(shapes[name]) if name in shapes else value
     return tensors
-
-
-def record_text(record: dict) -> str:
-    return json.dumps({"format": 1, **record}, indent=2, sort_keys=True) + "\n"
