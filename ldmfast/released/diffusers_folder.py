@@ -33,6 +33,7 @@ REST, RECORD = "released.safetensors", "released.json"
 CARRIED = "ldmfast."  # before the tensors of parts that the released layout has no place for
 _NETWORKS = ("unet", "vae", "vqvae", "")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
+_BARE = re.compile(r"^(embeddings\.|encoder\.|final_layer_norm\.)")  # transformers 5 saves without text_model.
 
 
 def write_folder(model: Model, folder: Path) -> None:
@@ -190,7 +191,9 @@ def _read_part(model: Model, folder: Path, where: str) -> None:
         return
     if where in _NETWORKS:
         tensors = {_modern(name): value for name, value in tensors.items()}
-    part = part_of(_config(folder / where), where, prefix, model.record, tensors)
+    elif where.startswith("text_encoder"):
+        tensors = {_BARE.sub(r"text_model.\1", name): value for name, value in tensors.items()}
+    part = part_of(_config(folder / where), where, prefix, model.record)
     wanted = {key for entry in part.entries for key in entry.keys}
     strays = sorted(set(tensors) - wanted)
     if strays:
@@ -211,16 +214,13 @@ def _modern(name: str) -> str:
     )
 
 
-def part_of(config: dict, where: str, prefix: str, record: dict, tensors: dict) -> Part:
+def part_of(config: dict, where: str, prefix: str, record: dict) -> Part:
     """The part of a folder, with the table that leads to a released file."""
     if where == "unet" or "UNet" in config.get("_class_name", ""):
         return unet_part(config, prefix, record["legacy"])
     if where in _NETWORKS:
         return autoencoder_part(config, prefix)
     if where.startswith("text_encoder"):
-        bare = {name for name in tensors if name.startswith("embeddings.")}
-        if bare:
-            raise ValueError(f"{where}: its weights lack the prefix text_model.; save it with an older transformers")
         layout = "openclip" if prefix.endswith("model.") else "clip"
         return text_part(config, layout, prefix)
     return conditioner_part(config)
