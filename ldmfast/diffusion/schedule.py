@@ -7,7 +7,7 @@ from ldmfast.diffusion.ddim import DDIMScheduler
 STEPS = 1000
 
 
-def alphas_cumprod(beta_start, beta_end, steps=STEPS):
+def alphas_cumprod(beta_start: float, beta_end: float, steps: int = STEPS) -> torch.Tensor:
     """Cumulative products of 1 - beta, float64 [steps]; betas are linear in square-root space.
 
     Source: Rombach et al. 2022, the released configurations ("linear" there, "scaled_linear" in diffusers).
@@ -18,7 +18,9 @@ def alphas_cumprod(beta_start, beta_end, steps=STEPS):
     return torch.cumprod(1 - betas, dim=0)
 
 
-def make_scheduler(beta_start, beta_end, prediction="epsilon", steps=STEPS):
+def make_scheduler(
+    beta_start: float, beta_end: float, prediction: str = "epsilon", steps: int = STEPS
+) -> DDIMScheduler:
     """The DDIM sampler of that schedule: deterministic, unclipped, beginning at the last training step."""
     return DDIMScheduler(
         num_train_timesteps=steps,

@@ -1,4 +1,11 @@
-"""From a prompt to pictures: the pipeline, its folder, and the ways in (`ldmfast.load`, `ldmfast.optimize`)."""
+"""From a prompt to pictures: the pipeline, its folder, and the ways in.
+
+pipeline.py, call.py              from inputs to pictures; what a call may ask for
+load.py, assemble.py              the one door, and how a name, a folder or a file becomes parts
+text_towers.py                    CLIP's text towers and tokenizers among them
+folder.py                         a pipeline as a folder
+optimize.py                       ldmfast under a live diffusers pipeline
+"""
 
 import importlib
 

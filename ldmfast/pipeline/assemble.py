@@ -47,14 +47,8 @@ def assemble(
     if text_encoder is not None and conditioner is not None:
         raise ValueError(f"text_encoder={str(text_encoder)!r} and conditioner were both given; give one")
     if _is_ours(path) and autoencoder is None and conditioner is None:
-        if tokenizer is not None:
-            raise ValueError(f"tokenizer={str(tokenizer)!r}, but {path} has no text tower that reads CLIP's tokens")
-        parts = load_parts(path, text_encoder=text_encoder, dtype=dtype or torch.float32)
-        return _with_encoder(path, parts)
-    model = read(path, ema=ema, config=config)
-    check_missing(path, model, allow_missing)
-    if unknown := [note for note in model.notes if "(unknown" in note]:
-        warnings.warn(f"{path}: {'; '.join(unknown)}", stacklevel=3)
+        return _with_encoder(path, _ours(path, text_encoder, dtype, tokenizer))
+    model = _published(path, ema, config, allow_missing)
     networks = {_PLACES[name]: network(part, dtype) for name, part in model.parts.items() if name in _PLACES}
     if "" in networks:
         return networks[""]
@@ -66,7 +60,7 @@ def assemble(
         if text_encoder is not None:
             raise _has_its_own(path, text_encoder)
         return join_text_towers(path, model, parts, towers, tokenizer)
-    parts["conditioner"] = conditioner or _conditioner(path, model, text_encoder, dtype)
+    parts["conditioner"] = _conditioner(path, model, text_encoder, dtype) if conditioner is None else conditioner
     return _with_encoder(path, parts)
 
 
@@ -83,6 +77,21 @@ def _is_ours(path: Path) -> bool:
     """Whether `path` is a folder of a whole pipeline as ldmfast lays it out."""
     whole = (path / "ldmfast.json").is_file() and (path / "vae").is_dir()
     return whole and not (path / "text_encoder").is_dir()
+
+
+def _ours(path: Path, text_encoder, dtype: torch.dtype | None, tokenizer) -> dict[str, Any]:
+    if tokenizer is not None:
+        raise ValueError(f"tokenizer={str(tokenizer)!r}, but {path} has no text tower that reads CLIP's tokens")
+    return load_parts(path, text_encoder=text_encoder, dtype=dtype or torch.float32)
+
+
+def _published(path: Path, ema: bool, config, allow_missing: bool) -> Model:
+    """What released/ reads there, nothing missing. Warns of tensors that no part of the model has a place for."""
+    model = read(path, ema=ema, config=config)
+    check_missing(path, model, allow_missing)
+    if unknown := [note for note in model.notes if "(unknown" in note]:
+        warnings.warn(f"{path}: {'; '.join(unknown)}", stacklevel=4)
+    return model
 
 
 def _with_encoder(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
