@@ -54,7 +54,7 @@ def new_folder(folder) -> Iterator[Path]:
     Nothing is waited for: a crash of the machine may cost what can be made again.
     Raises FileExistsError if `folder` is there and not empty.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it")
     with _partial(folder) as partial:
@@ -67,9 +67,10 @@ def replacing_folder(folder, *, keep: bool = False) -> Iterator[Path]:
     """Context giving an empty folder to fill; on leaving it takes the place of `folder`, if that is there.
 
     At every moment `folder` holds all of the old or all of the new content (see `recover` for file systems that cannot
-    exchange two names).   keep  what stands in the old folder under names that were not written stays in the new one
+    exchange two names). A mount point or the working directory stays, and its entries change one by one.
+    keep  what stands in the old folder under names that were not written stays in the new one
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     recover(folder)
     with _partial(folder) as partial:
         yield partial
@@ -81,23 +82,39 @@ def replacing_folder(folder, *, keep: bool = False) -> Iterator[Path]:
 
 def recover(folder) -> None:
     """Bring back a folder that a process was killed while replacing, where its name had to go for a moment."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     old = _old(folder)
     if old.is_dir() and not folder.exists():
         os.replace(old, folder)
 
 
-def _put(new: Path, folder: Path) -> None:
-    """`new` under the name `folder`; what stood there is removed."""
-    if not folder.exists():
-        os.replace(new, folder)
-        return
-    if not _exchange(new, folder):  # else `new` holds the old content, and goes with the temporary name
-        old = _old(folder)
+def _put(new: Path, place: Path) -> None:
+    """`new`, a file or a folder, under the name `place`; what stood there is removed."""
+    if not place.is_dir() or not new.is_dir():
+        os.replace(new, place)
+    elif _must_stay(place):
+        _put_entries(new, place)
+    elif not _exchange(new, place):  # else `new` holds the old content, and goes with the temporary name
+        old = _old(place)
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(new, folder)
+        os.replace(place, old)
+        os.replace(new, place)
         shutil.rmtree(old)
+
+
+def _must_stay(folder: Path) -> bool:
+    """Whether the folder cannot go: a mount point, or the working directory, or above that."""
+    return folder.is_mount() or folder.resolve() in (here := Path.cwd(), *here.parents)
+
+
+def _put_entries(new: Path, folder: Path) -> None:
+    """The entries of `new` in place of those of `folder`, one by one: each is whole at every moment."""
+    names = {new.name, *(entry.name for entry in new.iterdir())}  # `new` itself may lie in a mount point
+    for entry in list(new.iterdir()):
+        _put(entry, folder / entry.name)
+    for entry in list(folder.iterdir()):
+        if entry.name not in names:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -120,7 +137,8 @@ def _old(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    home = folder if folder.is_mount() else folder.parent  # names are exchanged within one file system
+    partial = home / f"{folder.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with _naming(folder, partial):
@@ -145,7 +163,7 @@ def _naming(path: Path, partial: Path) -> Iterator[None]:
 def _link_missing(source: Path, target: Path) -> None:
     """Everything in the folder `source` that `target` has no entry for, by hard links."""
     for entry in source.iterdir():
-        if (target / entry.name).exists():
+        if (target / entry.name).exists() or entry == target:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, target / entry.name, symlinks=True, copy_function=_link)

@@ -69,6 +69,21 @@ def test_a_folder_that_is_replaced_survives_a_kill_at_any_moment(tmp_path, monke
     assert seen == {"old", "new"} and not killed and number > 5
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_working_directory_is_replaced_by_its_entries(tmp_path, monkeypatch, keep):
+    folder = tmp_path / "model"
+    write_folder(folder, "old")
+    for name in ("notes", "more/deep"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    monkeypatch.chdir(folder)
+    write_folder(".", "new", keep)
+    kept = {"notes", "more"} if keep else set()
+    assert {p.name for p in folder.iterdir()} == {"a", "b"} | kept and os.path.samefile(os.getcwd(), folder)
+    assert (folder / "a").read_text() == "new" and (not keep or (folder / "more/deep").read_text() == "mine")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_file_that_is_replaced_survives_a_kill_at_any_moment(tmp_path):
     path = tmp_path / "weights.json"
     for number in range(1, 20):
