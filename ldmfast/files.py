@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 _EXCHANGE = 2  # linux/fs.h: RENAME_EXCHANGE
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # which a write raises without a name
@@ -87,6 +90,14 @@ def recover(folder) -> None:
         os.replace(old, folder)
 
 
+def remove_leftovers(path) -> None:
+    """Remove what killed processes left beside `path`, a file or folder that one process at a time writes."""
+    path = Path(path)
+    stem, suffix, name = (glob.escape(part) for part in (path.stem, path.suffix, path.name))
+    for partial in (*path.parent.glob(f".{stem}.[0-9]*.partial{suffix}"), *path.parent.glob(f"{name}.[0-9]*.partial")):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
 def _put(new: Path, folder: Path) -> None:
     """`new` under the name `folder`; what stood there is removed."""
     if not folder.exists():
@@ -140,6 +151,10 @@ def _naming(path: Path, partial: Path) -> Iterator[None]:
         if not about:
             raise
         raise OSError(error.errno, f"{path} cannot be written: {os.strerror(error.errno)}") from error
+    except SafetensorError as error:  # what it makes of the system's errors
+        if not str(error).startswith("Error while serializing"):
+            raise
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
 
 
 def _link_missing(source: Path, target: Path) -> None:
