@@ -8,13 +8,14 @@ of cut-outs written by `write_cutouts`.
 """
 
 import io
-import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ldmfast import files
+from ldmfast.data.collection import write_rows
 
 FONT_PATHS = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu
@@ -229,26 +230,23 @@ def build(cutouts, folder, *, size=64, count=8, seed=0):
 
     Returns the number of pictures. The folder appears complete or not at all.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     rows = []
-    for index, names in enumerate(catalogue("all").values()):
-        if names[0] not in cutouts:
-            continue
-        for colour in COLOURS:
-            texts = captions(names, colour)
-            for k, (scale, shift) in enumerate(placements(count, seed)):
-                file_name = f"{file_stem(names[0])}-{colour}-{k}.png"
-                compose(cutouts[names[0]], colour, size, scale=scale, shift=shift).save(partial / file_name)
+    with files.new_folder(folder) as partial:
+        for index, names in enumerate(catalogue("all").values()):
+            for colour in COLOURS if names[0] in cutouts else ():
                 split = "heldout" if colour == held_out_colour(index) else "train"
-                labels = dict(object=names[0], colour=colour, split=split)
-                rows.append(dict(file_name=file_name, text=texts[0], texts=texts, **labels))
-    (partial / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
+                pictures = _placed(cutouts[names[0]], colour, size, count, seed)
+                rows += [_write(picture, partial, names, colour, k, split) for k, picture in enumerate(pictures)]
+        write_rows(rows, partial)
     return len(rows)
+
+
+def _placed(cutout, colour, size, count, seed):
+    return [compose(cutout, colour, size, scale=scale, shift=shift) for scale, shift in placements(count, seed)]
+
+
+def _write(picture, folder, names, colour, number, split):
+    """Write one picture; returns its row."""
+    file_name, texts = f"{file_stem(names[0])}-{colour}-{number}.png", captions(names, colour)
+    picture.save(folder / file_name)
+    return dict(file_name=file_name, text=texts[0], texts=texts, object=names[0], colour=colour, split=split)
