@@ -20,7 +20,8 @@ from ldmfast.data import emoji
 from ldmfast.data.collection import load_pictures
 from ldmfast.diffusion import loss, schedule
 from ldmfast.evaluation import samples
-from ldmfast.models import AutoencoderKL
+from ldmfast.metrics import reconstruction
+from ldmfast.models import AutoencoderKL, saved_autoencoder
 from ldmfast.training import checkpoint, config, losses, train_autoencoder, train_decoder, train_denoiser
 
 TINY_AUTOENCODER = config.AutoencoderConfig(
@@ -103,12 +104,12 @@ def test_the_schedule_is_the_samplers():
 
 def test_metrics_of_known_pictures():
     x = torch.rand(2, 3, 24, 24) * 2 - 1
-    assert torch.allclose(losses.ssim(x, x), torch.ones(2))
-    assert torch.allclose(losses.psnr(x, x + 0.2), torch.full((2,), 20.0), atol=1e-3)  # 20 log10(2 / 0.2)
+    assert torch.allclose(reconstruction.ssim(x, x), torch.ones(2))
+    assert torch.allclose(reconstruction.psnr(x, x + 0.2), torch.full((2,), 20.0), atol=1e-3)  # 20 log10(2 / 0.2)
     noisy = x + 0.3 * torch.randn_like(x)
-    assert (losses.ssim(noisy, x) < 0.95).all()
+    assert (reconstruction.ssim(noisy, x) < 0.95).all()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.allclose(losses.ssim(noisy, x), losses.ssim(x, noisy), atol=1e-5)
+        assert torch.allclose(reconstruction.ssim(noisy, x), reconstruction.ssim(x, noisy), atol=1e-5)
 
 
 def test_standardising_keeps_the_pictures():
@@ -138,7 +139,7 @@ def test_the_autoencoder_learns(collection, tmp_path):
 def test_the_decoder_changes_no_latent(collection, trained, tmp_path):
     metrics = train_decoder.train(collection, trained, tmp_path, TINY_DECODER, quiet=True)
     assert metrics["loss"][-1][0] == 6
-    before, after = (train_autoencoder.load(folder).state_dict() for folder in (trained, tmp_path))
+    before, after = (saved_autoencoder.load(folder).state_dict() for folder in (trained, tmp_path))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "post_quant_conv"}
 
@@ -176,10 +177,10 @@ def test_a_stopped_run_resumes_bit_for_bit(stage, collection, trained, tmp_path,
     def stopping(*args):
         step, count = real(*args), iter(range(100))
 
-        def interrupted(generator):
+        def interrupted(s):
             if next(count) == 3:
                 raise KeyboardInterrupt
-            return step(generator)
+            return step(s)
 
         return interrupted
 
@@ -227,12 +228,13 @@ def test_sigkill_in_a_save_loses_only_the_steps_since_the_last(collection, train
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert (folder / "autoencoder.pt.partial").stat().st_size > 0
+    (partial,) = folder.glob(".*.partial.pt")
+    assert partial.stat().st_size > 0
     assert checkpoint.load(folder / "autoencoder.pt")["step"] == 2
     train = stages(collection, trained)["autoencoder"]
     resumed, whole = train(folder), train(tmp_path / "whole")
     assert resumed["step"] == 6 and same(resumed, whole)
-    assert not (folder / "autoencoder.pt.partial").exists()
+    assert not partial.exists()
 
 
 def test_another_configuration_is_refused(collection, trained):
