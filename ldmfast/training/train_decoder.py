@@ -5,6 +5,8 @@ It can run beside the denoiser's training, which reads the same latents, and aft
 
 from pathlib import Path
 
+import torch
+
 from ldmfast.data.collection import load_pictures
 from ldmfast.models import saved_autoencoder
 from ldmfast.training import export, latents
@@ -47,6 +49,7 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     pictures = load_pictures(data, vae.config.sample_size, split="train")
     mean, std = latents.encode(pictures, vae)
     Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)  # of a discriminator's first weights
     model = Decoder(vae, config)
     run = Run(model, config, phases=model.phases())
     some = slice(0, SHOWN)

@@ -99,6 +99,18 @@ def test_a_decoder_is_sharpened_by_a_discriminator_under_the_same_latents(home, 
         train_decoder.train(home / "pictures", home, tmp_path / "other", DecoderConfig(adversarial=0.5), quiet=True)
 
 
+def test_the_seed_alone_decides_a_decoders_training(home, tmp_path):
+    config = DecoderConfig(
+        steps=1, batch=2, precision="fp32", adversarial=0.5, discriminator_channels=4, discriminator_layers=1
+    )
+    found = []
+    for name in "ab":
+        torch.rand(1)  # what else was drawn in the process
+        train_decoder.train(home / "pictures", home, tmp_path / name, config, quiet=True)
+        found.append(checkpoint.load(tmp_path / name / "decoder.pt")["model"]["discriminator.0.weight"])
+    assert torch.equal(*found)
+
+
 @pytest.fixture
 def pictures(home):
     return load_pictures(home / "pictures", 16, split="train")
