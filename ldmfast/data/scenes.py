@@ -15,7 +15,8 @@ from PIL import Image
 
 from ldmfast import files
 from ldmfast.data.collection import write_rows
-from ldmfast.data.emoji import COLOURS, with_article
+from ldmfast.data.emoji import COLOURS
+from ldmfast.data.emoji_words import with_article
 
 OBJECTS = (
     "dog",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_objective import TINY
+from test_autoencoder_loss import TINY
 
 from ldmfast.commands.cli import main
 from ldmfast.data import photos

@@ -14,7 +14,7 @@ from ldmfast.commands import cli, conditions
 from ldmfast.conditioning.base import Hybrid
 from ldmfast.conditioning.classes_and_boxes import BoxEncoder, ClassEmbedder
 from ldmfast.conditioning.spatial import MapEncoder
-from ldmfast.data import emoji, scenes
+from ldmfast.data import emoji, emoji_words, scenes
 from ldmfast.evaluation import scene_samples
 from ldmfast.evaluation.detect import Detector, iou
 from ldmfast.pipeline import LatentDiffusionPipeline
@@ -49,7 +49,7 @@ def test_boxes_maps_and_captions_say_what_is_seen(collection):
         assert (away[bare] == 0).mean() > 0.85  # the rest are the objects' soft rims
         for each in row["objects"]:
             assert scenes.box_of(label, each["object"]) == each["box"]
-            assert all(emoji.with_article(part["object"]) in row["text"] for part in row["objects"])
+            assert all(emoji_words.with_article(part["object"]) in row["text"] for part in row["objects"])
 
 
 def test_held_out_pairs_stay_out_of_training(collection):
