@@ -29,17 +29,19 @@ def _samples(name):
     return f"{column(name).head} of samples", lambda row: column(name).show(row["points"][-1][name])
 
 
-TABLE = (
-    ("f", lambda row: f"{row['f']}" + (" (pixels)" if row["f"] == 1 else "")),
-    *map(_reconstruction, (*COMPARED, "kid")),
-    ("GFLOP a sample and step", lambda row: format(row["gflop"], ".2f")),
-    ("ms a step", lambda row: format(row["ms"], ".0f")),
-    ("samples/s", lambda row: format(row["samples_per_second"], ".1f")),
-    ("MB kept a sample", lambda row: format(row["activation_bytes"] / 1e6, ".1f")),
-    ("largest batch", lambda row: f"{row['largest_batch']}"),
-    ("steps", lambda row: f"{row['points'][-1]['steps']}"),
-    *map(_samples, ("kid", "R@1")),
-)
+def columns():
+    """The table's (head, function from a row to the text of its cell)."""
+    return (
+        ("f", lambda row: f"{row['f']}" + (" (pixels)" if row["f"] == 1 else "")),
+        *map(_reconstruction, (*COMPARED, "kid")),
+        ("GFLOP a sample and step", lambda row: format(row["gflop"], ".2f")),
+        ("ms a step", lambda row: format(row["ms"], ".0f")),
+        ("samples/s", lambda row: format(row["samples_per_second"], ".1f")),
+        ("MB kept a sample", lambda row: format(row["activation_bytes"] / 1e6, ".1f")),
+        ("largest batch", lambda row: f"{row['largest_batch']}"),
+        ("steps", lambda row: f"{row['points'][-1]['steps']}"),
+        *map(_samples, ("kid", "R@1")),
+    )
 
 
 def write(report: dict, folder) -> Path:
@@ -77,8 +79,8 @@ def page(report: dict, folder: Path) -> str:
 
 
 def _table(rows) -> str:
-    head = "".join(f"<th>{name}</th>" for name, _ in TABLE)
-    body = "".join("<tr>" + "".join(f"<td>{show(row)}</td>" for _, show in TABLE) + "</tr>" for row in rows)
+    head = "".join(f"<th>{name}</th>" for name, _ in columns())
+    body = "".join("<tr>" + "".join(f"<td>{show(row)}</td>" for _, show in columns()) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 

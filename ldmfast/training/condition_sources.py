@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ldmfast.conditioning.base import Condition, Conditioner, Unconditional
+from ldmfast.conditioning import Condition, Conditioner, Unconditional
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
 from ldmfast.conditioning.spatial import LowResolution, MaskedImage, PictureConditioner
 from ldmfast.conditioning.text import TOKENS, TextEncoder

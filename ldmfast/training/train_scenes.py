@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ldmfast.conditioning.base import Hybrid
+from ldmfast.conditioning import Hybrid
 from ldmfast.conditioning.classes_and_boxes import BoxEncoder, PlacedClass
 from ldmfast.conditioning.spatial import MapEncoder
 from ldmfast.data import scenes

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import CUTOUTS
 
 from ldmfast.commands import cli, conditions
-from ldmfast.conditioning.base import Hybrid
+from ldmfast.conditioning import Hybrid
 from ldmfast.conditioning.classes_and_boxes import BoxEncoder, ClassEmbedder
 from ldmfast.conditioning.spatial import MapEncoder
 from ldmfast.data import emoji, emoji_words, scenes
