@@ -10,13 +10,34 @@ at f = 8 and 4 channels is 2e-8 here.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldmfast.metrics import backbones, perceptual
-from ldmfast.training import adversarial, losses
+from ldmfast.metrics.reconstruction import ssim
+from ldmfast.training import adversarial
 from ldmfast.training.codebook import Codebook, flat
 from ldmfast.training.run import Phase
 from ldmfast.training.step import mixed
+
+
+def reconstruction_loss(pictures, decoded, *, ssim_weight):
+    """Scalar: L1 + ssim_weight * (1 - SSIM)."""
+    loss = F.l1_loss(decoded.float(), pictures)
+    if ssim_weight:
+        loss = loss + ssim_weight * (1 - ssim(decoded, pictures)).mean()
+    return loss
+
+
+def kl_loss(posterior):
+    """Scalar: KL to the standard normal, mean over latent elements (diffusers' DiagonalGaussianDistribution)."""
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
+
+
+def nll_loss(reconstruction, logvar):
+    """Scalar: reconstruction / exp(logvar) + logvar. At its least, logvar is the reconstruction's logarithm."""
+    return reconstruction * torch.exp(-logvar) + logvar
 
 
 class PictureLoss(nn.Module):
@@ -79,7 +100,7 @@ class PictureLoss(nn.Module):
         """
         c = self.config
         reconstruction = self._reconstruction(pictures, decoded, step)
-        nll = reconstruction if self.logvar is None else losses.nll(reconstruction, self.logvar.detach())
+        nll = reconstruction if self.logvar is None else nll_loss(reconstruction, self.logvar.detach())
         learns = self.discriminator is not None and step.number >= c.adversarial_start - c.discriminator_lead
         started = learns and step.number >= c.adversarial_start
         total = nll + regulariser
@@ -92,13 +113,13 @@ class PictureLoss(nn.Module):
         yield total
         if self.logvar is not None:
             step.log("logvar", self.logvar)
-            yield losses.nll(reconstruction.detach(), self.logvar)
+            yield nll_loss(reconstruction.detach(), self.logvar)
         if self.discriminator is not None:
             yield adversarial.discriminator_loss(self.discriminator, pictures, decoded) if learns else None
 
     def _reconstruction(self, pictures, decoded, step):
         c = self.config
-        reconstruction = losses.reconstruction(pictures, decoded, ssim_weight=c.ssim_weight)
+        reconstruction = reconstruction_loss(pictures, decoded, ssim_weight=c.ssim_weight)
         if self.perceptual is not None:
             distance = self.perceptual.to(pictures.device)(pictures, decoded).mean()
             step.log(self.perceptual.name, distance)
@@ -135,7 +156,7 @@ class AutoencoderLoss(PictureLoss):
     def _through_posterior(self, pictures, step, books):
         posterior = self.vae.encode(pictures).latent_dist
         noise = step.normal(*posterior.mean.shape[1:])
-        kl = losses.kl(posterior)
+        kl = kl_loss(posterior)
         step.log("kl", kl)
         return self.vae.decode(posterior.mean + posterior.std * noise).sample, self.config.kl_weight * kl
 

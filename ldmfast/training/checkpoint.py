@@ -1,4 +1,4 @@
-"""Checkpoints: a file that is complete or absent, whatever moment the process is killed at."""
+"""Checkpoints and exported folders that are complete or absent, whatever moment the process is killed at."""
 
 import pickle
 import zipfile
@@ -30,3 +30,10 @@ def load(path):
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
         reason = files.first_line(error, 120)
         raise ValueError(f"{path} is damaged or no checkpoint ({reason}); remove it to begin again") from error
+
+
+def replace_folder(folder, write):
+    """Call write(partial) on an empty folder, which then takes the place of `folder`."""
+    files.remove_leftovers(folder)
+    with files.replacing_folder(folder) as partial:
+        write(partial)

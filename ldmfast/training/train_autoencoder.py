@@ -1,19 +1,22 @@
 """Stage 1: train the autoencoder, KL or VQ, then standardise its latents and export it in diffusers' layout."""
 
+import json
 from pathlib import Path
 
 import torch
 
+from ldmfast import files
 from ldmfast.data.collection import load_pictures
-from ldmfast.metrics.reconstruction import reconstruct
+from ldmfast.metrics.reconstruction import reconstruct, score
 from ldmfast.models import AutoencoderKL, VQModel
 from ldmfast.pictures import grid, to_pil
-from ldmfast.training import export, latents
+from ldmfast.training import checkpoint, latents
 from ldmfast.training.autoencoder_loss import AutoencoderLoss
 from ldmfast.training.loop import fit
 from ldmfast.training.run import Run
 
 SHOWN = 8  # pictures of a sample grid
+SCORED = 512  # pictures that the figures are means over
 
 
 def build(config):
@@ -148,6 +151,25 @@ def train(data, folder, config, *, restart=False, quiet=False):
     vae = run.finish().vae.cpu()
     if not run.main:
         return {"loss": history}
-    mean, _ = latents.encode(pictures.sample(export.SCORED, config.seed), vae)
+    mean, _ = latents.encode(pictures.sample(SCORED, config.seed), vae)
     standardise(vae, mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3)))
-    return export.write_autoencoder(folder, "autoencoder", vae, model, pictures, history)
+    return write_autoencoder(folder, "autoencoder", vae, model, pictures, history)
+
+
+def write_autoencoder(folder, stage, vae, loss, pictures, history):
+    """Write vae/ and the figures in `stage`.json; returns the figures.
+
+    loss      the PictureLoss that it was trained with;   history  as `fit` returns it
+    pictures  those that it was trained on
+    """
+    config = loss.config
+    figures = {
+        "trained": score(vae, pictures.sample(SCORED, config.seed)),
+        **loss.networks(),
+        "steps": config.steps,
+        "loss": history,
+    }
+    vae = vae.half() if config.export == "fp16" else vae
+    checkpoint.replace_folder(Path(folder, "vae"), vae.save_pretrained)
+    files.write_text(Path(folder, f"{stage}.json"), json.dumps(figures, indent=1))
+    return figures

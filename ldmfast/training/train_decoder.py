@@ -9,11 +9,11 @@ import torch
 
 from ldmfast.data.collection import load_pictures
 from ldmfast.models import saved_autoencoder
-from ldmfast.training import export, latents
+from ldmfast.training import latents
 from ldmfast.training.autoencoder_loss import PictureLoss
 from ldmfast.training.loop import fit
 from ldmfast.training.run import Run
-from ldmfast.training.train_autoencoder import SHOWN, sheet
+from ldmfast.training.train_autoencoder import SHOWN, sheet, write_autoencoder
 
 
 class Decoder(PictureLoss):
@@ -64,4 +64,4 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     run.finish().cpu()
     if not run.main:
         return {"loss": history}
-    return export.write_autoencoder(folder, "decoder", vae, model, pictures, history)
+    return write_autoencoder(folder, "decoder", vae, model, pictures, history)

@@ -1,9 +1,11 @@
 """Stage 2: train the denoiser on cached latents and their conditions, and export the whole pipeline."""
 
+import json
 from pathlib import Path
 
 import torch
 
+from ldmfast import files
 from ldmfast.data.collection import load_pictures
 from ldmfast.diffusion.loss import add_noise, denoising_loss
 from ldmfast.diffusion.schedule import alphas_cumprod, make_scheduler
@@ -11,7 +13,7 @@ from ldmfast.models import UNet, saved_autoencoder
 from ldmfast.models.unet2d import UNet2D
 from ldmfast.pictures import grid
 from ldmfast.pipeline import LatentDiffusionPipeline
-from ldmfast.training import condition_sources, export, latents, parallel
+from ldmfast.training import checkpoint, condition_sources, latents, parallel
 from ldmfast.training.loop import fit
 from ldmfast.training.run import Run
 
@@ -125,7 +127,7 @@ def train_on(pictures, vae, folder, config, *, conditioner=None, describe=None, 
     )
     run.finish()
     if run.main:
-        export.write_pipeline(folder, pipeline.to("cpu"), config, history)
+        write_pipeline(folder, pipeline.to("cpu"), config, history)
     return history
 
 
@@ -133,3 +135,10 @@ def sheet(pipeline, source):
     """A PIL picture of SHOWN samples; the same inputs and seeds each time."""
     pipeline.to(pipeline.unet.device)  # an autoencoder whose latents were kept has not run yet
     return grid(pipeline(**source.sheet(SHOWN), seeds=0), None, 1)
+
+
+def write_pipeline(folder, pipeline, config, history):
+    """Write the finished pipeline/ and the losses in denoiser.json."""
+    dtype = torch.float16 if config.export == "fp16" else torch.float32
+    checkpoint.replace_folder(Path(folder, "pipeline"), lambda home: pipeline.save_pretrained(home, dtype=dtype))
+    files.write_text(Path(folder, "denoiser.json"), json.dumps({"loss": history}, indent=1))

@@ -12,7 +12,7 @@ from test_training import CUTOUTS
 from ldmfast.data import emoji
 from ldmfast.data.collection import load_pictures
 from ldmfast.metrics import reconstruction
-from ldmfast.training import adversarial, codebook, config, losses, train_autoencoder
+from ldmfast.training import adversarial, autoencoder_loss, codebook, config, train_autoencoder
 from ldmfast.training.autoencoder_loss import AutoencoderLoss
 from ldmfast.training.loop import train_step
 from ldmfast.training.run import Run
@@ -93,7 +93,7 @@ def test_logvar_settles_at_the_logarithm_of_the_reconstruction():
     optimizer = torch.optim.Adam([value], lr=0.05)
     for _ in range(400):
         optimizer.zero_grad()
-        losses.nll(torch.tensor(0.05), value).backward()
+        autoencoder_loss.nll_loss(torch.tensor(0.05), value).backward()
         optimizer.step()
     assert value.item() == pytest.approx(math.log(0.05), abs=1e-2)
 

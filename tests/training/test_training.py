@@ -20,7 +20,7 @@ from ldmfast.data import emoji
 from ldmfast.data.collection import load_pictures
 from ldmfast.evaluation import samples
 from ldmfast.models import AutoencoderKL, saved_autoencoder
-from ldmfast.training import checkpoint, config, losses, train_autoencoder, train_decoder, train_denoiser
+from ldmfast.training import autoencoder_loss, checkpoint, config, train_autoencoder, train_decoder, train_denoiser
 
 TINY_AUTOENCODER = config.AutoencoderConfig(
     steps=6, batch=4, size=16, channels=(8, 16), groups=4, warmup=1, save_every=2, log_every=2, precision="fp32"
@@ -145,7 +145,7 @@ def test_a_stopped_run_resumes_bit_for_bit(stage, collection, trained, tmp_path,
 
 KILLED = """
 import io, sys, time, pathlib, torch
-from ldmfast.training import checkpoint, config, train_autoencoder
+from ldmfast.training import autoencoder_loss, checkpoint, config, train_autoencoder
 from test_training import TINY_AUTOENCODER
 data, folder, marker = sys.argv[1:]
 write, saves = torch.save, []
@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_is_explained(trained, tmp_path, keep):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(collection, tmp_path, monkeypatch):
-    monkeypatch.setattr(losses, "kl", lambda posterior: posterior.mean.sum() * float("nan"))
+    monkeypatch.setattr(autoencoder_loss, "kl_loss", lambda posterior: posterior.mean.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match="nan at step 1"):
         train_autoencoder.train(collection, tmp_path, TINY_AUTOENCODER, quiet=True)
 
