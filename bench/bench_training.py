@@ -32,7 +32,7 @@ def stock_of(kind, model):
 
 
 def denoising(config):
-    """(ours, stock's class, loss of a model): noise prediction on 16x16 latents, told by cross-attention."""
+    """(ours, stock's class, loss of a model): noise prediction on 16x16 latents, conditioned by cross-attention."""
     ours = train_denoiser.build(config, latent_channels=4, latent_size=16, context_width=WIDTH)
     torch.manual_seed(1)
     x, noise = (torch.randn(config.batch, 4, 16, 16, device=device()) for _ in "xn")

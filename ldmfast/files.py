@@ -8,13 +8,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 _EXCHANGE = 2  # linux/fs.h: RENAME_EXCHANGE
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # which a write raises without a name
+
+
+class WriteError(OSError):
+    """What the system said of a file or folder that was to be written, with its name."""
+
+    def __str__(self) -> str:
+        return self.strerror
 
 
 def first_line(error: BaseException | str, longest: int = 160) -> str:
@@ -27,7 +37,7 @@ def first_line(error: BaseException | str, longest: int = 160) -> str:
 def replacing(path) -> Iterator[Path]:
     """Context giving a temporary path of the same ending to write to; on leaving, the file takes `path`'s place.
 
-    An error leaves `path` as it was and nothing beside it. Raises OSError naming `path` where it cannot be written.
+    An error leaves `path` as it was and nothing beside it. Raises WriteError naming `path` where it cannot be written.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -88,6 +98,14 @@ def recover(folder) -> None:
         os.replace(old, folder)
 
 
+def remove_leftovers(path) -> None:
+    """Remove what killed processes left beside `path`, a file or folder that one process at a time writes."""
+    path = Path(path)
+    stem, suffix, name = (glob.escape(part) for part in (path.stem, path.suffix, path.name))
+    for partial in (*path.parent.glob(f".{stem}.[0-9]*.partial{suffix}"), *path.parent.glob(f"{name}.[0-9]*.partial")):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
 def _put(new: Path, place: Path) -> None:
     """`new`, a file or a folder, under the name `place`; what stood there is removed."""
     if not place.is_dir() or not new.is_dir():
@@ -128,7 +146,7 @@ def _exchange(a: Path, b: Path) -> bool:
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
-    raise OSError(number, f"{b} cannot be replaced: {os.strerror(number)}")
+    raise WriteError(number, f"{b} cannot be replaced: {os.strerror(number)}")
 
 
 def _old(folder: Path) -> Path:
@@ -157,7 +175,11 @@ def _naming(path: Path, partial: Path) -> Iterator[None]:
         about = str(error.filename).startswith(str(partial)) if error.filename else error.errno in _WRITING
         if not about:
             raise
-        raise OSError(error.errno, f"{path} cannot be written: {os.strerror(error.errno)}") from error
+        raise WriteError(error.errno, f"{path} cannot be written: {os.strerror(error.errno)}") from error
+    except SafetensorError as error:  # what it makes of the system's errors
+        if not str(error).startswith("Error while serializing"):
+            raise
+        raise WriteError(errno.EIO, f"{path} cannot be written: {first_line(error)}") from error
 
 
 def _link_missing(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@
     ldmfast train denoiser --data pictures/ --autoencoder run/ --output run/
     ldmfast sample "a cat on a blue background" --model run/pipeline -o cat.png
     ldmfast evaluate --model run/pipeline --data pictures/
+    ldmfast evaluate-autoencoder run/ --data pictures/
     ldmfast recipes
     ldmfast convert model.ckpt model/
     ldmfast study run/study

@@ -23,11 +23,11 @@ def add(commands):
 
 
 def run(arguments):
+    from ldmfast import files
     from ldmfast.data import emoji, scenes
     from ldmfast.evaluation.samples import evaluate
     from ldmfast.evaluation.scene_samples import evaluate as evaluate_scenes
     from ldmfast.pictures import grid, writing
-    from ldmfast.training import checkpoint
 
     pipe = pipeline(arguments)
     composed = bool(pipe.conditioner.by_option())
@@ -59,7 +59,7 @@ def run(arguments):
             write(grid(drawn, 16))
     text = json.dumps(report, indent=2)
     if arguments.output:
-        checkpoint.write_text(arguments.output, text + "\n")
+        files.write_text(arguments.output, text + "\n")
     print(text)
 
 
@@ -67,9 +67,9 @@ def _require_sense(arguments, conditioner, composed):
     if composed and (arguments.distances or arguments.inception):
         option = "--distances" if arguments.distances else "--inception"
         raise ValueError(f"{option} is for models of captions; this one is scored by its classes, boxes and maps")
-    if conditioner.mode == "none" or conditioner.takes_pictures:
+    if not conditioner.takes_inputs:
         raise ValueError(
-            "evaluate draws from captions, classes, boxes or maps, and this model is told none of them; "
+            "evaluate draws from captions, classes, boxes or maps, and this model takes none of them; "
             "in Python, ldmfast.evaluation.samples.distances compares pictures that were drawn"
         )
 

@@ -1,4 +1,4 @@
-"""`ldmfast evaluate-first-stage`: what first stages keep of pictures that they have not seen."""
+"""`ldmfast evaluate-autoencoder`: what autoencoders keep of pictures that they have not seen."""
 
 import json
 
@@ -6,8 +6,8 @@ from ldmfast.commands.common import command
 
 
 def add(commands):
-    made = command(commands, "evaluate-first-stage", "a table of PSNR, SSIM, perceptual distance, codebook use", run)
-    made.add_argument("first_stage", nargs="+", help="outputs of `ldmfast train autoencoder`")
+    made = command(commands, "evaluate-autoencoder", "a table of PSNR, SSIM, perceptual distance, codebook use", run)
+    made.add_argument("autoencoder", nargs="+", help="outputs of `ldmfast train autoencoder`")
     made.add_argument("--data", required=True, help="a collection of pictures")
     made.add_argument("--split", default="heldout", help="which of its splits (default: heldout)")
     made.add_argument("--count", type=int, default=512, help="pictures at most (default: 512)")
@@ -18,9 +18,9 @@ def add(commands):
 
 
 def run(arguments):
+    from ldmfast import files
     from ldmfast.evaluation import autoencoders
     from ldmfast.metrics import perceptual
-    from ldmfast.training import checkpoint
 
     if arguments.count < 1:
         raise ValueError(f"--count {arguments.count} must be at least 1")
@@ -28,7 +28,7 @@ def run(arguments):
         raise ValueError(f"--lpips {arguments.lpips} is read only with --distance lpips-vgg")
     scorer = perceptual.make(arguments.distance, arguments.lpips) if arguments.distance else perceptual.make_scorer()
     report = autoencoders.evaluate(
-        arguments.first_stage,
+        arguments.autoencoder,
         arguments.data,
         split=arguments.split,
         size=arguments.size,
@@ -36,5 +36,5 @@ def run(arguments):
         scorer=scorer,
     )
     if arguments.output:
-        checkpoint.write_text(arguments.output, json.dumps(report, indent=1) + "\n")
+        files.write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     print(autoencoders.markdown(report))

@@ -11,10 +11,10 @@ def add(commands):
     made.add_argument("output", help="the folder for the table, study.html and what was trained")
     made.add_argument("--data", help="a captioned collection (default: 64 emoji, built from the installed font)")
     made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
-    made.add_argument("--first-stages", help="a folder with f4/, f8/, f16/ already trained, each with its vae/")
+    made.add_argument("--autoencoders", help="a folder with f4/, f8/, f16/ already trained, each with its vae/")
     made.add_argument("--full", action="store_true", help="hours instead of minutes: longer training, more samples")
     made.add_argument("--seconds", type=float, help="training time of each denoiser")
-    made.add_argument("--first-stage-steps", type=int, help="training steps of each first stage")
+    made.add_argument("--autoencoder-steps", type=int, help="training steps of each autoencoder")
     made.add_argument("--factors", type=numbers, help="which f, as in 1,4,8,16")
     made.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -24,14 +24,14 @@ def run(arguments):
 
     config = _config(arguments, trials)
     data = arguments.data or _emoji(Path(arguments.output, "pictures"), arguments.font, config.size)
-    found = trials.run(data, arguments.output, config, first_stages=arguments.first_stages, quiet=arguments.quiet)
+    found = trials.run(data, arguments.output, config, autoencoders=arguments.autoencoders, quiet=arguments.quiet)
     for claim in found["claims"]:
         print(f"{'held' if claim['held'] else 'did not hold'}: {claim['claim']} ({claim['figures']})")
     print(report.write(found, arguments.output))
 
 
 def _config(arguments, trials):
-    given = {"seconds": arguments.seconds, "first_stage_steps": arguments.first_stage_steps}
+    given = {"seconds": arguments.seconds, "autoencoder_steps": arguments.autoencoder_steps}
     if arguments.factors:
         given["factors"] = arguments.factors
         unknown = sorted(set(given["factors"]) - {1, *trials.LATENT_CHANNELS})

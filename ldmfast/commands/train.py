@@ -8,22 +8,24 @@ from pathlib import Path
 
 from ldmfast.commands.common import command, numbers
 
+MADE = {  # by a stage, in its folder
+    "autoencoder": "vae",
+    "decoder": "vae",
+    "denoiser": "pipeline",
+    "scenes": "pipeline",
+    "lora": "pytorch_lora_weights.safetensors",
+}
+
 
 def add(commands):
-    from ldmfast.training.config import AutoencoderConfig, DecoderConfig, DenoiserConfig, LoraConfig, ScenesConfig
+    from ldmfast.training.config import STAGES
 
     stages = commands.add_parser("train", help="train the autoencoder, then the denoiser")
     stages = stages.add_subparsers(title="stages", required=True, metavar="STAGE")
-    for name, config, made_there in (
-        ("autoencoder", AutoencoderConfig, "vae"),
-        ("decoder", DecoderConfig, "vae"),
-        ("denoiser", DenoiserConfig, "pipeline"),
-        ("scenes", ScenesConfig, "pipeline"),
-        ("lora", LoraConfig, "pytorch_lora_weights.safetensors"),
-    ):
+    for name, config in STAGES.items():
         text = config.__doc__.split("\n")[0]
         made = stages.add_parser(name, help=text, description=text)
-        made.set_defaults(run=_train, config=config, stage=name, made=made_there)
+        made.set_defaults(run=_train, config=config, stage=name)
         made.add_argument("--data", required=True, help="the folder of pictures")
         if name == "lora":
             made.add_argument("--model", help="the saved pipeline to finetune (default: the shipped model)")
@@ -69,11 +71,10 @@ def _add_config_options(made, config):
 def _config(arguments):
     """The dataclass: its defaults, then the recipe, then the options."""
     from ldmfast.training import recipes
-    from ldmfast.training.config import STAGES
 
-    stage = next(name for name, config in STAGES.items() if config is arguments.config)
     given = {k.removeprefix("config_"): v for k, v in vars(arguments).items() if k.startswith("config_")}
-    return arguments.config(**{**(recipes.settings(arguments.recipe, stage) if arguments.recipe else {}), **given})
+    recipe = recipes.settings(arguments.recipe, arguments.stage) if arguments.recipe else {}
+    return arguments.config(**{**recipe, **given})
 
 
 def _recipes(arguments):
@@ -96,11 +97,11 @@ def _train(arguments):
         arguments.data, *source, arguments.output, _config(arguments), restart=arguments.restart, quiet=arguments.quiet
     )
     if parallel.leave():
-        print(f"{Path(arguments.output, arguments.made)}: {_said(result)}")
+        print(f"{Path(arguments.output, MADE[arguments.stage])}: {_said(result)}")
 
 
 def _said(result):
-    """What a stage returns, in a line: a first stage's metrics, or the loss's history of (step, loss)."""
+    """What a stage returns, in a line: an autoencoder's metrics, or the loss's history of (step, loss)."""
     if isinstance(result, dict):
         return f"reconstruction {json.dumps(result['trained'])}"
     return f"loss {result[-1][1]:.4f} at step {result[-1][0]}"

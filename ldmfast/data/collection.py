@@ -32,7 +32,14 @@ class Pictures:
 
     def where(self, **labels):
         """The pictures whose row has all these values."""
-        keep = [i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in labels.items())]
+        return self._part([i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in labels.items())])
+
+    def sample(self, count, seed):
+        """At most `count` of the pictures, chosen at random, in their order: enough for a mean."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self._part(order[:count].sort().values.tolist())
+
+    def _part(self, keep):
         return Pictures(self.pixels[keep], tuple(self.rows[i] for i in keep))
 
 
@@ -71,6 +78,12 @@ def read_rows(folder):
         row.setdefault("texts", [row["text"]] if row.get("text") else [])
         rows.append(row)
     return sorted(rows, key=lambda row: row["file_name"])
+
+
+def write_rows(rows, folder):
+    """Write metadata.jsonl."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    Path(folder, "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _rows_without_listing(folder):

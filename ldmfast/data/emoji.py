@@ -1,6 +1,6 @@
 """The demo collection: Noto colour emoji on coloured grounds, with captions.
 
-64 objects (`OBJECTS`), or 600 with those of emoji_names.txt, on 8 grounds, each in a few placements. For every object
+64 objects, or 600 (emoji_words.py), on 8 grounds, each in a few placements. For every object
 one ground is held out: those pictures are marked `"split": "heldout"` and no training stage reads them, so that they
 measure composition, not memory.
 The pictures come from the installed font's CBDT table (emoji artwork: Apache-2.0; font: OFL 1.1), or from a folder
@@ -8,13 +8,15 @@ of cut-outs written by `write_cutouts`.
 """
 
 import io
-import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ldmfast import files
+from ldmfast.data.collection import write_rows
+from ldmfast.data.emoji_words import captions, catalogue, file_stem
 
 FONT_PATHS = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu
@@ -23,82 +25,6 @@ FONT_PATHS = (
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",  # Fedora
     "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
 )
-
-# code point -> the name used in captions, then other names for the same thing
-OBJECTS = {
-    0x1F34E: ("red apple", "apple"),
-    0x1F34F: ("green apple",),
-    0x1F34C: ("banana",),
-    0x1F34B: ("lemon",),
-    0x1F34D: ("pineapple",),
-    0x1F353: ("strawberry",),
-    0x1F352: ("cherries",),
-    0x1F349: ("watermelon", "slice of watermelon"),
-    0x1F347: ("grapes", "bunch of grapes"),
-    0x1F955: ("carrot",),
-    0x1F346: ("eggplant", "aubergine"),
-    0x1F951: ("avocado",),
-    0x1F344: ("mushroom", "toadstool"),
-    0x1F354: ("hamburger", "burger"),
-    0x1F355: ("pizza", "slice of pizza"),
-    0x1F369: ("doughnut", "donut"),
-    0x1F366: ("ice cream cone", "ice cream"),
-    0x1F9C1: ("cupcake",),
-    0x1F382: ("birthday cake", "cake"),
-    0x2615: ("cup of coffee", "coffee"),
-    0x1F436: ("dog", "puppy"),
-    0x1F431: ("cat", "kitten"),
-    0x1F981: ("lion",),
-    0x1F42F: ("tiger",),
-    0x1F43C: ("panda",),
-    0x1F438: ("frog",),
-    0x1F98A: ("fox",),
-    0x1F427: ("penguin",),
-    0x1F437: ("pig",),
-    0x1F435: ("monkey",),
-    0x1F989: ("owl",),
-    0x1F419: ("octopus",),
-    0x1F980: ("crab",),
-    0x1F433: ("whale",),
-    0x1F422: ("turtle", "tortoise"),
-    0x1F98B: ("butterfly",),
-    0x1F41E: ("ladybug", "ladybird"),
-    0x1F41D: ("bee",),
-    0x1F984: ("unicorn",),
-    0x1F33B: ("sunflower",),
-    0x1F339: ("rose", "red rose"),
-    0x1F335: ("cactus",),
-    0x1F384: ("Christmas tree",),
-    0x1F697: ("car", "red car"),
-    0x1F680: ("rocket",),
-    0x2708: ("airplane", "plane"),
-    0x26F5: ("sailboat",),
-    0x1F6B2: ("bicycle", "bike"),
-    0x26BD: ("soccer ball", "football"),
-    0x1F3C0: ("basketball",),
-    0x1F3B8: ("guitar",),
-    0x2614: ("umbrella",),
-    0x1F381: ("gift", "present"),
-    0x1F451: ("crown",),
-    0x1F511: ("key",),
-    0x23F0: ("alarm clock", "clock"),
-    0x26C4: ("snowman",),
-    0x1F383: ("pumpkin", "jack-o-lantern"),
-    0x1F388: ("balloon", "red balloon"),
-    0x2B50: ("star", "yellow star"),
-    0x2764: ("heart", "red heart"),
-    0x1F3E0: ("house",),
-    0x1F916: ("robot",),
-    0x1F9F8: ("teddy bear",),
-}
-
-# said without an article although it does not end in s, or with one although it does
-UNCOUNTED = set(
-    "coffee bacon badminton bowling bread broccoli bubble-tea butter camping canned-food cooked-rice cooking coral fire"
-    " garlic green-salad ice-hockey infinity meat-on-bone money-with-wings mount-fuji performing-arts ping-pong popcorn"
-    " salt santa-claus shaved-ice soap spaghetti sushi tennis wood yarn bow-and-arrow fork-and-knife".split()
-)
-SINGULAR = set("abacus bus cactus compass hibiscus hippopotamus lis lotus octopus rhinoceros".split())
 
 COLOURS = {
     "red": (222, 76, 74),
@@ -110,41 +36,6 @@ COLOURS = {
     "white": (247, 247, 247),
     "black": (38, 38, 42),
 }
-
-CATALOGUES = ("64", "all")
-
-TEMPLATES = (
-    "{a} on a {colour} background",
-    "{n}, {colour} background",
-    "a picture of {a} on a {colour} background",
-    "{n} on {colour}",
-)
-
-
-def catalogue(which="64"):
-    """{code point: names} of "64" objects, or of "all" 600: those and the rest of emoji_names.txt."""
-    if which not in CATALOGUES:
-        raise ValueError(f"objects={which!r} is none of {', '.join(CATALOGUES)}")
-    if which == "64":
-        return OBJECTS
-    lines = Path(__file__).with_name("emoji_names.txt").read_text(encoding="utf-8").splitlines()
-    return OBJECTS | {int(code, 16): (name,) for code, name in (line.split(" ", 1) for line in lines)}
-
-
-def with_article(name):
-    """ "a red apple", "an owl", "grapes", "broccoli"."""
-    stem = file_stem(name)
-    last = stem.split("-")[-1]
-    if stem in UNCOUNTED or last.endswith("s") and not last.endswith("ss") and last not in SINGULAR:
-        return name
-    vowel = name[0].lower() in "aeiou" and not name.startswith("unicorn")
-    return f"{'an' if vowel else 'a'} {name}"
-
-
-def captions(names, colour):
-    """Every way the collection says `names[0]` on `colour`, the plain one first."""
-    phrase = lambda t, n: t.format(a=with_article(n), n=n, colour=colour).replace("a orange", "an orange")  # noqa: E731
-    return [phrase(template, name) for name in names for template in TEMPLATES]
 
 
 def held_out_colour(index):
@@ -201,10 +92,6 @@ def write_cutouts(cutouts, folder, size=64):
         picture.save(Path(folder, file_stem(name) + ".png"), optimize=True)
 
 
-def file_stem(name):
-    return name.lower().replace(" ", "-")
-
-
 def compose(cutout, colour, size=64, *, scale=0.88, shift=(0.0, 0.0)):
     """`cutout` on a flat ground: RGB, size x size; the longer side takes `scale`, `shift` is in parts of the size."""
     factor = scale * size / max(cutout.size)
@@ -229,26 +116,23 @@ def build(cutouts, folder, *, size=64, count=8, seed=0):
 
     Returns the number of pictures. The folder appears complete or not at all.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     rows = []
-    for index, names in enumerate(catalogue("all").values()):
-        if names[0] not in cutouts:
-            continue
-        for colour in COLOURS:
-            texts = captions(names, colour)
-            for k, (scale, shift) in enumerate(placements(count, seed)):
-                file_name = f"{file_stem(names[0])}-{colour}-{k}.png"
-                compose(cutouts[names[0]], colour, size, scale=scale, shift=shift).save(partial / file_name)
+    with files.new_folder(folder) as partial:
+        for index, names in enumerate(catalogue("all").values()):
+            for colour in COLOURS if names[0] in cutouts else ():
                 split = "heldout" if colour == held_out_colour(index) else "train"
-                labels = dict(object=names[0], colour=colour, split=split)
-                rows.append(dict(file_name=file_name, text=texts[0], texts=texts, **labels))
-    (partial / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
+                pictures = _placed(cutouts[names[0]], colour, size, count, seed)
+                rows += [_write(picture, partial, names, colour, k, split) for k, picture in enumerate(pictures)]
+        write_rows(rows, partial)
     return len(rows)
+
+
+def _placed(cutout, colour, size, count, seed):
+    return [compose(cutout, colour, size, scale=scale, shift=shift) for scale, shift in placements(count, seed)]
+
+
+def _write(picture, folder, names, colour, number, split):
+    """Write one picture; returns its row."""
+    file_name, texts = f"{file_stem(names[0])}-{colour}-{number}.png", captions(names, colour)
+    picture.save(folder / file_name)
+    return dict(file_name=file_name, text=texts[0], texts=texts, object=names[0], colour=colour, split=split)

@@ -9,7 +9,6 @@ The photographs come from installed packages, each with its author and licence n
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import random
 import re
@@ -19,7 +18,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ldmfast.data.collection import SUFFIXES
+from ldmfast import files
+from ldmfast.data.collection import SUFFIXES, write_rows
 
 SHARE = Path("/usr/share")
 DRAWN = {"analogpattern_by_Peter_Nerlich.jpg", "umang_by_Abhishek_Mudgal.jpg"}  # wallpapers that are no photographs
@@ -125,7 +125,7 @@ def crops(photo: Photo, size: int, count: int, rng: random.Random):
 
 
 def build(photos: list[Photo], folder, *, size: int = 64, count: int = 120, heldout: float = 0.2, seed: int = 0) -> int:
-    """Write the collection to `folder` (see training/data.py). Returns the number of crops.
+    """Write the collection to `folder` (see data/collection.py). Returns the number of crops.
 
     count    crops of each photograph
     heldout  share of the photographs (not of the crops) kept from training
@@ -133,20 +133,15 @@ def build(photos: list[Photo], folder, *, size: int = 64, count: int = 120, held
     if size < 1 or count < 1:
         raise ValueError(f"size={size} and count={count} must be at least 1")
     splits = split_of(photos, heldout, seed)
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, (photo, split) in enumerate(zip(photos, splits, strict=True)):
-        credit = {"photo": photo.path.name, "source": photo.source, "author": photo.author, "licence": photo.licence}
-        for i, (box, picture) in enumerate(crops(photo, size, count, random.Random(f"{seed}/{photo.path.name}"))):
-            name = f"{number:03d}-{i:04d}.png"
-            picture.save(folder / name)
-            rows.append({"file_name": name, "text": "", "split": split, **credit, "box": box})
-    partial = folder / "metadata.jsonl.partial"
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(folder / "metadata.jsonl")
+    with files.new_folder(folder) as partial:
+        for number, (photo, split) in enumerate(zip(photos, splits, strict=True)):
+            credit = dict(photo=photo.path.name, source=photo.source, author=photo.author, licence=photo.licence)
+            for i, (box, picture) in enumerate(crops(photo, size, count, random.Random(f"{seed}/{photo.path.name}"))):
+                name = f"{number:03d}-{i:04d}.png"
+                picture.save(partial / name)
+                rows.append({"file_name": name, "text": "", "split": split, **credit, "box": box})
+        write_rows(rows, partial)
     return len(rows)
 
 

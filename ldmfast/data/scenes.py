@@ -6,17 +6,17 @@ than 40 % of is hidden by later ones is drawn again; boxes are of the visible pi
 together in the training scenes: scenes that hold such a pair are marked `"split": "heldout"`.
 """
 
-import json
-import os
-import shutil
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from ldmfast.data.emoji import COLOURS, with_article
+from ldmfast import files
+from ldmfast.data.collection import write_rows
+from ldmfast.data.emoji import COLOURS
+from ldmfast.data.emoji_words import with_article
 
 OBJECTS = (
     "dog",
@@ -119,7 +119,7 @@ def box_of(label, name):
     return [round(float(v) / size, 5) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)]
 
 
-def draw(cutouts, rng, names, ground, size):
+def compose_scene(cutouts, rng, names, ground, size):
     """One scene of `names` (all different): (picture, map, objects), objects being dicts of object and box."""
     low, high = SIDES[len(names)]
     cell = size // CELLS
@@ -148,6 +148,12 @@ def caption(objects, ground):
     return f"{with_article(first['object'])}{where} on {with_article(ground)} background"
 
 
+def read_map(path):
+    """What `write_map` wrote, as uint8 [H, W] of class indices."""
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture))
+
+
 def write_map(label, path):
     """A semantic map as a PNG in palette colours."""
     picture = Image.fromarray(label, mode="P")
@@ -161,30 +167,23 @@ def build(cutouts, folder, *, count=6000, size=64, seed=0, single=0.5):
     single  share of scenes with one object; the others have two or three. One scene in ten is held out.
     Returns the number of scenes. The folder appears complete or not at all.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it")
     missing = [name for name in OBJECTS if name not in cutouts]
     if missing:
         raise ValueError(f"scenes: the cut-outs lack {', '.join(missing)}")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "maps").mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    rows = [_write(cutouts, rng, partial, i, size, single) for i in range(count)]
-    (partial / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
+    with files.new_folder(folder) as partial:
+        (partial / "maps").mkdir()
+        rows = [_write(cutouts, rng, partial, i, size, single) for i in range(count)]
+        write_rows(rows, partial)
     return len(rows)
 
 
 def _write(cutouts, rng, folder, index, size, single):
-    """Draw and write scene number `index`; returns its row."""
+    """Compose and write scene number `index`; returns its row."""
     split = "heldout" if index % 10 == 9 else "train"
     names = choose(rng, 1 if rng.uniform() < single else int(rng.integers(2, 4)), split)
     ground = GROUNDS[rng.integers(len(GROUNDS))]
-    picture, label, objects = draw(cutouts, rng, names, ground, size)
+    picture, label, objects = compose_scene(cutouts, rng, names, ground, size)
     file_name, map_name = f"{index:05d}.png", f"maps/{index:05d}.png"
     Image.fromarray(picture).save(folder / file_name)
     write_map(label, folder / map_name)

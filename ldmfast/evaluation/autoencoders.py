@@ -1,4 +1,4 @@
-"""The table of first stages: what each keeps of pictures that it was never trained on."""
+"""The table of autoencoders: what each keeps of pictures that it was never trained on."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 
 from ldmfast.data.collection import load_pictures
 from ldmfast.metrics import perceptual
-from ldmfast.models import VQModel
+from ldmfast.metrics.columns import CODEBOOK, column
+from ldmfast.metrics.reconstruction import COMPARED, score
+from ldmfast.models import VQModel, saved_autoencoder
 from ldmfast.models.encode_decode import downsampling
-from ldmfast.training.train_autoencoder import load, sample_of, score
 
 
 def evaluate(folders, data, *, split="heldout", size=None, count=512, seed=0, scorer=None) -> dict:
-    """Score the first stage in each of `folders` (what `ldmfast train autoencoder --output` wrote).
+    """Score the autoencoder in each of `folders` (what `ldmfast train autoencoder --output` wrote).
 
     split   of the collection `data`; `count` of its pictures at most
     size    pixels a side; None: what each model says it was made for
-    scorer  a distance of training/perceptual.py. None: `make_scorer`, which must suit every model: one that was
+    scorer  a distance of metrics/perceptual.py. None: `make_scorer`, which must suit every model: one that was
             trained with the scoring network, in the loss or in the discriminator, is refused: its own teacher would
             mark it.
     Returns {"split", "pictures", "distance", "rows": [...]}. Raises ValueError, FileNotFoundError.
@@ -25,10 +26,10 @@ def evaluate(folders, data, *, split="heldout", size=None, count=512, seed=0, sc
     scorer = scorer or perceptual.make_scorer()
     rows = []
     for folder in folders:
-        model, trainings = load(folder), _trainings(folder)
+        model, trainings = saved_autoencoder.load(folder), _trainings(folder)
         if any(scorer.name in (t.get("perceptual"), t.get("discriminator_features")) for t in trainings):
             raise ValueError(f"{folder} was trained with {scorer.name}; score it with another distance")
-        pictures = sample_of(load_pictures(data, size or model.config.sample_size, split=split), count, seed)
+        pictures = load_pictures(data, size or model.config.sample_size, split=split).sample(count, seed)
         rows.append(_row(folder, model, trainings[0] if trainings else {}) | score(model, pictures, scorer=scorer))
     return {"split": split, "pictures": len(pictures), "distance": scorer.name, "rows": rows}
 
@@ -57,15 +58,16 @@ def _row(folder, model, trained) -> dict:
 
 def markdown(report: dict) -> str:
     """The report as a table."""
-    distance = report["distance"]
-    head = f"| | f | latent | steps | discriminator | PSNR dB | SSIM | {distance} distance | codes used | perplexity |"
-    lines = [head, "|" + " --- |" * 10]
+    figures = [*COMPARED, report["distance"], *CODEBOOK]
+    lines = [_line("name", "f", "latent", "steps", "discriminator", *(column(name).head for name in figures))]
+    lines.append(_line(*["---"] * (5 + len(figures))))
     for row in report["rows"]:
         latent = f"{row['channels']} channels" + (f", {row['codes']} codes" if row["codes"] else "")
-        use = f"{row['used']:.0%} | {row['perplexity']:.0f}" if row["codes"] else "- | -"
-        how = f"{row['steps'] or '-'} | {'on' if row['adversarial'] else 'off'}"
-        lines.append(
-            f"| {row['name']} | {row['f']} | {latent} | {how} | "
-            f"{row['psnr']:.2f} | {row['ssim']:.3f} | {row[distance]:.4f} | {use} |"
-        )
+        how = row["steps"] or "-", "on" if row["adversarial"] else "off"
+        shown = (column(name).show(row.get(name)) for name in figures)
+        lines.append(_line(row["name"], row["f"], latent, *how, *shown))
     return "\n".join(lines)
+
+
+def _line(*cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"

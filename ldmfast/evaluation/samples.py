@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldmfast.data.collection import load_pictures
 from ldmfast.metrics import sets
-from ldmfast.training.train_autoencoder import score
+from ldmfast.metrics.reconstruction import score
 
 NOT_LABELS = {"file_name", "text", "texts", "split"}
 SIDE = 32
@@ -44,7 +44,7 @@ def label_names(rows):
     return sorted(common) or ["text"]
 
 
-def draw(pipeline, pictures, rows, **settings):
+def sample_rows(pipeline, pictures, rows, **settings):
     """One sample for each of `rows`, uint8 [N, 3, H, W] in the size of `pictures`. settings  the pipeline's"""
     drawn = pipeline([row["text"] for row in rows], **settings)
     size = pictures.pixels.shape[-2:]
@@ -66,10 +66,12 @@ def retrieved(pixels, pictures, rows):
     return {name: round(share, 4) for name, share in right.items()}
 
 
-def retrieval(pipeline, pictures, rows, *, steps, guidance, seed, batch=16, progress=False):
-    """Draw one sample for each of `rows` and score its nearest picture, as `retrieved` does."""
-    pixels = draw(pipeline, pictures, rows, steps=steps, guidance=guidance, seeds=seed, batch=batch, progress=progress)
-    return retrieved(pixels, pictures, rows)
+def retrieval(pipeline, pictures, rows, *, seed, **settings):
+    """Draw one sample for each of `rows` and score its nearest picture, as `retrieved` does.
+
+    settings  the pipeline's
+    """
+    return retrieved(sample_rows(pipeline, pictures, rows, seeds=seed, **settings), pictures, rows)
 
 
 def distances(pixels, real, extractors):
@@ -103,10 +105,9 @@ def evaluate(
         part = pictures.where(split=split)
         if not len(part):
             continue
-        some = sorted(random.Random(seed).sample(range(len(part)), min(512, len(part))))
-        some = type(part)(part.pixels[some], tuple(part.rows[i] for i in some))
+        some = part.sample(512, seed)
         asked = choose(part.rows, samples, seed)
-        pixels = draw(pipeline, pictures, asked, steps=steps, guidance=guidance, seeds=seed, progress=progress)
+        pixels = sample_rows(pipeline, pictures, asked, steps=steps, guidance=guidance, seeds=seed, progress=progress)
         if drawn is not None:
             drawn.extend(Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels)
         report[split] = {

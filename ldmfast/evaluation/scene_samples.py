@@ -1,6 +1,6 @@
-"""How well a model of composed scenes does what it is told: the class, the boxes, the map.
+"""How well a model of composed scenes follows its condition: the class, the boxes, the map.
 
-Every sample is read by detect.Detector, which is not told what was asked for.
+Every sample is read by detect.Detector, which does not know what was asked for.
     class   the object that the detector finds first is the one asked for
     boxes   intersection over union of the box asked for and the box of what is visible of that object, 0 if the object
             is not found; mean over objects, and the share that reaches 0.5
@@ -18,7 +18,6 @@ from PIL import Image
 from ldmfast.data import scenes
 from ldmfast.data.collection import read_rows
 from ldmfast.evaluation.detect import Detector, iou
-from ldmfast.training.train_scenes import read_map
 
 
 def class_score(found, names):
@@ -63,9 +62,9 @@ def evaluate(pipe, data, cutouts, *, samples=96, steps=25, guidance=3.0, seed=0,
         raise ValueError(f"{data}: {bare} has no objects and map; a model of scenes is scored on `ldmfast data scenes`")
     detector, known = Detector(cutouts, pipe.vae.config.sample_size), pipe.conditioner.by_option()
 
-    def draw(kind, values):
-        told = [{kind: value} for value in values] if hasattr(pipe.conditioner, "members") else values
-        pictures = pipe(told, steps=steps, guidance=guidance, seeds=seed, batch=batch, progress=progress)
+    def sampled(kind, values):
+        inputs = pipe.conditioner.as_inputs([{kind: value} for value in values])
+        pictures = pipe(inputs, steps=steps, guidance=guidance, seeds=seed, batch=batch, progress=progress)
         if drawn is not None:
             drawn.extend(pictures)
         return [detector(picture) for picture in pictures]
@@ -73,18 +72,18 @@ def evaluate(pipe, data, cutouts, *, samples=96, steps=25, guidance=3.0, seed=0,
     report = {"samples": samples, "steps": steps, "guidance": guidance, "seed": seed}
     if "class" in known:
         names = [scenes.OBJECTS[i % len(scenes.OBJECTS)] for i in range(samples)]
-        report["class"] = class_score(draw("class", names), names)
+        report["class"] = class_score(sampled("class", names), names)
     rows = [row for row in read_rows(data) if len(row["objects"]) > 1]
     for split in ("train", "heldout"):
         part = [row for row in rows if row["split"] == split]
         part = random.Random(seed).sample(part, min(samples, len(part)))
         layouts = [row["objects"] for row in part]
-        maps = [read_map(Path(data, row["map"])) for row in part]
+        maps = [scenes.read_map(Path(data, row["map"])) for row in part]
         found = [detector(Image.open(Path(data, row["file_name"])).convert("RGB")) for row in part]
         scores = {"scenes themselves": {"boxes": boxes_score(found, layouts), "map": map_score(found, maps)}}
         if "boxes" in known:
-            scores["boxes"] = boxes_score(draw("boxes", layouts), layouts)
+            scores["boxes"] = boxes_score(sampled("boxes", layouts), layouts)
         if "map" in known:
-            scores["map"] = map_score(draw("map", maps), maps)
+            scores["map"] = map_score(sampled("map", maps), maps)
         report[split] = scores
     return report

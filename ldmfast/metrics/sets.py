@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ldmfast import files
+
 
 def kid(x: torch.Tensor, y: torch.Tensor) -> float:
     """Kernel Inception distance's estimator: the unbiased squared MMD under (x . y / D + 1)^3. Can be below 0.
@@ -82,7 +84,7 @@ def inception_features(pictures: torch.Tensor, weights, batch: int = 32) -> torc
     try:
         network = torch.jit.load(str(weights), map_location=pictures.device).eval()
     except RuntimeError as error:
-        raise ValueError(f"{weights} is no TorchScript file: {str(error).splitlines()[0][:100]}") from error
+        raise ValueError(f"{weights} is no TorchScript file: {files.first_line(error, 100)}") from error
     pixels = ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return torch.cat([network(part, return_features=True) for part in pixels.split(batch)])
 

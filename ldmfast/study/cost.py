@@ -16,7 +16,7 @@ def step_flops(unet, shape, context) -> int:
     """Floating-point operations of one sample's forward and backward pass.
 
     unet     a UNet or UNet2DConditionModel; only its configuration is read
-    shape    (z, h, w) of a latent;   context  (S, E) of what it is told
+    shape    (z, h, w) of a latent;   context  (S, E) of its condition
 
     Counted on the stock class with attention in plain products, on no device: multiplications and additions of
     convolutions and matrix products, as torch's FlopCounterMode counts them.
@@ -24,10 +24,10 @@ def step_flops(unet, shape, context) -> int:
     with torch.device("meta"):
         stock = diffusers.UNet2DConditionModel.from_config(unet.config)
         stock.set_attn_processor(AttnProcessor())
-        x, told = torch.empty(1, *shape), torch.empty(1, *context)
+        x, states = torch.empty(1, *shape), torch.empty(1, *context)
         t = torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            stock(x, t, encoder_hidden_states=told).sample.sum().backward()
+            stock(x, t, encoder_hidden_states=states).sample.sum().backward()
     return counter.get_total_flops()
 
 

@@ -6,7 +6,9 @@ import base64
 import html
 from pathlib import Path
 
-from ldmfast.training import checkpoint
+from ldmfast import files
+from ldmfast.metrics.columns import column
+from ldmfast.metrics.reconstruction import COMPARED
 
 COLOURS = ("#444444", "#1b6ca8", "#c8553d", "#588157", "#7b4b94")
 WIDTH, HEIGHT, MARGIN = 460, 280, 48
@@ -18,31 +20,35 @@ td { text-align: right } th { text-align: left } .no { color: #b00020; font-weig
 svg { margin: .5rem } svg text { font-size: 11px; fill: #444 } img { image-rendering: pixelated; width: 100% }
 """
 
-COLUMNS = (
-    ("f", lambda row: f"{row['f']}" + (" (pixels)" if row["f"] == 1 else "")),
-    ("PSNR, dB", lambda row: _number(row["reconstruction"]["psnr"], ".2f")),
-    ("SSIM", lambda row: _number(row["reconstruction"]["ssim"], ".3f")),
-    ("KID of reconstructions", lambda row: _number(row["reconstruction"]["kid"], ".4f")),
-    ("GFLOP a sample and step", lambda row: _number(row["gflop"], ".2f")),
-    ("ms a step", lambda row: _number(row["ms"], ".0f")),
-    ("samples/s", lambda row: _number(row["samples_per_second"], ".1f")),
-    ("MB kept a sample", lambda row: _number(row["activation_bytes"] / 1e6, ".1f")),
-    ("largest batch", lambda row: f"{row['largest_batch']}"),
-    ("steps", lambda row: f"{row['points'][-1]['steps']}"),
-    ("KID of samples", lambda row: _number(row["points"][-1]["kid"], ".4f")),
-    ("R@1", lambda row: f"{row['points'][-1]['R@1']:.0%}"),
-)
+
+def _reconstruction(name):
+    return f"{column(name).head} of reconstructions", lambda row: column(name).show(row["reconstruction"][name])
 
 
-def _number(value, form):
-    return "-" if value is None else format(value, form)
+def _samples(name):
+    return f"{column(name).head} of samples", lambda row: column(name).show(row["points"][-1][name])
+
+
+def columns():
+    """The table's (head, function from a row to the text of its cell)."""
+    return (
+        ("f", lambda row: f"{row['f']}" + (" (pixels)" if row["f"] == 1 else "")),
+        *map(_reconstruction, (*COMPARED, "kid")),
+        ("GFLOP a sample and step", lambda row: format(row["gflop"], ".2f")),
+        ("ms a step", lambda row: format(row["ms"], ".0f")),
+        ("samples/s", lambda row: format(row["samples_per_second"], ".1f")),
+        ("MB kept a sample", lambda row: format(row["activation_bytes"] / 1e6, ".1f")),
+        ("largest batch", lambda row: f"{row['largest_batch']}"),
+        ("steps", lambda row: f"{row['points'][-1]['steps']}"),
+        *map(_samples, ("kid", "R@1")),
+    )
 
 
 def write(report: dict, folder) -> Path:
     """study.html in `folder`, from what study.run returned and the sheets of samples that it left there."""
     folder = Path(folder)
     path = folder / "study.html"
-    checkpoint.write_text(path, page(report, folder))
+    files.write_text(path, page(report, folder))
     return path
 
 
@@ -61,7 +67,7 @@ def page(report: dict, folder: Path) -> str:
         "<h2>Quality against training time</h2>",
         _lines(rows, "kid", "KID of samples (lower is better)"),
         _lines(rows, "R@1", "share of samples that show what was asked for"),
-        "<h2>What the first stage keeps, and what a step costs</h2>",
+        "<h2>What the autoencoder keeps, and what a step costs</h2>",
         _bars([(r["f"], r["reconstruction"]["psnr"]) for r in rows if r["f"] > 1], "PSNR of reconstructions, dB"),
         _bars([(r["f"], r["ms"]) for r in rows], "ms a step"),
         "<h2>Samples at the end, the same prompts and seeds, unpicked</h2>",
@@ -73,8 +79,8 @@ def page(report: dict, folder: Path) -> str:
 
 
 def _table(rows) -> str:
-    head = "".join(f"<th>{name}</th>" for name, _ in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{show(row)}</td>" for _, show in COLUMNS) + "</tr>" for row in rows)
+    head = "".join(f"<th>{name}</th>" for name, _ in columns())
+    body = "".join("<tr>" + "".join(f"<td>{show(row)}</td>" for _, show in columns()) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 

@@ -46,10 +46,10 @@ class Discriminator(nn.Sequential):
 class FeatureDiscriminator(nn.Module):
     """Pictures [N, 3, H, W] to logits [N, maps, h, w]: a small head on each of a frozen network's feature maps.
 
-    It starts from features that already tell pictures apart, so that what it says of a patch is of use after hundreds
+    It starts from features in which pictures already differ, so that its verdict on a patch is of use after hundreds
     of steps.   Source: Sauer et al. 2021, section 3, without its random mixing of the maps.
 
-    backbone  of training/backbones.py; neither trained nor saved with the heads
+    backbone  of metrics/backbones.py; neither trained nor saved with the heads
     channels  width of a head
     maps      of backbone.stages, from the finest on
     """
@@ -93,7 +93,7 @@ def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last: torch.Tensor) -> t
 
 
 def generator_loss(discriminator: nn.Module, decoded: torch.Tensor) -> torch.Tensor:
-    """What the first stage is told: -mean D(y), a scalar."""
+    """The term of the autoencoder's loss: -mean D(y), a scalar."""
     return -discriminator(decoded).float().mean()
 
 

@@ -10,17 +10,38 @@ at f = 8 and 4 channels is 2e-8 here.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldmfast.metrics import backbones, perceptual
-from ldmfast.training import adversarial, losses
+from ldmfast.metrics.reconstruction import ssim
+from ldmfast.training import adversarial
 from ldmfast.training.codebook import Codebook, flat
-from ldmfast.training.loop import Phase
+from ldmfast.training.run import Phase
 from ldmfast.training.step import mixed
 
 
-class Objective(nn.Module):
-    """What decoded pictures are told: the terms above but the regulariser's, with everything in them that learns.
+def reconstruction_loss(pictures, decoded, *, ssim_weight):
+    """Scalar: L1 + ssim_weight * (1 - SSIM)."""
+    loss = F.l1_loss(decoded.float(), pictures)
+    if ssim_weight:
+        loss = loss + ssim_weight * (1 - ssim(decoded, pictures)).mean()
+    return loss
+
+
+def kl_loss(posterior):
+    """Scalar: KL to the standard normal, mean over latent elements (diffusers' DiagonalGaussianDistribution)."""
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
+
+
+def nll_loss(reconstruction, logvar):
+    """Scalar: reconstruction / exp(logvar) + logvar. At its least, logvar is the reconstruction's logarithm."""
+    return reconstruction * torch.exp(-logvar) + logvar
+
+
+class PictureLoss(nn.Module):
+    """The loss of decoded pictures: the terms above but the regulariser's, with everything in them that learns.
 
     It yields a loss for each of `phases()`. `perceptual` is the distance in use, or None.   side  of the pictures
     Raises ValueError where they are too small for the discriminator.
@@ -46,6 +67,15 @@ class Objective(nn.Module):
             raise ValueError(f"{side} pixels: a discriminator of {c.discriminator_layers} layers needs {least}")
         return net.to(memory_format=torch.channels_last)
 
+    def networks(self) -> dict:
+        """What it compares with, for the record: a network that trained a model is no fair judge of it."""
+        c, distance = self.config, self.perceptual
+        return {
+            "perceptual": "none" if distance is None else distance.name,
+            "adversarial": c.adversarial,
+            "discriminator_features": c.discriminator_features if c.adversarial else "none",
+        }
+
     def phases(self, learners) -> list[Phase]:
         """The networks that follow losses of their own, in the order in which they are yielded.
 
@@ -60,46 +90,49 @@ class Objective(nn.Module):
             phases.append(Phase("discriminator", weights, learning_rate=rate, weight_decay=0.0, betas=(0.5, 0.9)))
         return phases
 
-    def judge(self, pictures, decoded, regulariser, last, draw):
+    def losses_of_decoded(self, pictures, decoded, regulariser, last, step):
         """Yield a scalar for each phase; None for a discriminator that has not started.
 
         pictures, decoded  [B, 3, H, W] in [-1, 1]
         regulariser        the KL or codebook term, or 0
         last               the decoder's last weight, at which the adaptive weight compares gradients
-        draw               the step's random draws; the terms are logged there
+        step               Step; the terms are logged there
         """
         c = self.config
-        reconstruction = self._reconstruction(pictures, decoded, draw)
-        nll = reconstruction if self.logvar is None else losses.nll(reconstruction, self.logvar.detach())
-        learns = self.discriminator is not None and draw.step >= c.adversarial_start - c.discriminator_lead
-        started = learns and draw.step >= c.adversarial_start
+        reconstruction = self._reconstruction(pictures, decoded, step)
+        nll = reconstruction if self.logvar is None else nll_loss(reconstruction, self.logvar.detach())
+        learns = self.discriminator is not None and step.number >= c.adversarial_start - c.discriminator_lead
+        started = learns and step.number >= c.adversarial_start
         total = nll + regulariser
         if started:
             g = adversarial.generator_loss(self.discriminator, decoded)
             weight = adversarial.adaptive_weight(nll, g, last)
-            draw.log("generator", g)
-            draw.log("adaptive_weight", weight)
+            step.log("generator", g)
+            step.log("adaptive_weight", weight)
             total = total + c.adversarial * weight * g
         yield total
         if self.logvar is not None:
-            draw.log("logvar", self.logvar)
-            yield losses.nll(reconstruction.detach(), self.logvar)
+            step.log("logvar", self.logvar)
+            yield nll_loss(reconstruction.detach(), self.logvar)
         if self.discriminator is not None:
             yield adversarial.discriminator_loss(self.discriminator, pictures, decoded) if learns else None
 
-    def _reconstruction(self, pictures, decoded, draw):
+    def _reconstruction(self, pictures, decoded, step):
         c = self.config
-        reconstruction = losses.reconstruction(pictures, decoded, ssim_weight=c.ssim_weight)
+        reconstruction = reconstruction_loss(pictures, decoded, ssim_weight=c.ssim_weight)
         if self.perceptual is not None:
             distance = self.perceptual.to(pictures.device)(pictures, decoded).mean()
-            draw.log(self.perceptual.name, distance)
+            step.log(self.perceptual.name, distance)
             reconstruction = reconstruction + c.perceptual_weight * distance
-        draw.log("reconstruction", reconstruction)
+        step.log("reconstruction", reconstruction)
         return reconstruction
 
 
-class FirstStage(Objective):
-    """A first stage in training: `vae`, and what learns or counts beside it."""
+class AutoencoderLoss(PictureLoss):
+    """An autoencoder in training: `vae`, and what learns or counts beside it.
+
+    The names of its parts are keys of saved checkpoints.
+    """
 
     def __init__(self, vae, config):
         super().__init__(config, config.crop or config.size)
@@ -110,41 +143,41 @@ class FirstStage(Objective):
     def phases(self) -> list[Phase]:
         return super().phases(self.vae.parameters())
 
-    def losses_of(self, pictures, draw, books):
-        """Yield a scalar for each phase, as `judge` does.
+    def losses_of(self, pictures, step, books):
+        """Yield a scalar for each phase, as `losses_of_decoded` does.
 
         pictures  [B, 3, H, W] in [-1, 1]
         books     the codebook [K, c] and its average, in which dead codes are re-seeded; empty for a KL model
         """
         autoencode = self._through_posterior if self.codebook is None else self._through_codebook
-        decoded, regulariser = autoencode(pictures, draw, books)
-        yield from self.judge(pictures, decoded, regulariser, self.vae.decoder.conv_out.weight, draw)
+        decoded, regulariser = autoencode(pictures, step, books)
+        yield from self.losses_of_decoded(pictures, decoded, regulariser, self.vae.decoder.conv_out.weight, step)
 
-    def _through_posterior(self, pictures, draw, books):
+    def _through_posterior(self, pictures, step, books):
         posterior = self.vae.encode(pictures).latent_dist
-        noise = draw.normal(*posterior.mean.shape[1:])
-        kl = losses.kl(posterior)
-        draw.log("kl", kl)
+        noise = step.normal(*posterior.mean.shape[1:])
+        kl = kl_loss(posterior)
+        step.log("kl", kl)
         return self.vae.decode(posterior.mean + posterior.std * noise).sample, self.config.kl_weight * kl
 
-    def _through_codebook(self, pictures, draw, books):
-        latents, seed = self.vae.encode(pictures).latents.float(), mixed(self.config.seed, draw.step)
+    def _through_codebook(self, pictures, step, books):
+        latents, seed = self.vae.encode(pictures).latents.float(), mixed(self.config.seed, step.number)
         self.codebook.note(flat(latents), seed)
-        if draw.step < self.config.codebook_start:
+        if step.number < self.config.codebook_start:
             return self.vae.decode_quantised(latents), 0.0
-        if self._revives(draw.step):
-            draw.log("revived_codes", self.codebook.revive(books, seed))
+        if self._revives(step.number):
+            step.log("revived_codes", self.codebook.revive(books, seed))
         codes, loss, index = self.vae.quantise(latents)
         self.codebook.count(index)
-        draw.log("codebook", loss)
+        step.log("codebook", loss)
         return self.vae.decode_quantised(codes), self.config.codebook_weight * loss
 
-    def _revives(self, step):
+    def _revives(self, number):
         """At the codebook's first step, which seeds all of it from the data, then at every `revive_every`th until the
         last fifth of the training, so that every code has time to settle; once a step."""
         c = self.config
-        since = step - c.codebook_start
-        due = c.revive_every and since % c.revive_every == 0 and step <= 0.8 * c.steps
-        due = (due or since == 0 < c.codebook_start) and step != self.revived_at
-        self.revived_at = step
+        since = number - c.codebook_start
+        due = c.revive_every and since % c.revive_every == 0 and number <= 0.8 * c.steps
+        due = (due or since == 0 < c.codebook_start) and number != self.revived_at
+        self.revived_at = number
         return bool(due)

@@ -1,16 +1,9 @@
-"""What a codebook is used for: counts, perplexity, share of codes, and new lives for dead ones."""
+"""Which codes of a codebook are used, and new lives for dead ones."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed
-
-
-def use(counts: torch.Tensor) -> dict[str, float]:
-    """From how often each code was chosen [K]: `perplexity`, exp of the entropy, and `used`, the share ever chosen."""
-    p = counts.double() / counts.sum().clamp_min(1)
-    entropy = -(p * p.clamp_min(1e-30).log()).sum()
-    return {"perplexity": entropy.exp().item(), "used": (counts > 0).double().mean().item()}
 
 
 def flat(latents: torch.Tensor) -> torch.Tensor:

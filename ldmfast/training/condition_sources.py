@@ -1,45 +1,61 @@
-"""What each picture's denoiser can be told, and what it is told in a step."""
+"""Where a training step's conditions come from: inputs that describe the pictures, or the pictures themselves.
+
+Both sources have `conditioner`, `conditions_of(index, step)` and `sheet(count)`.
+"""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from ldmfast.conditioning.base import Condition, Conditioner, Unconditional
+from ldmfast.conditioning import Condition, Conditioner, Unconditional
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
+from ldmfast.conditioning.spatial import LowResolution, MaskedImage, PictureConditioner
 from ldmfast.conditioning.text import TOKENS, TextEncoder
 from ldmfast.conditioning.transformer import TransformerText
+from ldmfast.data.collection import Pictures
+from ldmfast.models.encode_decode import downsampling
+from ldmfast.training.step import Step
+
+LEAST, MOST = 0.25, 0.75  # a mask's sides, in parts of the picture's
 
 
-def texts(row):
-    """A row of metadata.jsonl -> the captions that describe it, the plainest first."""
-    return row["texts"]
-
-
-def nothing(row):
-    return [None]
-
-
-def make(config, rows):
-    """(conditioner, the function from a row to the inputs that describe it) that config.condition names.
+def make(config, pictures, vae, channels, device="cpu"):
+    """The source that config.condition names, for a collection and an autoencoder whose latents have `channels`.
 
     Raises ValueError naming the row that has no class.
     """
+    if config.condition == "inpainting":
+        return PictureSource(MaskedImage(channels + 1).bind(vae), pictures, downsampling(vae))
+    if config.condition == "super-resolution":
+        return PictureSource(LowResolution().bind(vae), pictures, downsampling(vae))
+    conditioner, describe = _conditioner(config, pictures.rows)
+    return gather(conditioner, map(describe, pictures.rows), config, device)
+
+
+def _conditioner(config, rows):
+    """(conditioner, the function from a row to the inputs that describe it)."""
     if config.condition == "text":
-        return TextEncoder.from_pretrained(config.text_encoder), texts
+        return TextEncoder.from_pretrained(config.text_encoder), captions
     torch.manual_seed(config.seed)
     if config.condition == "transformer":
-        return TransformerText(config.width, layers=config.text_layers, tokens=TOKENS, heads=4, head_width=32), texts
+        return TransformerText(config.width, layers=config.text_layers, tokens=TOKENS, heads=4, head_width=32), captions
     if config.condition == "class":
         key = config.class_key
         bare = next((row["file_name"] for row in rows if not isinstance(row.get(key), str)), None)
         if bare:
             raise ValueError(f"{bare} has no {key!r} in metadata.jsonl; --class-key names the field with the class")
         return ClassEmbedder(sorted({row[key] for row in rows}), config.width), lambda row: [row[key]]
-    return Unconditional(), nothing
+    return Unconditional(), lambda row: [None]
+
+
+def captions(row):
+    """A row of metadata.jsonl -> the captions that describe it, the plainest first."""
+    return row["texts"]
 
 
 @dataclass(frozen=True)
-class Told:
+class InputSource:
     """N pictures, each described by one or more inputs; a frozen conditioner's answers are computed once."""
 
     conditioner: Conditioner
@@ -47,38 +63,92 @@ class Told:
     first: torch.Tensor  # [N] index into inputs of a picture's first one
     count: torch.Tensor  # [N] how many it has
     conditions: Condition | None  # of M inputs, on the CPU; None where the conditioner is trained
-    nothing: Condition | None  # of 1: what guidance dropout puts in their place
+    unconditional: Condition | None  # of 1: what guidance dropout puts in their place
+    first_share: float  # of the draws that take a picture's first input; the others take any of them
+    dropout: float  # share of the draws that are unconditional
 
-    def draw(self, index, config, draw):
-        """The Condition of the pictures `index` [B], some of them told nothing, on the draw's device."""
-        plain, other, dropped = draw.uniform(3).unbind(1)
-        other = torch.where(plain < config.plain_captions, 0, (other * self.count[index]).long())
-        chosen, dropped = self.first[index] + other, dropped < config.guidance_dropout
+    def conditions_of(self, index, step):
+        """The Condition of the pictures `index` [B], some of them unconditional, on the step's device."""
+        first, other, dropped = step.uniform(3).unbind(1)
+        other = torch.where(first < self.first_share, 0, (other * self.count[index]).long())
+        chosen, dropped = self.first[index] + other, dropped < self.dropout
         if self.conditions is None:
             condition = self.conditioner([self.inputs[i] for i in chosen.tolist()])
             return condition.dropped(dropped, self.conditioner.empty(1))
         if not self.conditions.parts():
             return self.conditions
-        return self.conditions[chosen].dropped(dropped, self.nothing).to(draw.device, torch.float32)
+        return self.conditions[chosen].dropped(dropped, self.unconditional).to(step.device, torch.float32)
 
     def sheet(self, count):
         """A pipeline's arguments for `count` samples: inputs spread evenly over those trained on."""
-        return dict(inputs=[self.inputs[i] for i in torch.linspace(0, len(self.inputs) - 1, count).long().tolist()])
+        return dict(inputs=[self.inputs[i] for i in _spread(len(self.inputs), count).tolist()])
 
 
 @torch.no_grad()
-def gather(conditioner, described, device="cpu"):
-    """`described` lists for each picture the inputs that describe it. States are kept in half precision."""
-    inputs, start = [], {}
+def gather(conditioner, described, config, device="cpu"):
+    """An InputSource; a frozen conditioner's states are kept in half precision.
+
+    described  for each picture the inputs that describe it
+    config     its first_input_share and guidance_dropout are read
+    """
+    inputs, start, first, count = [], {}, [], []
     for each in described:
         key = tuple(map(repr, each))
         if key not in start:
             start[key] = len(inputs)
             inputs.extend(each)
-    first = torch.tensor([start[tuple(map(repr, each))] for each in described])
-    count = torch.tensor([len(each) for each in described])
-    if conditioner.trainable:
-        return Told(conditioner, inputs, first, count, None, None)
-    conditioner.to(device)
-    conditions, empty = (c.to("cpu", torch.float16) for c in (conditioner(inputs), conditioner.empty(1)))
-    return Told(conditioner, inputs, first, count, conditions, empty)
+        first.append(start[key])
+        count.append(len(each))
+    conditions = unconditional = None
+    if not conditioner.trainable:
+        conditioner.to(device)
+        conditions, unconditional = (c.to("cpu", torch.float16) for c in (conditioner(inputs), conditioner.empty(1)))
+    shares = config.first_input_share, config.guidance_dropout
+    return InputSource(
+        conditioner, inputs, torch.tensor(first), torch.tensor(count), conditions, unconditional, *shares
+    )
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Pictures conditioned on themselves, masked (inpainting) or small (super-resolution); none is left out, for
+    guidance does not apply to them.
+
+    factor  pixels of a picture to one of its latent, along a side
+    """
+
+    conditioner: PictureConditioner
+    pictures: Pictures
+    factor: int
+
+    def conditions_of(self, index, step):
+        """The Condition of the pictures `index` [B], on the step's device."""
+        x = self.pictures.batch(index).to(step.device)
+        if isinstance(self.conditioner, MaskedImage):
+            pairs = zip(x, rectangles(step, x.shape[2:]), strict=True)
+            return self.conditioner([{"image": image, "mask": mask} for image, mask in pairs])
+        return self.conditioner(list(F.avg_pool2d(x, self.factor)))
+
+    def sheet(self, count):
+        """A pipeline's arguments for `count` samples: pictures spread evenly over the collection."""
+        x = self.pictures.batch(_spread(len(self.pictures), count))
+        if isinstance(self.conditioner, MaskedImage):
+            masks = rectangles(Step(0, 0, 0, count), x.shape[2:])
+            return dict(inputs=[None] * count, image=list(x), mask=list(masks))
+        return dict(inputs=[None] * count, image=list(F.avg_pool2d(x, self.factor)))
+
+
+def _spread(length, count):
+    return torch.linspace(0, length - 1, count).long()
+
+
+def rectangles(step, size):
+    """Masks [B, 1, H, W], 1 in a rectangle at a random place: what is to be painted.   size  (H, W)"""
+    sides, places = LEAST + (MOST - LEAST) * step.uniform(2), step.uniform(2)
+    low = places * (1 - sides)
+    inside = []
+    for axis, length in enumerate(size):
+        centre = (torch.arange(length) + 0.5) / length
+        begin = low[:, axis, None]
+        inside.append((centre >= begin) & (centre < begin + sides[:, axis, None]))  # [B, length]
+    return (inside[0][:, None, :, None] & inside[1][:, None, None, :]).float().to(step.device)

@@ -1,10 +1,9 @@
-"""Every picture's latent, encoded once, so that the first stage does not run while the denoiser trains.
+"""Every picture's latent, encoded once, so that the autoencoder does not run while the denoiser trains.
 
 They are kept in memory and, where a file is named, on the disk, marked with what they were made from.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ldmfast import files
+from ldmfast.models.encode_decode import scaled
+
+WEIGHTS = "first-stage weights"  # what files of latents call the autoencoder's
+
 
 @dataclass(frozen=True)
 class Latents:
-    """What the denoiser learns, scaled as the first stage's scaling_factor says.
+    """What the denoiser learns, scaled as the autoencoder's scaling_factor says.
 
     mean  float32 [N, z, h, w]
     std   float32 [N, z, h, w]; of a VQModel's latents zeros: they are those before the codebook
@@ -32,18 +36,18 @@ class Latents:
         """(z, h, w)."""
         return self.mean.shape[1:]
 
-    def draw(self, index, draw):
-        """Latents [B, z, h, w] of the pictures `index` [B], on the draw's device."""
-        noise = draw.normal(*self.shape)
-        return self.mean[index].to(draw.device) + self.std[index].to(draw.device) * noise
+    def sample_latents(self, index, step):
+        """Latents [B, z, h, w] of the pictures `index` [B], on the step's device."""
+        noise = step.normal(*self.shape)
+        return self.mean[index].to(step.device) + self.std[index].to(step.device) * noise
 
 
 def prepare(pictures, vae, *, file="", scale="config", accelerator):
     """Encode `pictures` on the accelerator's device, or read `file` if it holds them already.
 
-    scale  "config": by the first stage's scaling_factor; "std": by 1 / their measured deviation, which becomes the
-           first stage's scaling_factor, so that whoever decodes undoes it
-    Raises ValueError if `file` holds the latents of other pictures or of another first stage.
+    scale  "config": by the autoencoder's scaling_factor; "std": by 1 / their measured deviation, which becomes the
+           autoencoder's scaling_factor, so that whoever decodes undoes it
+    Raises ValueError if `file` holds the latents of other pictures or of another autoencoder.
     """
     if file:
         with accelerator.main_process_first():
@@ -52,13 +56,15 @@ def prepare(pictures, vae, *, file="", scale="config", accelerator):
         mean, std = encode(pictures, vae, accelerator.device)
     if scale == "std":
         vae.register_to_config(scaling_factor=1 / deviation(mean, std))
-    factor, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0
-    return Latents((mean - shift) * factor, std * factor)
+    return Latents(scaled(vae, mean), std * vae.config.scaling_factor)
 
 
 @torch.no_grad()
 def encode(pictures, vae, device="cpu", batch=64):
-    """Mean and deviation of every picture's posterior, unscaled: two float32 [N, z, h, w] on the CPU."""
+    """Mean and deviation of every picture's posterior, unscaled: two float32 [N, z, h, w] on the CPU.
+
+    A VQModel's are its latents before the codebook, and 0.
+    """
     vae.to(device)
     means, deviations = [], []
     for start in range(0, len(pictures), batch):
@@ -76,13 +82,12 @@ def deviation(mean, std):
 
 
 def _kept(pictures, vae, file, device):
-    made_from = {"pictures": _digest([pictures.pixels]), "first-stage weights": _digest(vae.state_dict().values())}
+    made_from = {"pictures": _digest([pictures.pixels]), WEIGHTS: _digest(vae.state_dict().values())}
     if not file.exists():
         mean, std = encode(pictures, vae, device)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        save_file({"mean": mean.contiguous(), "std": std.contiguous()}, partial, metadata=made_from)
-        os.replace(partial, file)
+        with files.replacing(file) as partial:
+            save_file({"mean": mean.contiguous(), "std": std.contiguous()}, partial, metadata=made_from)
         return mean, std
     try:
         with safe_open(file, "pt") as kept:
@@ -91,6 +96,7 @@ def _kept(pictures, vae, file, device):
     except SafetensorError as error:
         raise ValueError(f"{file} holds no latents ({error}); remove it, and it is made anew") from error
     other = [name for name, digest in made_from.items() if found.get(name) != digest]
+    other = ["autoencoder weights" if name == WEIGHTS else name for name in other]
     if other:
         raise ValueError(f"{file} was made from other {' and other '.join(other)}; remove it, or name another")
     return tensors

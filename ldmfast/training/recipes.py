@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from ldmfast.training import options
 from ldmfast.training.config import STAGES
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -68,11 +69,15 @@ def check(section, config, where):
     """`section` with its values in the types of the dataclass `config`."""
     if not isinstance(section, dict):
         raise ValueError(f"{where}: expected fields such as steps, got {section!r}")
-    fields = config.__dataclass_fields__
-    for key in section:
-        if key not in fields:
+    fields, known, found = config.__dataclass_fields__, options.names(config), {}
+    for key, value in section.items():
+        if key not in known:
             raise ValueError(f"{where}: {_unknown(key, fields, 'key')}")
-    return {key: _typed(value, fields[key].default, f"{where}.{key}") for key, value in section.items()}
+        name = known[key]
+        if name in found:
+            raise ValueError(f"{where}: {key} is an earlier name of {name}; give one of them")
+        found[name] = _typed(value, fields[name].default, f"{where}.{key}")
+    return found
 
 
 def _unknown(key, known, kind):

@@ -1,13 +1,13 @@
 """What a run reports: the loss history, TensorBoard scalars, sample grids."""
 
 import math
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ldmfast import files
 from ldmfast.training import parallel
 
 
@@ -74,9 +74,8 @@ class Scalars:
             picture = sample()
         target = self.folder / "samples" / f"step-{self.run.step:06d}.png"
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_suffix(".partial")
-        picture.save(partial, format="PNG")
-        os.replace(partial, target)
+        with files.replacing(target) as partial:
+            picture.save(partial)
         if self.writer:
             self.writer.add_image("samples", np.asarray(picture), self.run.step, dataformats="HWC")
         self.since += time.perf_counter() - began  # the speed is that of training

@@ -1,4 +1,4 @@
-"""Every random draw of a training step, as a function of (seed, step, index of the sample in the global batch) alone.
+"""Every random number of a training step, as a function of (seed, step, index of the sample in the global batch) alone.
 
 So a run that was stopped repeats the uninterrupted one bit for bit, and how the global batch is split over processes
 and micro-batches changes nothing but rounding.
@@ -20,19 +20,20 @@ def mixed(*numbers):
     return state
 
 
-class Draw:
-    """What a loss draws its micro-batch from: row i continues the stream of sample `first + i` of the global batch.
+class Step:
+    """One micro-batch of a step: its random numbers, and what the loss logs. Row i of what is drawn continues the
+    stream of sample `first + i` of the global batch.
 
     seed    of the run
-    step    steps done so far
+    number  steps done so far
     first   global index of this micro-batch's first sample
     batch   B, samples in this micro-batch
     device  where the drawn noise is wanted; indices stay on the CPU, where the pictures are
     """
 
-    def __init__(self, seed, step, first, batch, device="cpu"):
-        self.step, self.batch, self.device, self.scalars = step, batch, torch.device(device), {}
-        self._rows = [torch.Generator().manual_seed(mixed(seed, step, first + i)) for i in range(batch)]
+    def __init__(self, seed, number, first, batch, device="cpu"):
+        self.number, self.batch, self.device, self.scalars = number, batch, torch.device(device), {}
+        self._rows = [torch.Generator().manual_seed(mixed(seed, number, first + i)) for i in range(batch)]
 
     def integers(self, high):
         """int64 [B] on the CPU, each at least 0 and below `high`."""

@@ -1,19 +1,22 @@
-"""Stage 1: train the first stage, KL or VQ, then standardise its latents and export it in diffusers' layout."""
+"""Stage 1: train the autoencoder, KL or VQ, then standardise its latents and export it in diffusers' layout."""
 
 import json
 from pathlib import Path
 
 import torch
 
-from ldmfast import shipped
-from ldmfast.data.collection import Pictures, load_pictures
+from ldmfast import files
+from ldmfast.data.collection import load_pictures
+from ldmfast.metrics.reconstruction import reconstruct, score
 from ldmfast.models import AutoencoderKL, VQModel
 from ldmfast.pictures import grid, to_pil
-from ldmfast.training import checkpoint, codebook, losses
-from ldmfast.training.autoencoder_loss import FirstStage
-from ldmfast.training.loop import Run, fit
+from ldmfast.training import checkpoint, latents
+from ldmfast.training.autoencoder_loss import AutoencoderLoss
+from ldmfast.training.loop import fit
+from ldmfast.training.run import Run
 
 SHOWN = 8  # pictures of a sample grid
+SCORED = 512  # pictures that the figures are means over
 
 
 def build(config):
@@ -64,59 +67,28 @@ def _unit_gain(model):
             module.bias.zero_()
 
 
-def load(folder):
-    """The vae/ that a stage 1 wrote, or of a shipped model by its name, float32.
-
-    Raises FileNotFoundError naming the command that makes it.
-    """
-    home = shipped.locate(folder) / "vae"
-    if not (home / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no vae/; train it first: ldmfast train autoencoder --output {folder}")
-    name = json.loads((home / "config.json").read_text())["_class_name"]
-    family = VQModel if name == "VQModel" else AutoencoderKL
-    return family.from_pretrained(home, torch_dtype=torch.float32).eval()
-
-
 def loss_of(model, pictures, config, books=()):
-    """The step's losses as a function of the Draw that the batch and the latent noise come from.
+    """The losses of a Step, a generator of one for each phase: they draw its batch and its latent noise.
 
-    model   FirstStage
+    model   AutoencoderLoss
     books   where a VQ model's dead codes are re-seeded: the codebook and its average
     """
 
-    def step(draw):
-        x = pictures.batch(draw.integers(len(pictures)))
-        x = torch.where(draw.uniform(1, 1, 1) < 0.5, x.flip(-1), x)
+    def losses(step):
+        x = pictures.batch(step.integers(len(pictures)))
+        x = torch.where(step.uniform(1, 1, 1) < 0.5, x.flip(-1), x)
         if config.crop:
-            x = _cropped(x, config.crop, draw)
-        x = x.to(draw.device)
-        return model.losses_of(x, draw, books() if callable(books) else list(books))
+            x = _cropped(x, config.crop, step)
+        return model.losses_of(x.to(step.device), step, books)
 
-    return step
+    return losses
 
 
-def _cropped(x, side, draw):
+def _cropped(x, side, step):
     """A square of `side` pixels at a random place of each picture [N, 3, H, W]."""
-    tops, lefts = (draw.integers(length - side + 1).tolist() for length in x.shape[2:])
+    tops, lefts = (step.integers(length - side + 1).tolist() for length in x.shape[2:])
     parts = [p[:, top : top + side, left : left + side] for p, top, left in zip(x, tops, lefts, strict=True)]
     return torch.stack(parts)
-
-
-@torch.no_grad()
-def encode_all(model, pictures, batch=64):
-    """Posterior mean and standard deviation of every picture: two float32 [N, z, h, w], not scaled.
-
-    A VQModel's are its latents before the codebook, and 0.
-    """
-    if isinstance(model, VQModel):
-        mean = torch.cat([model.encode(pictures.batch(slice(i, i + batch))).latents for i in _starts(pictures, batch)])
-        return mean, torch.zeros_like(mean)
-    parts = [model.encode(pictures.batch(slice(i, i + batch))).latent_dist for i in _starts(pictures, batch)]
-    return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
-
-
-def _starts(pictures, batch):
-    return range(0, len(pictures), batch)
 
 
 @torch.no_grad()
@@ -148,45 +120,9 @@ def _standardise_posterior(model, mean, std):
     post.weight *= std.view(1, -1, 1, 1)
 
 
-@torch.no_grad()
-def score(model, pictures, batch=64, scorer=None):
-    """Mean PSNR (dB) and SSIM of the reconstructions, the `scorer`'s distance, and how a codebook is used.
-
-    scorer  a distance of training/perceptual.py, reported under its name; None leaves it out
-    """
-    found, counts = [], 0
-    for i in _starts(pictures, batch):
-        x = pictures.batch(slice(i, i + batch))
-        y, index = reconstruct(model, x)
-        found.append(torch.stack([losses.psnr(y, x), losses.ssim(y, x), *([scorer(x, y)] if scorer else [])]))
-        counts = counts + torch.bincount(index, minlength=model.quantize.n_e) if index is not None else counts
-    values = torch.cat(found, dim=1).mean(dim=1).tolist()
-    report = {"psnr": round(values[0], 2), "ssim": round(values[1], 4)}
-    if scorer:
-        report[scorer.name] = round(values[2], 4)
-    if isinstance(model, VQModel):
-        report |= {name: round(value, 4) for name, value in codebook.use(counts).items()}
-    return report
-
-
-@torch.no_grad()
-def reconstruct(model, x):
-    """(reconstructions of x [N, 3, H, W] clamped to [-1, 1], indices of the codes [N h w] or None)."""
-    if isinstance(model, VQModel):
-        codes, _, index = model.quantise(model.encode(x).latents)
-        return model.decode_quantised(codes).clamp(-1, 1), index
-    return model.decode(model.encode(x).latent_dist.mode()).sample.clamp(-1, 1), None
-
-
 def sheet(pictures, decoded):
     """A PIL picture: the pictures [N, 3, H, W] in a row above what was made of them."""
     return grid(to_pil(torch.cat([pictures, decoded.cpu()])), len(pictures))
-
-
-def sample_of(pictures, count, seed):
-    """At most `count` of the pictures, drawn at random: enough for a mean."""
-    keep = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return Pictures(pictures.pixels[keep], tuple(pictures.rows[i] for i in keep.tolist()))
 
 
 def books_of(run):
@@ -194,41 +130,46 @@ def books_of(run):
     if run.model.codebook is None:
         return []
     weight = run.model.vae.quantize.embedding.weight
-    place = next(i for i, parameter in enumerate(run.average) if parameter is weight)
-    return [weight.data, run.ema.shadow_params[place]]
+    return [weight.data, run.average_of(weight)]
 
 
 def train(data, folder, config, *, restart=False, quiet=False):
     """Train on the folder `data`, write checkpoints and the finished `vae/` to `folder`. Returns the metrics."""
     pictures = load_pictures(data, config.size, split="train")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    stage = FirstStage(build(config), config)
-    run = Run(stage, config, phases=stage.phases())
-    step = loss_of(stage, pictures, config, lambda: books_of(run))
-    shown = sample_of(pictures, SHOWN, config.seed).batch(slice(None))
+    model = AutoencoderLoss(build(config), config)
+    run = Run(model, config, phases=model.phases())
+    shown = pictures.sample(SHOWN, config.seed).batch(slice(None))
     history = fit(
         run,
-        step,
+        loss_of(model, pictures, config, books_of(run)),
         Path(folder, "autoencoder.pt"),
         restart=restart,
         quiet=quiet,
-        sample=lambda: sheet(shown, reconstruct(stage.vae, shown.to(run.device))[0]),
+        sample=lambda: sheet(shown, reconstruct(model.vae, shown.to(run.device))[0]),
     )
-    model = run.finish().vae.cpu()
+    vae = run.finish().vae.cpu()
     if not run.main:
         return {"loss": history}
-    pictures = sample_of(pictures, 512, config.seed)
-    latents, _ = encode_all(model, pictures)
-    standardise(model, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
-    metrics = {
-        "trained": score(model, pictures),
-        "perceptual": stage.perceptual.name if stage.perceptual is not None else "none",
-        "adversarial": config.adversarial,
-        "discriminator_features": config.discriminator_features if config.adversarial else "none",
+    mean, _ = latents.encode(pictures.sample(SCORED, config.seed), vae)
+    standardise(vae, mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3)))
+    return write_autoencoder(folder, "autoencoder", vae, model, pictures, history)
+
+
+def write_autoencoder(folder, stage, vae, loss, pictures, history):
+    """Write vae/ and the figures in `stage`.json; returns the figures.
+
+    loss      the PictureLoss that it was trained with;   history  as `fit` returns it
+    pictures  those that it was trained on
+    """
+    config = loss.config
+    figures = {
+        "trained": score(vae, pictures.sample(SCORED, config.seed)),
+        **loss.networks(),
         "steps": config.steps,
         "loss": history,
     }
-    model = model.half() if config.export == "fp16" else model
-    checkpoint.replace_folder(Path(folder, "vae"), model.save_pretrained)
-    checkpoint.write_text(Path(folder, "autoencoder.json"), json.dumps(metrics, indent=1))
-    return metrics
+    vae = vae.half() if config.export == "fp16" else vae
+    checkpoint.replace_folder(Path(folder, "vae"), vae.save_pretrained)
+    files.write_text(Path(folder, f"{stage}.json"), json.dumps(figures, indent=1))
+    return figures

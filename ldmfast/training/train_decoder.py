@@ -3,18 +3,21 @@
 It can run beside the denoiser's training, which reads the same latents, and after it: a denoiser stays valid.
 """
 
-import json
 from pathlib import Path
 
+import torch
+
 from ldmfast.data.collection import load_pictures
-from ldmfast.training import checkpoint
-from ldmfast.training.autoencoder_loss import Objective
-from ldmfast.training.loop import Run, fit
-from ldmfast.training.train_autoencoder import SHOWN, encode_all, load, sample_of, score, sheet
+from ldmfast.models import saved_autoencoder
+from ldmfast.training import latents
+from ldmfast.training.autoencoder_loss import PictureLoss
+from ldmfast.training.loop import fit
+from ldmfast.training.run import Run
+from ldmfast.training.train_autoencoder import SHOWN, sheet, write_autoencoder
 
 
-class Decoder(Objective):
-    """The half of a first stage that is trained here, and its loss; a codebook goes along, frozen."""
+class Decoder(PictureLoss):
+    """The half of an autoencoder that is trained here, and its loss; a codebook goes along, frozen."""
 
     def __init__(self, vae, config):
         super().__init__(config, vae.config.sample_size)
@@ -28,31 +31,31 @@ class Decoder(Objective):
 
 
 def loss_of(model, pictures, mean, std, config):
-    """The step's losses as a function of the Draw that the batch and the latent noise come from.   model  Decoder"""
+    """The losses of a Step: they draw its batch and its latent noise.   model  Decoder"""
 
-    def step(draw):
-        index = draw.integers(len(pictures))
-        noise, extra = draw.normal(*mean.shape[1:]), draw.normal(*mean.shape[1:])
-        z = mean[index].to(draw.device) + std[index].to(draw.device) * noise + config.latent_noise * extra
-        x = pictures.batch(index).to(draw.device)
-        return model.judge(x, model.decode(z).sample, 0.0, model.decoder.conv_out.weight, draw)
+    def losses(step):
+        index = step.integers(len(pictures))
+        noise, extra = step.normal(*mean.shape[1:]), step.normal(*mean.shape[1:])
+        z = mean[index].to(step.device) + std[index].to(step.device) * noise + config.latent_noise * extra
+        x = pictures.batch(index).to(step.device)
+        return model.losses_of_decoded(x, model.decode(z).sample, 0.0, model.decoder.conv_out.weight, step)
 
-    return step
+    return losses
 
 
 def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     """Train on the folder `data` and write `folder`/vae. Returns the metrics."""
-    vae = load(autoencoder)
+    vae = saved_autoencoder.load(autoencoder)
     pictures = load_pictures(data, vae.config.sample_size, split="train")
-    mean, std = encode_all(vae, pictures)
+    mean, std = latents.encode(pictures, vae)
     Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)  # of a discriminator's first weights
     model = Decoder(vae, config)
     run = Run(model, config, phases=model.phases())
-    step = loss_of(run.model, pictures, mean, std, config)
     some = slice(0, SHOWN)
     history = fit(
         run,
-        step,
+        loss_of(run.model, pictures, mean, std, config),
         Path(folder, "decoder.pt"),
         restart=restart,
         quiet=quiet,
@@ -61,15 +64,4 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     run.finish().cpu()
     if not run.main:
         return {"loss": history}
-    metrics = {
-        "trained": score(vae, sample_of(pictures, 512, config.seed)),
-        "perceptual": model.perceptual.name if model.perceptual is not None else "none",
-        "adversarial": config.adversarial,
-        "discriminator_features": config.discriminator_features if config.adversarial else "none",
-        "steps": config.steps,
-        "loss": history,
-    }
-    vae = vae.half() if config.export == "fp16" else vae
-    checkpoint.replace_folder(Path(folder, "vae"), vae.save_pretrained)
-    checkpoint.write_text(Path(folder, "decoder.json"), json.dumps(metrics, indent=1))
-    return metrics
+    return write_autoencoder(folder, "decoder", vae, model, pictures, history)

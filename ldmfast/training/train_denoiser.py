@@ -1,21 +1,21 @@
-"""Stage 2: train the denoiser on cached latents and what it is told of them, and export the whole pipeline."""
+"""Stage 2: train the denoiser on cached latents and their conditions, and export the whole pipeline."""
 
 import json
 from pathlib import Path
 
 import torch
 
+from ldmfast import files
 from ldmfast.data.collection import load_pictures
 from ldmfast.diffusion.loss import add_noise, denoising_loss
 from ldmfast.diffusion.schedule import alphas_cumprod, make_scheduler
-from ldmfast.models import UNet
-from ldmfast.models.encode_decode import downsampling
+from ldmfast.models import UNet, saved_autoencoder
 from ldmfast.models.unet2d import UNet2D
 from ldmfast.pictures import grid
 from ldmfast.pipeline import LatentDiffusionPipeline
-from ldmfast.training import checkpoint, condition_sources, latents, parallel, picture_sources
-from ldmfast.training.loop import Run, fit
-from ldmfast.training.train_autoencoder import load as load_autoencoder
+from ldmfast.training import checkpoint, condition_sources, latents, parallel
+from ldmfast.training.loop import fit
+from ldmfast.training.run import Run
 
 SHOWN = 16  # pictures of a sample grid
 POOLING_HEADS = 8
@@ -23,7 +23,7 @@ POOLING_HEADS = 8
 
 def build(config, latent_channels, latent_size, context_width, joined=0, classes=None, pooled=False):
     """A fresh U-Net with Stable Diffusion's blocks.   joined  channels that a condition adds to the latent's
-    classes  how many classes are told by a label; None for none
+    classes  how many classes a label chooses from; None for none
     pooled   whether an attention pools the context into one vector that is added to the time's embedding
 
     Without a context (context_width None) it is a UNet2D, whose attention is among the latent's own places.
@@ -51,10 +51,10 @@ def build(config, latent_channels, latent_size, context_width, joined=0, classes
 
 
 def network(config, shape, conditioner):
-    """The U-Net for latents of `shape` (z, h, w) and what `conditioner` says; with it, if it is trained jointly."""
+    """A fresh U-Net for latents of `shape` (z, h, w) and the conditions that `conditioner` makes."""
     empty = conditioner.empty(1)
     if empty.label is not None and empty.label.is_floating_point():
-        raise ValueError("a U-Net told by a label that is a vector is not built here; pass `unet` to denoiser.train")
+        raise ValueError("a U-Net whose label is a vector is not built here; pass `unet` to train_denoiser.train")
     width = None if empty.context is None else empty.context.shape[-1]
     joined = 0 if empty.concat is None else empty.concat.shape[1]
     classes = None if empty.label is None else int(empty.label.max()) + 1  # "no class" is the last of them
@@ -69,25 +69,25 @@ def learner(unet, conditioner, config):
     return torch.nn.ModuleDict({"unet": unet, "conditioner": conditioner}) if conditioner.trainable else unet
 
 
-def loss_of(unet, codes, descriptions, config, *, alphas=None, prediction=None):
-    """The step's loss as a function of the Draw that the batch, the times and the noise come from.
+def loss_of(unet, codes, source, config, *, alphas=None, prediction=None):
+    """The loss of a Step, a scalar: it draws the batch, the times and the noise.
 
-    codes  Latents;   descriptions  Told or Shown
+    codes  Latents;   source  InputSource or PictureSource
     alphas, prediction   of a model that has its own: cumulative products [T], and what it predicts
     """
     alphas = alphas_cumprod(config.beta_start, config.beta_end) if alphas is None else alphas.double().cpu()
     prediction = prediction or config.prediction
 
-    def step(draw):
-        index = draw.integers(len(codes))
-        x0 = codes.draw(index, draw)
-        condition = descriptions.draw(index, config, draw)
-        t, noise = draw.integers(len(alphas)), draw.normal(*codes.shape)
-        alpha_t = alphas[t].to(draw.device)
-        predicted = condition.predict(unet, add_noise(x0, noise, alpha_t), t.to(draw.device))
+    def loss(step):
+        index = step.integers(len(codes))
+        x0 = codes.sample_latents(index, step)
+        condition = source.conditions_of(index, step)
+        t, noise = step.integers(len(alphas)), step.normal(*codes.shape)
+        alpha_t = alphas[t].to(step.device)
+        predicted = condition.predict(unet, add_noise(x0, noise, alpha_t), t.to(step.device))
         return denoising_loss(predicted, x0, noise, alpha_t, prediction=prediction, gamma=config.min_snr)
 
-    return step
+    return loss
 
 
 def train(data, autoencoder, folder, config, *, conditioner=None, describe=None, unet=None, restart=False, quiet=False):
@@ -97,46 +97,48 @@ def train(data, autoencoder, folder, config, *, conditioner=None, describe=None,
                             by default those that config.condition names
     unet                    the network to train; by default a fresh one of config's size
     """
-    accelerator = parallel.start(config)
-    vae = load_autoencoder(autoencoder)
+    vae = saved_autoencoder.load(autoencoder)
     captions = conditioner is None and config.condition in ("text", "transformer")
     pictures = load_pictures(data, vae.config.sample_size, split="train", captions=captions)
+    own = dict(conditioner=conditioner, describe=describe, unet=unet)
+    return train_on(pictures, vae, folder, config, **own, restart=restart, quiet=quiet)
+
+
+def train_on(pictures, vae, folder, config, *, conditioner=None, describe=None, unet=None, restart=False, quiet=False):
+    """`train` on a collection and an autoencoder that are loaded already."""
+    accelerator = parallel.start(config)
     codes = latents.prepare(pictures, vae, file=config.latents, scale=config.latent_scale, accelerator=accelerator)
-    if conditioner is None and config.condition in ("inpainting", "super-resolution"):
-        conditioner = picture_sources.make(config.condition, codes.shape[0]).bind(vae)
-        descriptions = picture_sources.Shown(conditioner, pictures, downsampling(vae))
+    if conditioner is None:
+        source = condition_sources.make(config, pictures, vae, codes.shape[0], accelerator.device)
     else:
-        if conditioner is None:
-            conditioner, describe = condition_sources.make(config, pictures.rows)
-        described = [describe(row) for row in pictures.rows]
-        descriptions = condition_sources.gather(conditioner, described, accelerator.device)
-    unet = unet or network(config, codes.shape, conditioner)
+        source = condition_sources.gather(conditioner, map(describe, pictures.rows), config, accelerator.device)
+    unet = unet or network(config, codes.shape, source.conditioner)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    run = Run(learner(unet, conditioner, config), config, accelerator=accelerator)
+    run = Run(learner(unet, source.conditioner, config), config, accelerator=accelerator)
     scheduler = make_scheduler(config.beta_start, config.beta_end, config.prediction)
-    pipeline = LatentDiffusionPipeline(unet, vae, scheduler, conditioner)
+    pipeline = LatentDiffusionPipeline(unet, vae, scheduler, source.conditioner)
     history = fit(
         run,
-        loss_of(unet, codes, descriptions, config),
+        loss_of(unet, codes, source, config),
         Path(folder, "denoiser.pt"),
         restart=restart,
         quiet=quiet,
-        sample=lambda: sheet(pipeline, descriptions),
+        sample=lambda: sheet(pipeline, source),
     )
     run.finish()
     if run.main:
-        export(pipeline.to("cpu"), folder, config, history)
+        write_pipeline(folder, pipeline.to("cpu"), config, history)
     return history
 
 
-def sheet(pipeline, descriptions):
+def sheet(pipeline, source):
     """A PIL picture of SHOWN samples; the same inputs and seeds each time."""
-    pipeline.to(pipeline.unet.device)  # a first stage whose latents were kept has not run yet
-    return grid(pipeline(**descriptions.sheet(SHOWN), seeds=0), None, 1)
+    pipeline.to(pipeline.unet.device)  # an autoencoder whose latents were kept has not run yet
+    return grid(pipeline(**source.sheet(SHOWN), seeds=0), None, 1)
 
 
-def export(pipeline, folder, config, history):
-    """Write the finished pipeline and the losses; each is complete or absent."""
+def write_pipeline(folder, pipeline, config, history):
+    """Write the finished pipeline/ and the losses in denoiser.json."""
     dtype = torch.float16 if config.export == "fp16" else torch.float32
     checkpoint.replace_folder(Path(folder, "pipeline"), lambda home: pipeline.save_pretrained(home, dtype=dtype))
-    checkpoint.write_text(Path(folder, "denoiser.json"), json.dumps({"loss": history}, indent=1))
+    files.write_text(Path(folder, "denoiser.json"), json.dumps({"loss": history}, indent=1))

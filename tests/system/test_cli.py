@@ -57,7 +57,7 @@ def test_sample_lays_out_a_grid(tmp_path):
         (["train", "autoencoder", "--data", "{tmp}", "--output", "{tmp}"], "holds no pictures"),
         (["train", "autoencoder", "--data", "{tmp}", "--output", "{tmp}", "--steps", "0"], "steps=0 must be above 0"),
         (["train", "autoencoder", "--data", "a", "--output", "b", "--lpips", "c"], "is not read by perceptual=none"),
-        (["evaluate-first-stage", "a", "--data", "b", "--lpips", "c"], "is read only with --distance lpips-vgg"),
+        (["evaluate-autoencoder", "a", "--data", "b", "--lpips", "c"], "is read only with --distance lpips-vgg"),
         (["train", "denoiser", "--data", "{tmp}", "--autoencoder", "{tmp}", "--output", "{tmp}"], "train it first"),
     ],
 )
@@ -92,8 +92,8 @@ def test_unknown_words_and_values_are_refused(arguments, capsys):
     [
         (ClassEmbedder(2), ["--distances"], "--distances is for models of captions"),
         (ClassEmbedder(2), ["--inception", "a.pt"], "--inception is for models of captions"),
-        (Unconditional(), [], "this model is told none of them"),
-        (LowResolution(), [], "this model is told none of them"),
+        (Unconditional(), [], "this model takes none of them"),
+        (LowResolution(), [], "this model takes none of them"),
     ],
 )
 def test_evaluate_says_what_it_cannot_score(conditioner, options, message, monkeypatch, capsys):

@@ -1,18 +1,19 @@
-"""The codebook's statistics, and how its dead codes come back, without a first stage around it."""
+"""The codebook's statistics, and how its dead codes come back, without an autoencoder around it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from ldmfast.metrics.reconstruction import codebook_use
 from ldmfast.training import codebook
 
 
 def test_usage_statistics():
-    assert codebook.use(torch.tensor([4, 4, 4, 4])) == pytest.approx({"perplexity": 4.0, "used": 1.0})
-    assert codebook.use(torch.tensor([9, 0, 0, 0])) == pytest.approx({"perplexity": 1.0, "used": 0.25})
+    assert codebook_use(torch.tensor([4, 4, 4, 4])) == pytest.approx({"perplexity": 4.0, "used": 1.0})
+    assert codebook_use(torch.tensor([9, 0, 0, 0])) == pytest.approx({"perplexity": 1.0, "used": 0.25})
     p = torch.tensor([0.5, 0.25, 0.25, 0.0])
-    found = codebook.use((8 * p).long())
+    found = codebook_use((8 * p).long())
     assert found == pytest.approx({"perplexity": 2**1.5, "used": 0.75})
 
 

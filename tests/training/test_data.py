@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny import CUTOUTS
 
-from ldmfast.data import emoji
+from ldmfast.data import emoji, emoji_words
 from ldmfast.data.collection import load_pictures, read_rows
 
 
@@ -24,7 +24,7 @@ def collection(tmp_path_factory):
 
 def test_every_object_has_one_ground_held_out(collection):
     rows = read_rows(collection)
-    assert len(rows) == len(emoji.OBJECTS) * len(emoji.COLOURS) == 512
+    assert len(rows) == len(emoji_words.OBJECTS) * len(emoji.COLOURS) == 512
     held = Counter(row["object"] for row in rows if row["split"] == "heldout")
     assert len(held) == 64 and set(held.values()) == {1}
     grounds = Counter(row["colour"] for row in rows if row["split"] == "heldout")
@@ -32,7 +32,9 @@ def test_every_object_has_one_ground_held_out(collection):
 
 
 def test_captions_have_the_right_article():
-    plain = {name: emoji.captions((name,), "orange")[0] for name in ("owl", "cat", "unicorn", "grapes", "umbrella")}
+    plain = {
+        name: emoji_words.captions((name,), "orange")[0] for name in ("owl", "cat", "unicorn", "grapes", "umbrella")
+    }
     assert plain == {
         "owl": "an owl on an orange background",
         "cat": "a cat on an orange background",
@@ -43,26 +45,26 @@ def test_captions_have_the_right_article():
 
 
 def test_the_whole_catalogue_has_600_objects_of_different_names():
-    every = emoji.catalogue("all")
+    every = emoji_words.catalogue("all")
     assert len(every) == 600
-    assert list(every)[:64] == list(emoji.OBJECTS)  # so that their held-out grounds stay
+    assert list(every)[:64] == list(emoji_words.OBJECTS)  # so that their held-out grounds stay
     names = [name.lower() for names in every.values() for name in names]
     assert len(set(names)) == len(names)
-    assert len({emoji.file_stem(name) for name in names}) == len(names)
+    assert len({emoji_words.file_stem(name) for name in names}) == len(names)
     assert all(name == name.strip() and "’" not in name for name in names)
     with pytest.raises(ValueError, match="objects='most' is none of 64, all"):
-        emoji.catalogue("most")
+        emoji_words.catalogue("most")
 
 
 def test_articles_of_the_catalogue():
     said = {"bus": "a bus", "broccoli": "broccoli", "scissors": "scissors", "compass": "a compass", "dress": "a dress"}
-    assert {name: emoji.with_article(name) for name in said} == said
+    assert {name: emoji_words.with_article(name) for name in said} == said
 
 
 def test_all_captions_of_an_object_name_it_and_its_ground():
-    for text in emoji.captions(("red apple", "apple"), "yellow"):
+    for text in emoji_words.captions(("red apple", "apple"), "yellow"):
         assert "apple" in text and "yellow" in text
-    assert emoji.captions(("red apple", "apple"), "yellow")[0] == "a red apple on a yellow background"
+    assert emoji_words.captions(("red apple", "apple"), "yellow")[0] == "a red apple on a yellow background"
 
 
 def test_a_picture_shows_its_ground_in_the_corner(collection):

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import sys
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from tiny import CUTOUTS
 
-from ldmfast.conditioning.base import Unconditional
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
 from ldmfast.data import emoji
 from ldmfast.data.collection import load_pictures
 from ldmfast.evaluation import autoencoders
+from ldmfast.models import saved_autoencoder
 from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.training import (
     checkpoint,
     condition_sources,
     latents,
     parallel,
-    picture_sources,
     train_autoencoder,
     train_decoder,
     train_denoiser,
 )
 from ldmfast.training.config import AutoencoderConfig, DecoderConfig, DenoiserConfig
-from ldmfast.training.loop import Run, fit
-from ldmfast.training.step import Draw
+from ldmfast.training.step import Step
 
 CONFIG = DenoiserConfig(
     steps=4,
@@ -52,7 +47,7 @@ CONFIG = DenoiserConfig(
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Pictures and a first stage with random weights."""
+    """Pictures and an autoencoder with random weights."""
     home = tmp_path_factory.mktemp("denoiser")
     few = {name: emoji.folder_cutouts(CUTOUTS)[name] for name in ("lemon", "rocket")}
     emoji.build(few, home / "pictures", size=16, count=1)
@@ -64,7 +59,7 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [".", "decoder"])
-def test_first_stages_show_pictures_above_their_reconstructions(stage, home):
+def test_autoencoders_show_pictures_above_their_reconstructions(stage, home):
     with Image.open(home / stage / "samples" / "step-000001.png") as sheet:
         assert sheet.size == (8 * 20 - 4, 2 * 20 - 4)
         above, below = sheet.crop((0, 0, 156, 16)), sheet.crop((0, 20, 156, 36))
@@ -88,7 +83,7 @@ def test_a_decoder_is_sharpened_by_a_discriminator_under_the_same_latents(home, 
     assert (found["adversarial"], found["perceptual"], found["steps"]) == (0.5, "squeezenet1.1", 2)
     row = autoencoders.evaluate([tmp_path], home / "pictures", split="train", count=4)["rows"][0]
     assert (row["adversarial"], row["trained_with"], row["steps"]) == (0.5, "squeezenet1.1", 2)
-    before, after = train_autoencoder.load(home), train_autoencoder.load(tmp_path)
+    before, after = saved_autoencoder.load(home), saved_autoencoder.load(tmp_path)
     kept = checkpoint.load(tmp_path / "decoder.pt")
     assert {"logvar", "discriminator.0.weight"} <= kept["model"].keys() and len(kept["optimizer"]) == 3
     halves = [{n: p for n, p in vae.state_dict().items()} for vae in (before, after)]
@@ -96,6 +91,18 @@ def test_a_decoder_is_sharpened_by_a_discriminator_under_the_same_latents(home, 
     assert moved == {"decoder", "post_quant_conv"}
     with pytest.raises(ValueError, match="16 pixels: a discriminator of 3 layers needs 24"):
         train_decoder.train(home / "pictures", home, tmp_path / "other", DecoderConfig(adversarial=0.5), quiet=True)
+
+
+def test_the_seed_alone_decides_a_decoders_training(home, tmp_path):
+    config = DecoderConfig(
+        steps=1, batch=2, precision="fp32", adversarial=0.5, discriminator_channels=4, discriminator_layers=1
+    )
+    found = []
+    for name in "ab":
+        torch.rand(1)  # what else was drawn in the process
+        train_decoder.train(home / "pictures", home, tmp_path / name, config, quiet=True)
+        found.append(checkpoint.load(tmp_path / name / "decoder.pt")["model"]["discriminator.0.weight"])
+    assert torch.equal(*found)
 
 
 @pytest.fixture
@@ -108,7 +115,7 @@ def prepare(pictures, vae, **options):
 
 
 def test_latents_are_kept_and_checked(home, pictures, tmp_path, monkeypatch):
-    vae, file = train_autoencoder.load(home), tmp_path / "kept" / "latents.safetensors"
+    vae, file = saved_autoencoder.load(home), tmp_path / "kept" / "latents.safetensors"
     fresh, made = prepare(pictures, vae), prepare(pictures, vae, file=str(file))
     monkeypatch.setattr(latents, "encode", lambda *_: pytest.fail("they were encoded again"))
     again = prepare(pictures, vae, file=str(file))
@@ -118,7 +125,7 @@ def test_latents_are_kept_and_checked(home, pictures, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="made from other pictures; remove it"):
         prepare(pictures.where(object="lemon"), vae, file=str(file))
     vae.quant_conv.bias.data += 1
-    with pytest.raises(ValueError, match="made from other first-stage weights"):
+    with pytest.raises(ValueError, match="made from other autoencoder weights"):
         prepare(pictures, vae, file=str(file))
     file.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="holds no latents"):
@@ -126,12 +133,12 @@ def test_latents_are_kept_and_checked(home, pictures, tmp_path, monkeypatch):
 
 
 def test_measured_scaling_gives_deviation_1_and_is_undone_in_decoding(home, pictures):
-    vae = train_autoencoder.load(home)
+    vae = saved_autoencoder.load(home)
     vae.quant_conv.weight.data[:4] *= 7
     codes = prepare(pictures, vae, scale="std")
     noisy = codes.mean + codes.std * torch.randn(codes.mean.shape)
     assert abs(noisy.std() - 1) < 0.05
-    plain = prepare(pictures, vae, scale="config")  # the factor is the first stage's from now on
+    plain = prepare(pictures, vae, scale="config")  # the factor is the autoencoder's from now on
     assert torch.equal(plain.mean, codes.mean) and abs(vae.config.scaling_factor - 1) > 0.1
 
 
@@ -165,9 +172,9 @@ def test_every_condition_trains_draws_and_is_saved(condition, home, tmp_path):
     assert pipeline(**asked, steps=1)[0].size == (16, 16)
 
 
-def test_a_caption_can_be_told_beside_the_timestep_too(home, tmp_path):
-    told = dict(condition="transformer", width=16, text_layers=1, pooled_text=True, time_embedding="scale_shift")
-    config = dataclasses.replace(CONFIG, steps=2, **told)
+def test_a_caption_can_join_the_timestep_too(home, tmp_path):
+    pooled = dict(condition="transformer", width=16, text_layers=1, pooled_text=True, time_embedding="scale_shift")
+    config = dataclasses.replace(CONFIG, steps=2, **pooled)
     train_denoiser.train(home / "pictures", home, tmp_path, config, quiet=True)
     pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     unet, stock = pipeline.unet, UNet2DConditionModel.from_pretrained(tmp_path / "pipeline" / "unet")
@@ -185,7 +192,7 @@ def test_a_class_that_is_missing_is_named(home, tmp_path):
 
 
 def test_masks_are_rectangles_of_a_quarter_to_three_quarters():
-    masks = picture_sources.rectangles(Draw(0, 0, 0, 64), (32, 16))
+    masks = condition_sources.rectangles(Step(0, 0, 0, 64), (32, 16))
     assert masks.shape == (64, 1, 32, 16) and set(masks.unique().tolist()) == {0.0, 1.0}
     for axis, length in ((3, 32), (2, 16)):
         sides = masks.amax(dim=axis).flatten(1).sum(dim=1) / length
@@ -218,84 +225,3 @@ def test_tensorboard_that_is_missing_is_explained(home, tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, tensorboard=True)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         train_denoiser.train(home / "pictures", home, tmp_path, config, quiet=True)
-
-
-def bare(config, path, spoil=None):
-    """A run on random latents, without pictures."""
-    mean = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    unet = train_denoiser.build(config, 4, 8, None)
-    described = condition_sources.gather(Unconditional(), [[None]] * 8)
-    step = train_denoiser.loss_of(unet, latents.Latents(mean, torch.zeros_like(mean)), described, config)
-    run = Run(train_denoiser.learner(unet, Unconditional(), config), config)
-    return run, fit(run, spoil(step) if spoil else step, path, quiet=True)
-
-
-def test_ctrl_c_lets_the_step_finish(tmp_path):
-    def spoil(step):
-        def interrupted(draw):
-            if draw.step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-            return step(draw)
-
-        return interrupted
-
-    with pytest.raises(KeyboardInterrupt):
-        bare(CONFIG, tmp_path / "run.pt", spoil)
-    assert checkpoint.load(tmp_path / "run.pt")["step"] == 3
-    _, resumed = bare(CONFIG, tmp_path / "run.pt")
-    _, whole = bare(CONFIG, tmp_path / "whole.pt")
-    assert resumed == whole  # the history, too: its entry's losses are kept with the checkpoint
-
-
-def test_a_second_ctrl_c_saves_no_half_applied_step(tmp_path, monkeypatch):
-    """The weights have moved, the step is not counted yet: what was saved before is what counts."""
-    real = EMAModel.step
-
-    def interrupted(ema, parameters):
-        if ema.optimization_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        real(ema, parameters)
-
-    monkeypatch.setattr(EMAModel, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        bare(dataclasses.replace(CONFIG, save_every=1), tmp_path / "run.pt")
-    monkeypatch.undo()
-    _, resumed = bare(CONFIG, tmp_path / "run.pt")
-    _, whole = bare(CONFIG, tmp_path / "whole.pt")
-    assert resumed == whole
-
-
-def test_an_earlier_versions_checkpoint_is_refused(tmp_path):
-    checkpoint.save({"step": 3, "config": {}, "generator": torch.zeros(1)}, tmp_path / "run.pt")
-    with pytest.raises(ValueError, match="earlier version.*--restart"):
-        bare(CONFIG, tmp_path / "run.pt")
-
-
-def test_gradient_checkpointing_changes_no_loss(tmp_path):
-    config = dataclasses.replace(CONFIG, gradient_checkpointing=True)
-    run, history = bare(config, tmp_path / "a.pt")
-    _, plain = bare(CONFIG, tmp_path / "b.pt")
-    assert run.model.is_gradient_checkpointing and run.model.explain() == []
-    assert torch.allclose(torch.tensor(history), torch.tensor(plain), rtol=1e-5)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_forward_runs_in_the_precision_asked_for(precision, tmp_path):
-    seen = set()
-
-    def spoil(step):
-        def watched(draw):
-            seen.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
-            return step(draw)
-
-        return watched
-
-    run, _ = bare(dataclasses.replace(CONFIG, precision=precision), tmp_path / "run.pt", spoil)
-    assert {enabled for enabled, _ in seen} == {precision == "bf16"} and all(d is torch.bfloat16 for _, d in seen)
-    assert all(p.dtype is torch.float32 for p in run.model.parameters())
-
-
-def test_a_negative_weight_is_refused():
-    with pytest.raises(ValueError, match="min_snr=-1.0 must not be negative"):
-        DenoiserConfig(min_snr=-1.0)

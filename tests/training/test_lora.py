@@ -97,10 +97,10 @@ def test_a_stopped_finetuning_resumes_bit_for_bit(home, trained, tmp_path, monke
     def stopping(*args, **kwargs):
         step = real(*args, **kwargs)
 
-        def interrupted(draw):
-            if draw.step == 7:
+        def interrupted(s):
+            if s.number == 7:
                 raise KeyboardInterrupt
-            return step(draw)
+            return step(s)
 
         return interrupted
 
@@ -138,7 +138,7 @@ def test_a_model_that_takes_no_caption_is_refused(home, tmp_path):
     vae = AutoencoderKL.from_pretrained(home / "model" / "vae")
     unet = train_denoiser.build(shape, 4, 4, None)
     LatentDiffusionPipeline(unet, vae, make_scheduler(0.0015, 0.0195)).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="told what Unconditional takes"):
+    with pytest.raises(ValueError, match="conditioned on what Unconditional takes"):
         train_lora.train(home / "pictures", tmp_path / "model", tmp_path, CONFIG, quiet=True)
 
 

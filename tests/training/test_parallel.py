@@ -20,8 +20,9 @@ from ldmfast.conditioning.base import Unconditional
 from ldmfast.training import checkpoint, codebook, condition_sources, parallel, train_denoiser
 from ldmfast.training.config import DenoiserConfig
 from ldmfast.training.latents import Latents
-from ldmfast.training.loop import Phase, Run, fit
-from ldmfast.training.step import Draw
+from ldmfast.training.loop import fit
+from ldmfast.training.run import Phase, Run
+from ldmfast.training.step import Step
 
 CONFIG = DenoiserConfig(
     steps=8,
@@ -45,19 +46,21 @@ def train(folder, config, spoil=lambda loss_of: loss_of):
     mean = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     codes = Latents(mean, torch.full_like(mean, 0.1))
     unet = train_denoiser.build(config, 4, 8, None)
-    loss_of = train_denoiser.loss_of(unet, codes, condition_sources.gather(Unconditional(), [[None]] * 16), config)
+    loss_of = train_denoiser.loss_of(
+        unet, codes, condition_sources.gather(Unconditional(), [[None]] * 16, config), config
+    )
     return fit(Run(unet, config), spoil(loss_of), Path(folder, "run.pt"), quiet=True)
 
 
 def killed_in_step_6(loss_of):
     """SIGKILL for rank 1, three steps after the checkpoint of step 4 was begun: no handler runs."""
 
-    def step(draw):
-        if draw.step == 5 and os.environ["RANK"] == "1":
+    def interrupted(step):
+        if step.number == 5 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
-        return loss_of(draw)
+        return loss_of(step)
 
-    return step
+    return interrupted
 
 
 def killed_in_the_second_save(loss_of):
@@ -192,21 +195,21 @@ def test_accumulation_gives_the_whole_batchs_curve(tmp_path):
 
 
 def test_a_draw_depends_on_the_sample_not_on_the_split():
-    whole = Draw(7, 3, 0, 6)
-    parts = [Draw(7, 3, first, 2) for first in (0, 2, 4)]
+    whole = Step(7, 3, 0, 6)
+    parts = [Step(7, 3, first, 2) for first in (0, 2, 4)]
     for name, arguments in (("integers", (50,)), ("uniform", (3,)), ("normal", (4, 5))):
         drawn = getattr(whole, name)(*arguments)
         assert torch.equal(drawn, torch.cat([getattr(part, name)(*arguments) for part in parts])), name
         assert len(torch.unique(drawn)) > 3
-    again, later = Draw(7, 3, 0, 6).normal(4), Draw(7, 4, 0, 6).normal(4)
-    assert not torch.equal(again, later) and torch.equal(again, Draw(7, 3, 0, 6).normal(4))
+    again, later = Step(7, 3, 0, 6).normal(4), Step(7, 4, 0, 6).normal(4)
+    assert not torch.equal(again, later) and torch.equal(again, Step(7, 3, 0, 6).normal(4))
 
 
 def test_draws_are_spread_as_they_should_be():
-    rows = torch.cat([Draw(0, step, 0, 32).normal(4) for step in range(100)])
+    rows = torch.cat([Step(0, step, 0, 32).normal(4) for step in range(100)])
     assert abs(rows.mean()) < 0.03 and abs(rows.std() - 1) < 0.03
     assert abs(torch.corrcoef(torch.stack([rows[:-1, 0], rows[1:, 0]]))[0, 1]) < 0.06  # neighbours in the batch
-    counts = torch.bincount(torch.cat([Draw(0, step, 0, 32).integers(10) for step in range(100)]), minlength=10)
+    counts = torch.bincount(torch.cat([Step(0, step, 0, 32).integers(10) for step in range(100)]), minlength=10)
     assert (counts / counts.sum() - 0.1).abs().max() < 0.03
 
 
@@ -218,10 +221,10 @@ def test_phases_follow_their_own_losses(tmp_path):
     before = [p.clone() for p in both.parameters()]
     moved = lambda: [not torch.equal(a, b) for a, b in zip(before, both.parameters(), strict=True)]  # noqa: E731
 
-    def loss_of(draw):
-        made = first(draw.normal(3))
+    def loss_of(step):
+        made = first(step.normal(3))
         yield second(made).square().mean()  # reaches the second network too, and must not change it
-        yield None if draw.step < 8 else second(made.detach()).mean()
+        yield None if step.number < 8 else second(made.detach()).mean()
 
     fit(run, loss_of, tmp_path / "run.pt", quiet=True)
     assert moved() == [True, True, False, False] and len(run.average) == 2

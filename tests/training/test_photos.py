@@ -1,4 +1,4 @@
-"""Photographs: found with their licences, split by photograph, cropped; and the table of first stages made on them."""
+"""Photographs: found with their licences, split by photograph, cropped; and the table of autoencoders made on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_objective import TINY
+from test_autoencoder_loss import TINY
 
 from ldmfast.commands.cli import main
 from ldmfast.data import photos
@@ -116,7 +116,7 @@ class Distance(torch.nn.Module):
         return (x - y).abs().mean(dim=(1, 2, 3))
 
 
-def test_the_table_of_first_stages(folder, tmp_path, monkeypatch, capsys):
+def test_the_table_of_autoencoders(folder, tmp_path, monkeypatch, capsys):
     data = tmp_path / "data"
     assert main(["data", "photos", str(data), "--photos", str(folder), "--size", "16", "--crops", "4"]) == 0
     short = dataclasses.replace(TINY, steps=1, save_every=1, log_every=1)
@@ -129,7 +129,7 @@ def test_the_table_of_first_stages(folder, tmp_path, monkeypatch, capsys):
     assert kl["adversarial"] == 0.5 and 0 < vq["used"] <= 1 and kl["distance"] > 0 and "used" not in kl
     monkeypatch.setattr(perceptual, "make_scorer", Distance)
     capsys.readouterr()
-    command = ["evaluate-first-stage", str(tmp_path / "kl"), str(tmp_path / "vq"), "--data", str(data)]
+    command = ["evaluate-autoencoder", str(tmp_path / "kl"), str(tmp_path / "vq"), "--data", str(data)]
     assert main([*command, "--output", str(tmp_path / "table.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "distance distance" in lines[0] and lines[2].startswith("| kl | 2 | 2 channels | 1 | on |")

@@ -11,10 +11,10 @@ from PIL import Image
 from tiny import CUTOUTS
 
 from ldmfast.commands import cli, conditions
+from ldmfast.conditioning import Hybrid
 from ldmfast.conditioning.classes_and_boxes import BoxEncoder, ClassEmbedder
-from ldmfast.conditioning.hybrid import Hybrid
 from ldmfast.conditioning.spatial import MapEncoder
-from ldmfast.data import emoji, scenes
+from ldmfast.data import emoji, emoji_words, scenes
 from ldmfast.evaluation import scene_samples
 from ldmfast.evaluation.detect import Detector, iou
 from ldmfast.pipeline import LatentDiffusionPipeline
@@ -39,7 +39,7 @@ def test_boxes_maps_and_captions_say_what_is_seen(collection):
     folder, rows = collection
     assert len(rows) == 40 and {len(row["objects"]) for row in rows} == {1, 2, 3}
     for row in rows:
-        label = train_scenes.read_map(folder / row["map"]).numpy()
+        label = scenes.read_map(folder / row["map"]).numpy()
         ground = scenes.GROUNDS.index(row["ground"])
         names = {scenes.CLASSES[i] for i in np.unique(label)} - {scenes.CLASSES[ground]}
         assert names == {each["object"] for each in row["objects"]}
@@ -49,7 +49,7 @@ def test_boxes_maps_and_captions_say_what_is_seen(collection):
         assert (away[bare] == 0).mean() > 0.85  # the rest are the objects' soft rims
         for each in row["objects"]:
             assert scenes.box_of(label, each["object"]) == each["box"]
-            assert all(emoji.with_article(part["object"]) in row["text"] for part in row["objects"])
+            assert all(emoji_words.with_article(part["object"]) in row["text"] for part in row["objects"])
 
 
 def test_held_out_pairs_stay_out_of_training(collection):
@@ -69,7 +69,7 @@ def test_relations_follow_the_axis_that_parts_the_objects_most():
 def test_an_object_that_would_be_hidden_is_drawn_again(cutouts):
     rng = np.random.default_rng(0)
     for _ in range(20):
-        _, label, objects = scenes.draw(cutouts, rng, ["cat", "dog", "pig"], "white", 64)
+        _, label, objects = scenes.compose_scene(cutouts, rng, ["cat", "dog", "pig"], "white", 64)
         assert len(objects) == 3 and all((label == scenes.CLASSES.index(n)).any() for n in ("cat", "dog", "pig"))
     cover = [scenes.place(cutouts["cat"], "cat", 64, 40, x, 0.5) for x in (0.4, 0.4)]
     assert scenes.hidden(cover) == [1.0, 0.0]
@@ -83,14 +83,14 @@ def test_the_detector_finds_what_a_scene_shows(collection, cutouts):
         assert found.ground == row["ground"]
         boxes = {each["object"]: each["box"] for each in found.objects}
         overlaps += [iou(boxes[o["object"]], o["box"]) if o["object"] in boxes else 0.0 for o in row["objects"]]
-        agreement.append((found.label == train_scenes.read_map(folder / row["map"]).numpy()).mean())
+        agreement.append((found.label == scenes.read_map(folder / row["map"]).numpy()).mean())
     assert np.mean(overlaps) > 0.7 and np.mean(agreement) > 0.9
     bare = Image.new("RGB", (64, 64), emoji.COLOURS["green"])
     assert detector(bare).objects == () and (detector(bare).label == scenes.GROUNDS.index("green")).all()
 
 
 class Obeying:
-    """Draws what it is told by looking it up; told nothing that it knows, a bare ground."""
+    """Draws what its condition says by looking it up; a condition that it is deaf to gives a bare ground."""
 
     vae = argparse.Namespace(config=argparse.Namespace(sample_size=64))
 
@@ -106,15 +106,15 @@ class Obeying:
         self.folder, self.rows, self.cutouts, self.deaf = folder, rows, cutouts, deaf
 
     def __call__(self, inputs, **settings):
-        return [self.one(*next(iter(told.items()))) for told in inputs]
+        return [self.one(*next(iter(each.items()))) for each in inputs]
 
     def one(self, kind, value):
         if kind in self.deaf:
             return Image.new("RGB", (64, 64), emoji.COLOURS["blue"])
         if kind == "class":
-            picture, _, _ = scenes.draw(self.cutouts, np.random.default_rng(0), [value], "green", 64)
+            picture, _, _ = scenes.compose_scene(self.cutouts, np.random.default_rng(0), [value], "green", 64)
             return Image.fromarray(picture)
-        read = {"boxes": lambda row: row["objects"], "map": lambda row: train_scenes.read_map(self.folder / row["map"])}
+        read = {"boxes": lambda row: row["objects"], "map": lambda row: scenes.read_map(self.folder / row["map"])}
         row = next(row for row in self.rows if np.array_equal(read[kind](row), value))
         return Image.open(self.folder / row["file_name"])
 
@@ -137,7 +137,7 @@ def test_iou():
     assert iou([0, 0, 0.5, 1], [0.25, 0, 0.75, 1]) == pytest.approx(1 / 3)
 
 
-def test_a_scene_is_told_by_boxes_or_map(collection):
+def test_a_scene_offers_its_boxes_and_its_map(collection):
     folder, rows = collection
     one = next(row for row in rows if len(row["objects"]) == 1)
     several = next(row for row in rows if len(row["objects"]) > 1)
@@ -164,8 +164,7 @@ def test_the_command_line_becomes_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
-    [(_asked(maps=["x.png"]), "takes no --map; it takes --class"), (_asked(boxes=["x.json"]), "takes no --boxes")],
+    ("asked", "message"), [(_asked(maps=["x.png"]), "takes no --map"), (_asked(boxes=["x.json"]), "takes no --boxes")]
 )
 def test_an_option_that_the_model_does_not_take_is_refused(asked, message):
     with pytest.raises(ValueError, match=message):
@@ -187,21 +186,21 @@ def test_what_is_no_collection_of_scenes_is_not_scored(tmp_path):
         scene_samples.evaluate(None, tmp_path, {}, samples=1)
 
 
-def test_the_network_of_scenes_is_told_boxes_and_maps(collection):
+def test_the_network_of_scenes_is_conditioned_on_boxes_and_maps(collection):
     folder, rows = collection
     settings = ScenesConfig(channels=(16, 32), attention=(0, 1), groups=8, head_width=16, width=16, map_channels=2)
-    told = train_scenes.conditioner(settings, 16, 2, rows)
-    unet = train_denoiser.network(settings, (4, 16, 16), told).eval()
+    encoder = train_scenes.conditioner(settings, 16, 4, rows)
+    unet = train_denoiser.network(settings, (4, 16, 16), encoder).eval()
     assert unet.config.in_channels == 4 + (10 + 2 + 10) + 2
     one = next(row for row in rows if len(row["objects"]) == 1)
     x = torch.randn(1, 4, 16, 16)
     with torch.no_grad():
-        nothing = told.empty(1).predict(unet, x, 500)
+        nothing = encoder.empty(1).predict(unet, x, 500)
         for value in train_scenes.inputs(one, folder):
-            assert not torch.equal(told([value]).predict(unet, x, 500), nothing), value
+            assert not torch.equal(encoder([value]).predict(unet, x, 500), nothing), value
 
 
-def test_a_class_is_told_as_one_of_its_boxes(collection):
+def test_a_class_becomes_one_of_its_boxes(collection):
     _, rows = collection
     boxes = train_scenes.class_boxes(rows)
     shown = {o["object"] for row in rows if row["split"] == "train" for o in row["objects"]}
@@ -210,25 +209,25 @@ def test_a_class_is_told_as_one_of_its_boxes(collection):
     for name in lone:
         assert all([{"object": name, "box": box}] in [row["objects"] for row in rows] for box in boxes[name])
     settings = ScenesConfig(channels=(16,), attention=(1,), width=16, map_channels=2)
-    told = train_scenes.conditioner(settings, 16, 2, rows)
+    encoder = train_scenes.conditioner(settings, 16, 4, rows)
     name, label = next(iter(lone)), torch.zeros(64, 64, dtype=torch.uint8)
-    first, again, other = (told.complete([{"class": name, "map": label}], [seed])[0] for seed in (3, 3, 4))
+    first, again, other = (encoder.complete([{"class": name, "map": label}], [seed])[0] for seed in (3, 3, 4))
     assert first == again and set(first) == {"boxes", "map"} and first["boxes"][0]["object"] == name
-    assert {tuple(told.complete([{"class": name}], [s])[0]["boxes"][0]["box"]) for s in range(200)} == {
+    assert {tuple(encoder.complete([{"class": name}], [s])[0]["boxes"][0]["box"]) for s in range(200)} == {
         tuple(box) for box in boxes[name]
     }
-    assert told.complete([{"map": label}], [0]) == [{"map": label}] and other
+    assert encoder.complete([{"map": label}], [0]) == [{"map": label}] and other
     with pytest.raises(ValueError, match="class is drawn as boxes, and this input has both"):
-        told.complete([{"class": name, "boxes": []}], [0])
+        encoder.complete([{"class": name, "boxes": []}], [0])
     with pytest.raises(ValueError, match="did you mean"):
-        told.complete([{"class": name + "s"}], [0])
+        encoder.complete([{"class": name + "s"}], [0])
     with pytest.raises(ValueError, match="call complete"):
-        told([{"class": name}])
+        encoder([{"class": name}])
 
 
 @pytest.mark.parametrize("option", ["--condition", "--text-encoder", "--class-key", "--text-layers"])
 def test_options_that_scenes_would_ignore_are_refused(option, capsys):
-    """What a scene is told is not chosen: it is boxes and maps."""
+    """The conditions of a scene are not chosen: they are boxes and maps."""
     with pytest.raises(SystemExit):
         cli.main(["train", "scenes", "--data", "d", "--autoencoder", "a", "--output", "o", option, "class"])
     assert f"unrecognized arguments: {option} class" in capsys.readouterr().err
@@ -245,13 +244,13 @@ def test_from_scenes_to_samples_on_the_command_line(collection, tmp_path, capsys
     layout = tmp_path / "layout.json"
     layout.write_text(json.dumps(rows[0]["objects"]))
     drawn = tmp_path / "drawn.png"
-    told = {"--class": ["cat", "dog"], "--boxes": [str(layout)], "--map": [str(folder / rows[0]["map"])]}
+    asked = {"--class": ["cat", "dog"], "--boxes": [str(layout)], "--map": [str(folder / rows[0]["map"])]}
     model = ["--model", str(tmp_path / "pipeline"), "--steps", "2", "--quiet"]
-    for option, values in told.items():
+    for option, values in asked.items():
         assert cli.main(["sample", option, *values, "-o", str(drawn), "--scale", "1", *model]) == 0
         assert Image.open(drawn).size == (64, 68 * len(values) - 4)  # one below the other, 4 pixels apart
     assert cli.main(["sample", "-o", str(drawn), *model]) == 2
-    assert "this model takes --class or --boxes or --map" in capsys.readouterr().err
+    assert "--class or --boxes or --map" in capsys.readouterr().err
     scores = tmp_path / "scores.json"
     ask = ["evaluate", "--data", str(folder), "--cutouts", str(CUTOUTS), "--samples", "2", "--output", str(scores)]
     assert cli.main([*ask, "--sheet", str(drawn), *model]) == 0
@@ -267,7 +266,7 @@ def test_the_model_that_ships_draws_the_class_the_boxes_and_the_map(cutouts, tmp
     assert sum(each.objects[0]["object"] == name for each, name in zip(found, names, strict=True)) >= 3
 
     rng = np.random.default_rng(1)
-    _, label, objects = scenes.draw(cutouts, rng, ["soccer ball", "panda"], "yellow", 64)
+    _, label, objects = scenes.compose_scene(cutouts, rng, ["soccer ball", "panda"], "yellow", 64)
     boxes, mapped = (detector(p) for p in pipe([{"boxes": objects}, {"map": torch.from_numpy(label)}], steps=15))
     assert scene_samples.boxes_score([boxes], [objects])["iou"] > 0.5
     assert scene_samples.map_score([mapped], [label])["agreement"] > 0.8

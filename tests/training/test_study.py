@@ -14,6 +14,7 @@ from ldmfast.data import emoji
 from ldmfast.metrics import features
 from ldmfast.models import UNet
 from ldmfast.study import cost, trials
+from ldmfast.study.claims import claims
 
 
 def tiny_unet(**changes):
@@ -70,10 +71,10 @@ def test_claims_are_read_from_the_figures():
 
     latent = [row(4, 3, 30, 8, 0.1, 30), row(8, 1, 10, 20, 0.2, 25), row(16, 1, 9, 40, 0.3, 20)]
     rows = [row(1, 9, 90, 1, 0.5, None), *latent]
-    held = [claim["held"] for claim in trials.claims(rows)]
+    held = [claim["held"] for claim in claims(rows)]
     assert held == [False, True, True, True, True, True]  # f = 8 and 16 take the same operations
     rows[3]["points"][0]["kid"] = 0.05
-    assert not trials.claims(rows)[3]["held"]
+    assert not claims(rows)[3]["held"]
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def collection(tmp_path):
 def test_the_command_writes_one_html_file(collection, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features, "features", lambda x, side: x.flatten(1)[:, ::97])  # the network takes seconds
     quick = trials.StudyConfig(
-        size=32, first_stage_steps=2, seconds=0.1, points=2, batch=2, samples=4, steps=2, channels=(8, 16)
+        size=32, autoencoder_steps=2, seconds=0.1, points=2, batch=2, samples=4, steps=2, channels=(8, 16)
     )
     monkeypatch.setattr(trials, "QUICK", quick)
     out = tmp_path / "out"
@@ -104,7 +105,7 @@ def test_the_command_writes_one_html_file(collection, tmp_path, monkeypatch, cap
     assert main(command) == 0  # finished rows are kept
     assert (out / "f1.json").stat().st_mtime_ns == before
     shutil.copytree(collection, tmp_path / "other")
-    for other in (["--seconds", "7"], ["--data", str(tmp_path / "other")], ["--first-stages", str(out)]):
+    for other in (["--seconds", "7"], ["--data", str(tmp_path / "other")], ["--autoencoders", str(out)]):
         assert main([*command, *other]) == 2
         assert "f1.json is a row of another study" in capsys.readouterr().err
 

@@ -7,15 +7,16 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from test_training import CUTOUTS, same
+from test_training import CUTOUTS
 
 from ldmfast.data import emoji
-from ldmfast.models import VQModel
-from ldmfast.training import adversarial, checkpoint, codebook, config, losses, train_autoencoder
-from ldmfast.training.autoencoder_loss import FirstStage
-from ldmfast.training.loop import Run, optimize
-from ldmfast.training.step import Draw
+from ldmfast.data.collection import load_pictures
+from ldmfast.metrics import reconstruction
+from ldmfast.training import adversarial, autoencoder_loss, codebook, config, train_autoencoder
+from ldmfast.training.autoencoder_loss import AutoencoderLoss
+from ldmfast.training.loop import train_step
+from ldmfast.training.run import Run
+from ldmfast.training.step import Step
 
 TINY = config.AutoencoderConfig(
     steps=6,
@@ -34,21 +35,25 @@ TINY = config.AutoencoderConfig(
 )
 
 
+def lemons(tmp_path_factory):
+    """A collection of one object on every ground."""
+    folder = tmp_path_factory.mktemp("emoji") / "collection"
+    emoji.build({"lemon": emoji.folder_cutouts(CUTOUTS)["lemon"]}, folder, size=16, count=1)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emoji") / "collection"
-    cutouts = emoji.folder_cutouts(CUTOUTS)
-    emoji.build({"lemon": cutouts["lemon"]}, folder, size=16, count=1)
-    return folder
+    return lemons(tmp_path_factory)
 
 
 def stage(**changes):
     c = dataclasses.replace(TINY, **changes)
-    return FirstStage(train_autoencoder.build(c), c).train()
+    return AutoencoderLoss(train_autoencoder.build(c), c).train()
 
 
-def draw(step=0):
-    return Draw(0, step, 0, 4)
+def step(number=0):
+    return Step(0, number, 0, 4)
 
 
 def pictures(count=4):
@@ -70,10 +75,10 @@ def test_the_loss_of_a_kl_model_is_the_sum_of_its_terms():
     s.__dict__["perceptual"] = Distance()
     s.logvar.data.fill_(-0.7)
     x = pictures()
-    total, of_logvar = s.losses_of(x, draw(), [])
+    total, of_logvar = s.losses_of(x, step(), [])
     posterior = s.vae.encode(x).latent_dist
-    y = s.vae.decode(posterior.mean + posterior.std * draw().normal(2, 8, 8)).sample
-    rec = (x - y).abs().mean() + 0.5 * (1 - losses.ssim(y, x).mean()) + 2.0 * (x - y).square().mean()
+    y = s.vae.decode(posterior.mean + posterior.std * step().normal(2, 8, 8)).sample
+    rec = (x - y).abs().mean() + 0.5 * (1 - reconstruction.ssim(y, x).mean()) + 2.0 * (x - y).square().mean()
     mean, logvar = posterior.mean, posterior.logvar
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     assert torch.allclose(total, rec / math.exp(-0.7) - 0.7 + 0.1 * kl, rtol=1e-5)
@@ -88,7 +93,7 @@ def test_logvar_settles_at_the_logarithm_of_the_reconstruction():
     optimizer = torch.optim.Adam([value], lr=0.05)
     for _ in range(400):
         optimizer.zero_grad()
-        losses.nll(torch.tensor(0.05), value).backward()
+        autoencoder_loss.nll_loss(torch.tensor(0.05), value).backward()
         optimizer.step()
     assert value.item() == pytest.approx(math.log(0.05), abs=1e-2)
 
@@ -96,7 +101,7 @@ def test_logvar_settles_at_the_logarithm_of_the_reconstruction():
 def test_the_loss_of_a_vq_model_is_the_sum_of_its_terms():
     s = stage(family="vq", codebook_weight=0.7, commitment=0.3, ssim_weight=0.0, revive_every=0)
     x = pictures()
-    (total,) = s.losses_of(x, draw(), [])
+    (total,) = s.losses_of(x, step(), [])
     z = s.vae.encode(x).latents
     book = s.vae.quantize.embedding.weight
     rows = z.permute(0, 2, 3, 1).reshape(-1, 2)
@@ -121,9 +126,9 @@ def test_the_gradient_goes_straight_through_the_codebook():
 def test_the_discriminator_starts_late_and_its_term_is_weighed():
     s = stage(adversarial=0.5, adversarial_start=3, kl_weight=0.0, ssim_weight=0.0)
     x = pictures()
-    before, none = s.losses_of(x, draw(2), [])
+    before, none = s.losses_of(x, step(2), [])
     assert none is None
-    d = draw(3)
+    d = step(3)
     after, of_discriminator = s.losses_of(x, d, [])
     y = s.vae.decode(*_latents(s, x, 3)).sample
     assert before.item() == pytest.approx((s.vae.decode(*_latents(s, x, 2)).sample - x).abs().mean().item(), rel=1e-5)
@@ -133,22 +138,22 @@ def test_the_discriminator_starts_late_and_its_term_is_weighed():
     assert of_discriminator.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_the_discriminator_learns_before_the_first_stage_hears_of_it():
+def test_the_discriminator_learns_before_its_term_counts():
     s = stage(adversarial=0.5, adversarial_start=5, discriminator_lead=2, kl_weight=0.0, ssim_weight=0.0)
     x = pictures()
-    assert list(s.losses_of(x, draw(2), []))[1] is None
-    d = draw(3)
+    assert list(s.losses_of(x, step(2), []))[1] is None
+    d = step(3)
     total, of_discriminator = s.losses_of(x, d, [])
     y = s.vae.decode(*_latents(s, x, 3)).sample
     assert total.item() == pytest.approx((y - x).abs().mean().item(), rel=1e-5) and "generator" not in d.scalars
     assert of_discriminator.item() == pytest.approx(adversarial.hinge(s.discriminator(x), s.discriminator(y)).item())
-    list(s.losses_of(x, d := draw(5), []))
+    list(s.losses_of(x, d := step(5), []))
     assert "generator" in d.scalars
 
 
-def _latents(s, x, step):
+def _latents(s, x, number):
     posterior = s.vae.encode(x).latent_dist
-    return (posterior.mean + posterior.std * draw(step).normal(2, 8, 8),)
+    return (posterior.mean + posterior.std * step(number).normal(2, 8, 8),)
 
 
 def test_each_network_follows_its_own_loss():
@@ -157,7 +162,7 @@ def test_each_network_follows_its_own_loss():
     before = {name: value.clone() for name, value in s.state_dict().items()}
     x = pictures()
     for _ in range(2):  # the first is the warm-up's, at rate 0
-        scalars = optimize(run, lambda d: s.losses_of(x, d, []))
+        scalars = train_step(run, lambda d: s.losses_of(x, d, []))
     changed = {name.split(".")[0] for name, value in s.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"vae", "logvar", "discriminator"}
     assert {"loss", "loss/logvar", "loss/discriminator", "kl", "generator", "reconstruction"} <= scalars.keys()
@@ -177,6 +182,11 @@ def test_weights_of_unit_gain_let_the_picture_through():
     assert share["unit"] > 0.3 and share["unit"] > 5 * share["torch"], share
 
 
+def test_pictures_too_small_for_the_discriminator_are_refused():
+    with pytest.raises(ValueError, match="16 pixels: a discriminator of 3 layers needs 24"):
+        stage(adversarial=0.5, discriminator_layers=3)
+
+
 # --- the codebook ----------------------------------------------------------------------------------------------------
 
 
@@ -184,13 +194,13 @@ def test_latents_pass_unquantised_until_the_codebook_starts():
     s = stage(family="vq", codebook_start=2, revive_every=0, ssim_weight=0.0)
     x, weight = pictures(), s.vae.quantize.embedding.weight
     first = weight.detach().clone()
-    (total,) = s.losses_of(x, draw(1), [weight.data])
+    (total,) = s.losses_of(x, step(1), [weight.data])
     z = s.vae.encode(x).latents
     assert total.item() == pytest.approx((s.vae.decode_quantised(z) - x).abs().mean().item(), rel=1e-5)
     assert torch.equal(weight, first) and s.codebook.counts.sum() == 0 and s.codebook.seen > 0
     total.backward()
     assert s.vae.encoder.conv_in.weight.grad.abs().sum() > 0
-    list(s.losses_of(x, draw(2), [weight.data]))
+    list(s.losses_of(x, step(2), [weight.data]))
     distance = (weight.detach()[:, None] - codebook.flat(z).detach()).abs().amax(dim=2)  # exact, unlike cdist's
     assert distance.min(dim=1).values.max() < 1e-6 and len(weight.unique(dim=0)) == 32 and s.codebook.counts.sum() > 0
 
@@ -207,123 +217,10 @@ def test_a_codebook_comes_to_life_in_training(collection, tmp_path):
 def test_revived_codes_reach_the_average(collection):
     s = stage(family="vq", revive_every=1)
     run = Run(s, s.config, phases=s.phases())
-    some = train_autoencoder.load_pictures(collection, 16)
-    step = train_autoencoder.loss_of(s, some, s.config, lambda: train_autoencoder.books_of(run))
+    some = load_pictures(collection, 16)
+    losses_of = train_autoencoder.loss_of(s, some, s.config, train_autoencoder.books_of(run))
     weight, average = train_autoencoder.books_of(run)
     assert weight.data_ptr() == s.vae.quantize.embedding.weight.data_ptr()
     average.fill_(100.0)
-    next(iter(step(draw())))
+    next(iter(losses_of(step())))
     assert average.abs().max() < 100 and torch.equal(average, weight)
-
-
-# --- runs ------------------------------------------------------------------------------------------------------------
-
-FULL = {
-    "kl": {"adversarial": 0.5, "adversarial_start": 1, "logvar": "learned", "crop": 14},
-    "vq": {
-        "family": "vq",
-        "adversarial": 0.5,
-        "adversarial_start": 4,
-        "logvar": "learned",
-        "revive_every": 2,
-        "codebook_start": 1,
-    },
-    "features": {
-        "adversarial": 0.5,
-        "adversarial_start": 2,
-        "discriminator_features": "squeezenet1.1",
-        "discriminator_layers": 2,
-        "logvar": "learned",
-    },
-    "spectral": {
-        "adversarial": 0.5,
-        "adversarial_start": 4,
-        "discriminator_lead": 3,
-        "discriminator_norm": "spectral",
-        "logvar": "learned",
-    },
-}
-
-
-@pytest.mark.parametrize("family", FULL)
-def test_a_stopped_run_with_a_discriminator_resumes_bit_for_bit(family, collection, tmp_path, monkeypatch):
-    c = dataclasses.replace(TINY, **FULL[family])
-
-    def train(folder):
-        train_autoencoder.train(collection, folder, c, quiet=True)
-        return checkpoint.load(folder / "autoencoder.pt")
-
-    whole = train(tmp_path / "whole")
-    real = train_autoencoder.loss_of
-
-    def stopping(*arguments):
-        step = real(*arguments)
-
-        def interrupted(d):
-            if d.step == 3:
-                raise KeyboardInterrupt
-            return step(d)
-
-        return interrupted
-
-    monkeypatch.setattr(train_autoencoder, "loss_of", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "parts")
-    monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "parts" / "autoencoder.pt")["step"] == 3
-    parts = train(tmp_path / "parts")
-    assert len(whole["optimizer"]) == 3 and any("discriminator" in name for name in whole["model"])
-    assert same(whole, parts)
-
-
-@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("family", ["kl", "vq"])
-def test_every_factor_trains_and_loads(levels, family, collection, tmp_path):
-    c = dataclasses.replace(TINY, channels=(8,) * levels, family=family, steps=1, save_every=1, log_every=1)
-    metrics = train_autoencoder.train(collection, tmp_path, c, quiet=True)["trained"]
-    assert metrics.keys() == {"psnr", "ssim"} | ({"perplexity", "used"} if family == "vq" else set())
-    model = train_autoencoder.load(tmp_path)
-    z = train_autoencoder.encode_all(model, train_autoencoder.load_pictures(collection, 16))[0]
-    assert z.shape[2] == 16 // 2 ** (levels - 1) and isinstance(model, VQModel) == (family == "vq")
-    assert (z * model.config.scaling_factor).std().item() == pytest.approx(1, abs=0.1)
-
-
-def test_scores_are_of_the_quantised_pictures(collection):
-    s = stage(family="vq")
-    some = train_autoencoder.load_pictures(collection, 16)
-    x = some.batch(slice(None))
-    with torch.no_grad():
-        y = s.vae.eval().decode(s.vae.encode(x).latents).sample.clamp(-1, 1)
-    found = train_autoencoder.score(s.vae, some, scorer=Distance())
-    assert found["psnr"] == pytest.approx(losses.psnr(y, x).mean().item(), abs=0.01)
-    assert found["distance"] == pytest.approx(F.mse_loss(y, x).item(), abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"family": "gan"},
-        {"codebook": 0},
-        {"revive_every": -1},
-        {"codebook_start": -1},
-        {"perceptual": "lpips"},
-        {"logvar": "free"},
-        {"adversarial": -0.5},
-        {"discriminator_lead": -1},
-        {"start": "zero"},
-        {"crop": 3},
-        {"crop": 32},
-        {"size": 9},
-        {"discriminator_layers": 0},
-        {"discriminator_norm": "group"},
-        {"discriminator_features": "pixels"},
-    ],
-)
-def test_a_wrong_configuration_is_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        dataclasses.replace(TINY, **wrong)
-
-
-def test_pictures_too_small_for_the_discriminator_are_refused():
-    with pytest.raises(ValueError, match="16 pixels: a discriminator of 3 layers needs 24"):
-        stage(adversarial=0.5, discriminator_layers=3)

@@ -1,0 +1,26 @@
+"""The autoencoder in a folder that training or a pipeline wrote, or of a model that ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ldmfast import files, shipped
+from ldmfast.models.autoencoder import AutoencoderKL
+from ldmfast.models.vq import VQModel
+
+
+def load(folder: str | Path) -> AutoencoderKL | VQModel:
+    """The vae/ in `folder`, or of a shipped model by its name: float32, in inference mode.
+
+    Raises FileNotFoundError naming the command that makes it.
+    """
+    home = shipped.locate(folder) / "vae"
+    files.recover(home)
+    if not (home / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no vae/; train it first: ldmfast train autoencoder --output {folder}")
+    name = json.loads((home / "config.json").read_text())["_class_name"]
+    family = VQModel if name == "VQModel" else AutoencoderKL
+    return family.from_pretrained(home, torch_dtype=torch.float32).eval()
