@@ -9,8 +9,9 @@ from ldmfast.data.collection import load_pictures
 from ldmfast.metrics import perceptual
 from ldmfast.metrics.columns import CODEBOOK, column
 from ldmfast.metrics.reconstruction import COMPARED, score
-from ldmfast.models import VQModel, saved_autoencoder
+from ldmfast.models import VQModel
 from ldmfast.models.encode_decode import downsampling
+from ldmfast.pipeline import saved_autoencoder
 
 
 def evaluate(folders, data, *, split="heldout", size=None, count=512, seed=0, scorer=None) -> dict:

@@ -4,6 +4,7 @@ pipeline.py, call.py              from inputs to pictures; what a call may ask f
 load.py, assemble.py              the one door, and how a name, a folder or a file becomes parts
 text_towers.py                    CLIP's text towers and tokenizers among them
 folder.py                         a pipeline as a folder
+saved_autoencoder.py              the autoencoder alone, out of such a folder
 optimize.py                       ldmfast under a live diffusers pipeline
 """
 

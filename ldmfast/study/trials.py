@@ -23,9 +23,10 @@ from ldmfast.diffusion.schedule import make_scheduler
 from ldmfast.metrics import features, sets
 from ldmfast.metrics.columns import COLUMNS
 from ldmfast.metrics.reconstruction import COMPARED, score
-from ldmfast.models import AutoencoderKL, saved_autoencoder
+from ldmfast.models import AutoencoderKL
 from ldmfast.models.encode_decode import decode_latents, encode_pictures
 from ldmfast.pictures import grid, to_pil
+from ldmfast.pipeline import saved_autoencoder
 from ldmfast.study import cost
 from ldmfast.study.claims import claims
 from ldmfast.study.reference import Reference

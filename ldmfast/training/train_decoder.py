@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ldmfast.data.collection import load_pictures
-from ldmfast.models import saved_autoencoder
+from ldmfast.pipeline import saved_autoencoder
 from ldmfast.training import latents
 from ldmfast.training.autoencoder_loss import PictureLoss
 from ldmfast.training.loop import fit

@@ -9,10 +9,10 @@ from ldmfast import files
 from ldmfast.data.collection import load_pictures
 from ldmfast.diffusion.loss import add_noise, denoising_loss
 from ldmfast.diffusion.schedule import alphas_cumprod, make_scheduler
-from ldmfast.models import UNet, saved_autoencoder
+from ldmfast.models import UNet
 from ldmfast.models.unet2d import UNet2D
 from ldmfast.pictures import grid
-from ldmfast.pipeline import LatentDiffusionPipeline
+from ldmfast.pipeline import LatentDiffusionPipeline, saved_autoencoder
 from ldmfast.training import checkpoint, condition_sources, latents, parallel
 from ldmfast.training.loop import fit
 from ldmfast.training.run import Run

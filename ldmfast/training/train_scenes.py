@@ -14,8 +14,8 @@ from ldmfast.conditioning.classes_and_boxes import BoxEncoder, PlacedClass
 from ldmfast.conditioning.spatial import MapEncoder
 from ldmfast.data import scenes
 from ldmfast.data.collection import load_pictures
-from ldmfast.models import saved_autoencoder
 from ldmfast.models.encode_decode import downsampling
+from ldmfast.pipeline import saved_autoencoder
 from ldmfast.training import train_denoiser
 
 LAYOUTS = 16  # boxes of a class that are kept to choose from

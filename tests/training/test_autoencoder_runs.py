@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from test_autoencoder_loss import TINY, lemons
 from test_training import same
 
 from ldmfast.data.collection import load_pictures
-from ldmfast.models import VQModel, saved_autoencoder
+from ldmfast.models import VQModel
+from ldmfast.pipeline import saved_autoencoder
 from ldmfast.training import checkpoint, latents, train_autoencoder
 
 
@@ -86,6 +88,14 @@ def test_every_factor_trains_and_loads(levels, family, collection, tmp_path):
     z = latents.encode(load_pictures(collection, 16), model)[0]
     assert z.shape[2] == 16 // 2 ** (levels - 1) and isinstance(model, VQModel) == (family == "vq")
     assert (z * model.config.scaling_factor).std().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "Flux"])
+def test_a_network_that_is_no_autoencoder_is_refused_by_name(name, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=name):
+        saved_autoencoder.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
 from ldmfast.data import emoji
 from ldmfast.data.collection import load_pictures
 from ldmfast.evaluation import autoencoders
-from ldmfast.models import saved_autoencoder
-from ldmfast.pipeline import LatentDiffusionPipeline
+from ldmfast.pipeline import LatentDiffusionPipeline, saved_autoencoder
 from ldmfast.training import (
     checkpoint,
     condition_sources,

@@ -19,7 +19,8 @@ from tiny import CUTOUTS
 from ldmfast.data import emoji
 from ldmfast.data.collection import load_pictures
 from ldmfast.evaluation import samples
-from ldmfast.models import AutoencoderKL, saved_autoencoder
+from ldmfast.models import AutoencoderKL
+from ldmfast.pipeline import saved_autoencoder
 from ldmfast.training import autoencoder_loss, checkpoint, config, train_autoencoder, train_decoder, train_denoiser
 
 TINY_AUTOENCODER = config.AutoencoderConfig(

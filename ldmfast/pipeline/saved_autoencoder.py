@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import diffusers
 import torch
 
 from ldmfast import files, shipped
+from ldmfast.diffusion import catalogue
 from ldmfast.models.autoencoder import AutoencoderKL
 from ldmfast.models.vq import VQModel
 
@@ -15,12 +17,14 @@ from ldmfast.models.vq import VQModel
 def load(folder: str | Path) -> AutoencoderKL | VQModel:
     """The vae/ in `folder`, or of a shipped model by its name: float32, in inference mode.
 
-    Raises FileNotFoundError naming the command that makes it.
+    Raises FileNotFoundError naming the command that makes it, ValueError where vae/ holds another network.
     """
     home = shipped.locate(folder) / "vae"
     files.recover(home)
     if not (home / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no vae/; train it first: ldmfast train autoencoder --output {folder}")
     name = json.loads((home / "config.json").read_text())["_class_name"]
-    family = VQModel if name == "VQModel" else AutoencoderKL
-    return family.from_pretrained(home, torch_dtype=torch.float32).eval()
+    kind = catalogue.network(name)
+    if not issubclass(kind, diffusers.AutoencoderKL | diffusers.VQModel):
+        raise ValueError(f"{home} holds a {name}, not an autoencoder")
+    return kind.from_pretrained(home, torch_dtype=torch.float32).eval()
