@@ -8,7 +8,10 @@ classes_and_boxes.py       classes and boxes as tokens
 spatial.py                 maps and pictures beside the latent
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import Any
 
 # the class that a saved folder names -> the module that holds it
 CONDITIONERS = {
@@ -29,7 +32,7 @@ _HOMES = {"Condition": "ldmfast.conditioning.condition", "Conditioner": "ldmfast
 __all__ = list(_HOMES)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

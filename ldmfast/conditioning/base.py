@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,7 +42,7 @@ class Conditioner(nn.Module):
     enlarges = False
     trainable = False
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.settings = settings
 
@@ -81,7 +82,7 @@ class Conditioner(nn.Module):
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write config.json, and model.safetensors if there are weights of its own (in `dtype`).
 
         Raises ValueError for an encoder out of a single file: it is saved by its name, and a file is not enough.
@@ -122,7 +123,7 @@ class Conditioner(nn.Module):
         return model.to(dtype) if dtype else model
 
 
-def load_conditioner(folder, *, dtype: torch.dtype | None = None) -> Conditioner:
+def load_conditioner(folder: str | Path, *, dtype: torch.dtype | None = None) -> Conditioner:
     """Read what `save_pretrained` wrote. Raises FileNotFoundError or ValueError naming the file."""
     folder = Path(folder)
     known = conditioning.CONDITIONERS

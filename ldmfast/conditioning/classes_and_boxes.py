@@ -1,8 +1,12 @@
 """Classes and boxes as tokens for cross-attention (or, for classes, as a label beside the timestep)."""
 
+from __future__ import annotations
+
 import difflib
 import math
 import random
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +18,13 @@ from ldmfast.conditioning.condition import Condition
 class ClassNames:
     """Classes by name or by number.   classes  a count, or a list of names"""
 
-    def __init__(self, classes, owner):
+    def __init__(self, classes: int | Sequence[str], owner: str) -> None:
         self.names = None if isinstance(classes, int) else list(classes)
         self.count, self.owner = classes if self.names is None else len(self.names), owner
         if self.count < 1 or (self.names and len(set(self.names)) < self.count):
             raise ValueError(f"{owner}: classes must be a count of at least 1 or different names; got {classes!r:.80}")
 
-    def index(self, value):
+    def index(self, value: int | str) -> int:
         """0 .. count - 1. Raises ValueError naming what comes near."""
         if isinstance(value, str) and self.names:
             if value in self.names:
@@ -47,7 +51,9 @@ class ClassEmbedder(Conditioner):
     option = "class"
     trainable = True
 
-    def __init__(self, classes, width=512, *, unconditional=True, mode="crossattn"):
+    def __init__(
+        self, classes: int | Sequence[str], width: int = 512, *, unconditional: bool = True, mode: str = "crossattn"
+    ) -> None:
         super().__init__(classes=classes, width=width, unconditional=unconditional, mode=mode)
         if mode not in ("crossattn", "adm", "concat"):
             raise ValueError(f"ClassEmbedder: mode={mode!r} is none of crossattn, adm, concat")
@@ -87,14 +93,14 @@ class PlacedClass(Conditioner):
 
     option = "class"
 
-    def __init__(self, boxes, stands_for="boxes"):
+    def __init__(self, boxes: dict[str, list[list[float]]], stands_for: str = "boxes") -> None:
         super().__init__(boxes=boxes, stands_for=stands_for)
         self.classes, self.stands_for = ClassNames(list(boxes), "PlacedClass"), stands_for
         self.boxes = [[check_box(box, "PlacedClass") for box in each] for each in boxes.values()]
         if bare := next((name for name, each in boxes.items() if not each), None):
             raise ValueError(f"PlacedClass: no box of {bare!r} to draw from")
 
-    def draw(self, value, seed):
+    def draw(self, value: int | str, seed: int) -> list[dict[str, Any]]:
         """The layout drawn for the class `value`; the same one for the same seed."""
         index = self.classes.index(value)
         box = self.boxes[index][random.Random(seed).randrange(len(self.boxes[index]))]
@@ -107,7 +113,9 @@ class PlacedClass(Conditioner):
         return Condition()
 
 
-def check_objects(value, classes, most):
+def check_objects(
+    value: Sequence[dict[str, Any]], classes: ClassNames, most: int
+) -> list[tuple[int, list[float] | None]]:
     """[(class index, [x0, y0, x1, y1] or None), ...] of one layout input. Raises ValueError saying what is wrong."""
     owner = classes.owner
     if not isinstance(value, list | tuple):
@@ -122,7 +130,7 @@ def check_objects(value, classes, most):
     return found
 
 
-def check_box(box, owner):
+def check_box(box: Iterable[float] | None, owner: str) -> list[float] | None:
     """Four numbers with 0 <= x0 < x1 <= 1 and the same for y, as floats; None stays None."""
     if box is None:
         return None
@@ -135,7 +143,7 @@ def check_box(box, owner):
     return [x0, y0, x1, y1]
 
 
-def waves(values, octaves):
+def waves(values: torch.Tensor, octaves: int) -> torch.Tensor:
     """values [...] in 0..1 -> [..., 1 + 2 * octaves]: the value, and its sine and cosine at 1, 2, 4, ... half turns."""
     angles = values[..., None] * math.pi * 2.0 ** torch.arange(octaves, device=values.device)
     return torch.cat([values[..., None], angles.sin(), angles.cos()], dim=-1)
@@ -158,7 +166,9 @@ class BoxEncoder(Conditioner):
     trainable = True
     OCTAVES = 4
 
-    def __init__(self, classes, width=128, *, objects=3, grid=0, paint=0):
+    def __init__(
+        self, classes: int | Sequence[str], width: int = 128, *, objects: int = 3, grid: int = 0, paint: int = 0
+    ) -> None:
         super().__init__(classes=classes, width=width, objects=objects, grid=grid, paint=paint)
         if paint and not grid:
             raise ValueError(f"BoxEncoder: paint={paint} needs grid, the latent's side, to paint on")
@@ -224,12 +234,12 @@ class BoxEncoder(Conditioner):
         return share[:, None], torch.cat([name, inner], dim=1)
 
 
-def inside(centres, low, high):
+def inside(centres: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """centres [cells], low, high [M] -> [M, cells]: 0 at `low`, 1 at `high`, and no further."""
     return ((centres - low[:, None]) / (high - low).clamp_min(1e-6)[:, None]).clamp(0, 1)
 
 
-def covered(low, high, cells):
+def covered(low: torch.Tensor, high: torch.Tensor, cells: int) -> torch.Tensor:
     """low, high [M] in 0..1 -> [M, cells]: the share of each cell that lies between them."""
     left = torch.arange(cells, device=low.device) / cells
     return ((high[:, None].minimum(left + 1 / cells) - low[:, None].maximum(left)) * cells).clamp_min(0)

@@ -33,7 +33,7 @@ class Condition:
         """{name: tensor} of the parts that are there."""
         return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) is not None}
 
-    def to(self, device=None, dtype: torch.dtype | None = None) -> Condition:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """Move; `dtype` applies to the floating parts."""
         moved = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.parts().items()}
         return Condition(**moved)
@@ -42,7 +42,7 @@ class Condition:
         """N, or 0 for a condition without parts."""
         return next((len(v) for v in self.parts().values()), 0)
 
-    def __getitem__(self, index) -> Condition:
+    def __getitem__(self, index: slice | list[int] | torch.Tensor) -> Condition:
         """The condition of the pictures that `index` (slice, list or tensor) selects."""
         return Condition(**{k: v[index] for k, v in self.parts().items()})
 

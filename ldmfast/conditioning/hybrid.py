@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ldmfast import files
@@ -21,7 +22,7 @@ class Hybrid(Conditioner):
 
     mode = "hybrid"
 
-    def __init__(self, **members: Conditioner):
+    def __init__(self, **members: Conditioner) -> None:
         super().__init__()
         self.members = nn.ModuleDict(members)
 
@@ -67,7 +68,7 @@ class Hybrid(Conditioner):
             member.bind(vae)
         return self
 
-    def with_pictures(self, inputs: list, images, masks) -> list:
+    def with_pictures(self, inputs: list, images: torch.Tensor | None, masks: torch.Tensor | None) -> list:
         """An input that is no dict is the first other member's."""
         found = self._of_pictures()
         if found is None:
@@ -97,14 +98,14 @@ class Hybrid(Conditioner):
             value = {k: v for k, v in value.items() if k != name} | {other: stand_ins[name].draw(value[name], seed)}
         return value
 
-    def save_pretrained(self, folder, *, dtype=None) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         for name, member in self.members.items():
             member.save_pretrained(Path(folder, name), dtype=dtype)
         settings = {"_class_name": "Hybrid", "members": list(self.members)}
         files.write_text(Path(folder, CONFIG), json.dumps(settings, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path, settings: dict, dtype=None) -> Hybrid:
+    def load(cls, folder: Path, settings: dict, dtype: torch.dtype | None = None) -> Hybrid:
         return cls(**{name: load_conditioner(folder / name, dtype=dtype) for name in settings["members"]})
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +14,9 @@ from ldmfast.conditioning.classes_and_boxes import ClassNames
 from ldmfast.conditioning.condition import Condition
 from ldmfast.models.encode_decode import encode_pictures
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 class SpatialRescaler(nn.Module):
     """n_stages halvings, then a 1x1 convolution.   [N, in, H, W] -> [N, out, H / 2**n_stages, W / 2**n_stages]
@@ -18,12 +24,12 @@ class SpatialRescaler(nn.Module):
     Source: Rombach et al. 2022, the released semantic synthesis model (bilinear, no bias).
     """
 
-    def __init__(self, n_stages, in_channels, out_channels, *, bias=False):
+    def __init__(self, n_stages: int, in_channels: int, out_channels: int, *, bias: bool = False) -> None:
         super().__init__()
         self.n_stages = n_stages
         self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for _ in range(self.n_stages):
             x = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
         return self.channel_mapper(x)
@@ -43,7 +49,15 @@ class MapEncoder(Conditioner):
     mode = "concat"
     trainable = True
 
-    def __init__(self, classes, width=8, *, stages=2, palette=None, bias=False):
+    def __init__(
+        self,
+        classes: int | Sequence[str],
+        width: int = 8,
+        *,
+        stages: int = 2,
+        palette: Sequence[Sequence[int]] | None = None,
+        bias: bool = False,
+    ) -> None:
         super().__init__(classes=classes, width=width, stages=stages, palette=palette, bias=bias)
         self.classes, self.stages = ClassNames(classes, "MapEncoder"), stages
         if palette is not None and len(palette) != self.classes.count:
@@ -64,7 +78,7 @@ class MapEncoder(Conditioner):
         blank = torch.zeros(n, self.classes.count, 1, 1, device=self.device)
         return Condition(concat=self.rescaler.channel_mapper(blank))
 
-    def indices(self, value):
+    def indices(self, value: torch.Tensor | Image.Image) -> torch.Tensor:
         """One input as int64 [H, W]. Raises ValueError for anything else, and for sides that cannot be halved."""
         if hasattr(value, "convert"):
             value = self._from_picture(value)
@@ -98,7 +112,7 @@ class PictureConditioner(Conditioner):
     mode = "concat"
     takes_inputs = False
 
-    def __init__(self, channels, **settings):
+    def __init__(self, channels: int, **settings: Any) -> None:
         super().__init__(channels=channels, **settings)
         self.channels = channels
         self._vae = []  # in a list, so that it is no submodule: the pipeline moves and saves it
@@ -150,7 +164,7 @@ class MaskedImage(PictureConditioner):
 
     takes_pictures = ("image", "mask")
 
-    def __init__(self, channels=4, *, style="ldm"):
+    def __init__(self, channels: int = 4, *, style: str = "ldm") -> None:
         if style not in ("ldm", "sd"):
             raise ValueError(f"MaskedImage: style={style!r} is neither ldm nor sd")
         super().__init__(channels, style=style)
@@ -187,7 +201,7 @@ class LowResolution(PictureConditioner):
 
     takes_pictures = ("image",)
 
-    def __init__(self, channels=3, *, encoded=False):
+    def __init__(self, channels: int = 3, *, encoded: bool = False) -> None:
         super().__init__(channels, encoded=encoded)
         self.encoded = encoded
 

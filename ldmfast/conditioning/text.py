@@ -3,10 +3,15 @@
 It is laid out so that diffusers' StableDiffusionPipeline, given `.model` and `.tokenizer`, computes the same states.
 """
 
+from __future__ import annotations
+
 import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.condition import Condition
@@ -40,7 +45,9 @@ class TextEncoder(Conditioner):
 
     mode = "crossattn"
 
-    def __init__(self, model, tokenizer, tokens=TOKENS, *, name="minilm"):
+    def __init__(
+        self, model: nn.Module, tokenizer: Callable[..., Any], tokens: int = TOKENS, *, name: str = "minilm"
+    ) -> None:
         super().__init__(name=name, tokens=tokens)
         self.model, self.tokenizer, self.tokens = model.eval().requires_grad_(False), tokenizer, tokens
         self.tokenizer.model_max_length = tokens
@@ -51,7 +58,7 @@ class TextEncoder(Conditioner):
         self.width = model.config.hidden_size
 
     @classmethod
-    def from_pretrained(cls, name="minilm", *, tokens=None):
+    def from_pretrained(cls, name: str = "minilm", *, tokens: int | None = None) -> TextEncoder:
         """Load by "minilm", a hub name, a folder, or a diffusers folder with text_encoder/ and tokenizer/.
 
         tokens  length of the padded captions; without it 77 for CLIP, 24 otherwise
@@ -77,13 +84,13 @@ class TextEncoder(Conditioner):
         return cls(model, tokenizer, tokens or (model.config.max_position_embeddings if clip else TOKENS), name=name)
 
     @classmethod
-    def from_settings(cls, settings):
+    def from_settings(cls, settings: dict) -> TextEncoder:
         return cls.from_pretrained(**settings)
 
     def own_weights(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> TextEncoder:
         """It stays in eval mode: it is frozen."""
         return super().train(False)
 
@@ -125,7 +132,7 @@ def _load(where):
     return loader.from_pretrained(model), AutoTokenizer.from_pretrained(tokenizer)
 
 
-def too_long(tokenizer, captions, tokens):
+def too_long(tokenizer: Callable[..., Any], captions: Sequence[str], tokens: int) -> list[tuple[str, int]]:
     """[(caption, tokens)] of the captions that are longer than so many tokens, and so would lose their end."""
     if not captions:
         return []

@@ -1,6 +1,10 @@
 """Stable Diffusion XL's two text towers as one conditioner."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,14 +25,21 @@ class TwoTextEncoders(Conditioner):
 
     mode = "crossattn"
 
-    def __init__(self, models, tokenizers, *, name, zeros=True):
+    def __init__(
+        self,
+        models: Sequence[torch.nn.Module],
+        tokenizers: Sequence[Callable[..., Any]],
+        *,
+        name: str,
+        zeros: bool = True,
+    ) -> None:
         super().__init__(name=name, zeros=zeros)
         self.models = torch.nn.ModuleList(models).eval().requires_grad_(False)
         self.tokenizers, self.zeros = list(tokenizers), zeros
         self.width = sum(model.config.hidden_size for model in models)
 
     @classmethod
-    def from_pretrained(cls, name, *, zeros=True):
+    def from_pretrained(cls, name: str | Path, *, zeros: bool = True) -> TwoTextEncoders:
         """From a folder with text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/. Raises FileNotFoundError."""
         from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -39,13 +50,13 @@ class TwoTextEncoders(Conditioner):
         return cls(models, [AutoTokenizer.from_pretrained(p) for p in parts[2:]], name=str(name), zeros=zeros)
 
     @classmethod
-    def from_settings(cls, settings):
+    def from_settings(cls, settings: dict) -> TwoTextEncoders:
         return cls.from_pretrained(**settings)
 
     def own_weights(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> TwoTextEncoders:
         """It stays in eval mode: it is frozen."""
         return super().train(False)
 

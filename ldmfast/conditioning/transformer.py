@@ -5,6 +5,11 @@ self-attention (8 heads of 64) and a GELU feed-forward of four times the width, 
 Source: Rombach et al. 2022, text-to-image and layout-to-image.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
@@ -14,30 +19,33 @@ from ldmfast.conditioning.classes_and_boxes import ClassNames, check_objects
 from ldmfast.conditioning.condition import Condition
 from ldmfast.conditioning.text import locate, too_long
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Attention(nn.Module):
     """x [N, S, E] -> [N, S, E]; queries, keys and values without bias."""
 
-    def __init__(self, width, heads, head_width):
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
         inner = heads * head_width
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, inner, bias=False) for _ in range(3))
         self.to_out = nn.Linear(inner, width)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.to_q, self.to_k, self.to_v))
         return self.to_out(ops.attention(q, k, v).flatten(2))
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, head_width):
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
         self.attention_norm, self.attention = nn.LayerNorm(width), Attention(width, heads, head_width)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -45,7 +53,9 @@ class Block(nn.Module):
 class TransformerEmbedder(nn.Module):
     """ids [N, S] int64, S at most `tokens` -> [N, S, width]."""
 
-    def __init__(self, vocabulary, tokens, width, layers, *, heads=8, head_width=64):
+    def __init__(
+        self, vocabulary: int, tokens: int, width: int, layers: int, *, heads: int = 8, head_width: int = 64
+    ) -> None:
         super().__init__()
         self.token_embedding, self.position_embedding = nn.Embedding(vocabulary, width), nn.Embedding(tokens, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -53,7 +63,7 @@ class TransformerEmbedder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, head_width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, ids):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.shape[1] > self.position_embedding.num_embeddings:
             raise ValueError(
                 f"TransformerEmbedder: {ids.shape[1]} tokens, at most {self.position_embedding.num_embeddings} fit"
@@ -76,8 +86,16 @@ class TransformerText(Conditioner):
     trainable = True
 
     def __init__(
-        self, width=1280, *, layers=32, tokens=77, vocabulary=30522, heads=8, head_width=64, tokenizer="minilm"
-    ):
+        self,
+        width: int = 1280,
+        *,
+        layers: int = 32,
+        tokens: int = 77,
+        vocabulary: int = 30522,
+        heads: int = 8,
+        head_width: int = 64,
+        tokenizer: str = "minilm",
+    ) -> None:
         super().__init__(
             width=width,
             layers=layers,
@@ -91,7 +109,7 @@ class TransformerText(Conditioner):
         self.transformer = TransformerEmbedder(vocabulary, tokens, width, layers, heads=heads, head_width=head_width)
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """Read when it is first needed: an architecture can be built without it."""
         if self._tokenizer is None:
             from transformers import AutoTokenizer
@@ -130,8 +148,17 @@ class LayoutEncoder(Conditioner):
     trainable = True
 
     def __init__(
-        self, classes=601, width=512, *, layers=16, vocabulary=8192, objects=30, heads=8, head_width=64, crop=True
-    ):
+        self,
+        classes: int | Sequence[str] = 601,
+        width: int = 512,
+        *,
+        layers: int = 16,
+        vocabulary: int = 8192,
+        objects: int = 30,
+        heads: int = 8,
+        head_width: int = 64,
+        crop: bool = True,
+    ) -> None:
         super().__init__(
             classes=classes,
             width=width,
@@ -152,7 +179,7 @@ class LayoutEncoder(Conditioner):
             vocabulary, self.tokens, width, layers, heads=heads, head_width=head_width
         )
 
-    def ids(self, value):
+    def ids(self, value: Sequence[dict[str, Any]]) -> list[int]:
         """One input as a list of `tokens` numbers. Raises ValueError for an object without a box."""
         found = []
         for index, box in check_objects(value, self.classes, self.objects):

@@ -6,7 +6,10 @@ over a live one (`adopt`), and is saved under the stock class's name.
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
+from torch import nn
 
 from ldmfast.diffusion.ddim import DDIMScheduler
 from ldmfast.diffusion.ddpm import DDPMScheduler
@@ -35,7 +38,7 @@ def scheduler(name: str) -> type:
     return kind
 
 
-def take_over(component):
+def take_over(component: Any) -> nn.Module | diffusers.SchedulerMixin | None:
     """Ours in place of a live network or scheduler of exactly a stock class; None for anything else.
 
     The weights are shared, and the pictures stay as they were. Raises ValueError for a network whose forward is

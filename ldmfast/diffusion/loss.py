@@ -1,5 +1,7 @@
 """The denoising objective: E || target - model(x_t, t, c) ||^2, the target being the noise unless asked otherwise."""
 
+from __future__ import annotations
+
 import torch
 
 

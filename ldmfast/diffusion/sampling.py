@@ -80,7 +80,9 @@ def _x0(scheduler, result, x, output, t, guidance):
     return a * x - b * output if kind == "v_prediction" else (x - b * output) / a
 
 
-def begin_at(scheduler: diffusers.SchedulerMixin, steps: int, first: int, device=None) -> torch.Tensor:
+def begin_at(
+    scheduler: diffusers.SchedulerMixin, steps: int, first: int, device: torch.device | str | None = None
+) -> torch.Tensor:
     """The timesteps of `steps` steps without the first `first` of them, for img2img. Sets the scheduler's state.
 
     Schedulers of order 2 have two timesteps a step; PLMS does its first step twice, wherever it begins.

@@ -1,5 +1,7 @@
 """The noise schedule: how much of the picture is left at each of the training steps."""
 
+from __future__ import annotations
+
 import torch
 
 from ldmfast.diffusion.ddim import DDIMScheduler

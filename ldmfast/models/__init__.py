@@ -1,6 +1,9 @@
 """Modules over `ldmfast.ops`: the U-Nets and the autoencoders. Loaded on first use."""
 
+from __future__ import annotations
+
 import importlib
+from typing import Any
 
 _HOMES = {
     "AutoencoderKL": "ldmfast.models.autoencoder",
@@ -11,7 +14,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

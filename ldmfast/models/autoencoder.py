@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from typing import Any
 
 import diffusers
 import torch
@@ -32,7 +33,7 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
     stock = diffusers.AutoencoderKL
 
     @functools.wraps(diffusers.AutoencoderKL.__init__)
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         weights_channels_last(self)
 

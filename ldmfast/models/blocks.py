@@ -7,7 +7,9 @@ Images are [N, C, H, W] in channels_last, tokens [N, HW, C].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ class BlockInputs:
         }
 
 
-def recomputed(m: nn.Module, function, *args):
+def recomputed(m: nn.Module, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     """function(*args); while gradient checkpointing is on in `m`, it runs again in the backward pass."""
     if m.gradient_checkpointing and torch.is_grad_enabled():
         return m._gradient_checkpointing_func(function, *args)
@@ -172,7 +174,9 @@ def upsample(m: Upsample2D, x: torch.Tensor, size: tuple[int, int] | None = None
     return conv2d(m.conv, x) if m.use_conv else x
 
 
-def down_block(m: nn.Module, x: torch.Tensor, cond: BlockInputs, residual: torch.Tensor | None = None):
+def down_block(
+    m: nn.Module, x: torch.Tensor, cond: BlockInputs, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, tuple]:
     """(x, the skips) of one level on the way down. `residual` (T2I-Adapter) joins before the downsampler."""
     crosses = has_cross_attention(m)
     if obstacle(m):
@@ -210,7 +214,9 @@ def mid_block(m: nn.Module, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     return x
 
 
-def up_block(m: nn.Module, x: torch.Tensor, skips: tuple, cond: BlockInputs, size=None) -> torch.Tensor:
+def up_block(
+    m: nn.Module, x: torch.Tensor, skips: tuple, cond: BlockInputs, size: tuple[int, int] | None = None
+) -> torch.Tensor:
     """One level on the way up: the skips joined from the last to the first, then upsampled to `size` or twice."""
     crosses = has_cross_attention(m)
     if obstacle(m):

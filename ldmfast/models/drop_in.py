@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ldmfast.models import guard
 from ldmfast.models.layers import weights_channels_last
 from ldmfast.models.weight_files import check_folder, check_loaded
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class DropIn:
@@ -18,7 +22,7 @@ class DropIn:
     stock: type
 
     @classmethod
-    def adopt(cls, model: nn.Module):
+    def adopt(cls, model: nn.Module) -> Self:
         """A live stock model under our forward: its very parameters, submodules and configuration, nothing copied.
 
         The convolutions' weights are laid out channels_last in place, which changes no value.
@@ -37,14 +41,16 @@ class DropIn:
         return new
 
     @classmethod
-    def from_single_file(cls, *args, **kwargs):
+    def from_single_file(cls, *args: Any, **kwargs: Any) -> Self:
         """As diffusers' from_single_file: a checkpoint in the released layout, such as SD1.5's one file."""
         model = super().from_single_file(*args, **kwargs)
         weights_channels_last(model)
         return model
 
     @classmethod
-    def from_pretrained(cls, source, *, allow_missing: bool = False, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, source: str | Path, *, allow_missing: bool = False, output_loading_info: bool = False, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers' from_pretrained, from a folder or the hub; weights that the checkpoint lacks are an error.
 
         allow_missing  take them at random, as diffusers does
@@ -58,7 +64,7 @@ class DropIn:
         weights_channels_last(model)
         return (model, info) if output_loading_info else model
 
-    def stock_reason(self, *arguments, **named) -> str | None:
+    def stock_reason(self, *arguments: Any, **named: Any) -> str | None:
         """Why a call with these arguments goes to the stock class's forward as a whole, as a clause, or None."""
         return None
 
@@ -66,7 +72,7 @@ class DropIn:
         """Sentences of `explain` that no module shows."""
         return []
 
-    def explain(self, *arguments, **named) -> list[str]:
+    def explain(self, *arguments: Any, **named: Any) -> list[str]:
         """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does.
 
         arguments, named  of the call in question, where they decide: UNet's cross_attention_kwargs

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import diffusers
 import torch
 
+Autoencoder: TypeAlias = "diffusers.AutoencoderKL | diffusers.VQModel"
 
-def encode_pictures(vae, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+
+def encode_pictures(vae: Autoencoder, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """Pictures [N, 3, H, W] in [-1, 1] to latents [N, c, H/f, W/f], scaled as a denoiser takes them.
 
     generator  draws from the posterior of an AutoencoderKL; None takes its mean. A VQModel has nothing to draw: its
@@ -23,7 +27,7 @@ def encode_pictures(vae, x: torch.Tensor, generator: torch.Generator | None = No
     return scaled(vae, z)
 
 
-def decode_latents(vae, z: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: Autoencoder, z: torch.Tensor) -> torch.Tensor:
     """Latents [N, c, h, w], scaled as `encode_pictures` leaves them, to pictures [N, 3, f h, f w], not clamped.
 
     A VQModel quantises them first. Raises TypeError for a model of neither family.
@@ -33,12 +37,12 @@ def decode_latents(vae, z: torch.Tensor) -> torch.Tensor:
     return vae.decode(unscaled(vae, z)).sample
 
 
-def scaled(vae, z: torch.Tensor) -> torch.Tensor:
+def scaled(vae: Autoencoder, z: torch.Tensor) -> torch.Tensor:
     """The autoencoder's latents as the denoiser takes them, (z - shift_factor) * scaling_factor."""
     return (z - _shift(vae)) * vae.config.scaling_factor
 
 
-def unscaled(vae, z: torch.Tensor) -> torch.Tensor:
+def unscaled(vae: Autoencoder, z: torch.Tensor) -> torch.Tensor:
     """The denoiser's latents as the autoencoder decodes them."""
     return z / vae.config.scaling_factor + _shift(vae)
 
@@ -47,7 +51,7 @@ def _shift(vae) -> float:
     return getattr(vae.config, "shift_factor", None) or 0
 
 
-def downsampling(vae) -> int:
+def downsampling(vae: Autoencoder) -> int:
     """f: pixels of a picture to one of its latent, along a side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 

@@ -9,14 +9,26 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ldmfast.models.guard import plain
 from ldmfast.models.weight_files import WIDTHS
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel, UNet2DModel
 
-def check_inputs(unet, sample, context, class_labels, added, masks: dict) -> None:
+
+def check_inputs(
+    unet: UNet2DConditionModel,
+    sample: torch.Tensor,
+    context: torch.Tensor | tuple | None,
+    class_labels: torch.Tensor | None,
+    added: dict[str, torch.Tensor] | None,
+    masks: dict[str, torch.Tensor | None],
+) -> None:
     """The shapes and dtypes of everything but the timestep and the residuals. Raises ValueError."""
     check_sample(unet, sample)
     _check_context(unet, sample, context)
@@ -33,7 +45,7 @@ def check_inputs(unet, sample, context, class_labels, added, masks: dict) -> Non
         _check_finite(sample=sample, encoder_hidden_states=context)
 
 
-def check_sample(unet, sample) -> None:
+def check_sample(unet: UNet2DConditionModel | UNet2DModel, sample: torch.Tensor) -> None:
     """The noisy latents: rank, channels, dtype. Raises ValueError."""
     if not isinstance(sample, torch.Tensor) or sample.ndim != 4:
         got = tuple(sample.shape) if isinstance(sample, torch.Tensor) else type(sample).__name__
@@ -71,7 +83,7 @@ def _check_context(unet, sample, context) -> None:
         raise ValueError(_dtype_message("encoder_hidden_states", context.dtype, sample.dtype))
 
 
-def expected_context_width(unet) -> int | None:
+def expected_context_width(unet: UNet2DConditionModel) -> int | None:
     """The width of encoder_hidden_states; None if the network takes none, or puts a projection of its own before it."""
     if unet.config.encoder_hid_dim_type is not None:
         return None
@@ -110,7 +122,7 @@ def _check_added(unet, sample, added) -> None:
     raise ValueError(f"text_embeds: expected ({n}, {wanted}), got {tuple(text.shape)}")
 
 
-def timestep_tensor(timestep, sample: torch.Tensor) -> torch.Tensor:
+def timestep_tensor(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
     """An int, a float, or a tensor [] or [N] -> [N] on the sample's device. Raises ValueError for anything else."""
     n = len(sample)
     if isinstance(timestep, bool) or not isinstance(timestep, int | float | torch.Tensor):
@@ -127,7 +139,7 @@ def timestep_tensor(timestep, sample: torch.Tensor) -> torch.Tensor:
     return timestep.to(sample.device).expand(n)
 
 
-def add_residuals(skips: tuple, residuals) -> tuple:
+def add_residuals(skips: tuple[torch.Tensor, ...], residuals: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The skips with a ControlNet's residuals added. Raises ValueError if their count or a shape differs."""
     if len(residuals) != len(skips):
         raise ValueError(

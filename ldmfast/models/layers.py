@@ -58,7 +58,15 @@ def weights_channels_last(model: nn.Module) -> None:
             module.weight.data = channels_last(module.weight.data)
 
 
-def group_norm(m: nn.GroupNorm, x: torch.Tensor, *, silu: bool, add=None, scale=None, shift=None) -> torch.Tensor:
+def group_norm(
+    m: nn.GroupNorm,
+    x: torch.Tensor,
+    *,
+    silu: bool,
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
     """act(GroupNorm(x + add) * (1 + scale) + shift); x [N, C, H, W]; add, scale and shift [N, C] or None."""
     if plain(m):
         return ops.group_norm_silu(
@@ -144,7 +152,9 @@ def pointwise(m: nn.Conv2d, x: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     return tokens(m(image(x, size)))
 
 
-def timestep_embedding(proj: Timesteps, mlp: TimestepEmbedding, t: torch.Tensor, condition, dtype) -> torch.Tensor:
+def timestep_embedding(
+    proj: Timesteps, mlp: TimestepEmbedding, t: torch.Tensor, condition: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """t [N] -> [N, E]: sinusoid, linear, SiLU, linear in one op; in four where a condition joins the sinusoid."""
     first, second = mlp.linear_1, mlp.linear_2
     if condition is None and all(map(plain, (proj, mlp, first, second))):

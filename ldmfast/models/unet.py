@@ -11,6 +11,7 @@ the network is ours (blocks.py), and whatever was attached to a part of it is st
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class UNet(DropIn, UNet2DConditionModel):
     stock = UNet2DConditionModel
 
     @functools.wraps(UNet2DConditionModel.__init__)
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         weights_channels_last(self)
 
@@ -161,7 +162,13 @@ class UNet(DropIn, UNet2DConditionModel):
             x = x + adapters.pop(0)
         return x if control is None else add_residual("mid_block_additional_residual", x, control)
 
-    def stock_reason(self, cross_attention_kwargs=None, controls=None, mid_control=None, adapters=None) -> str | None:
+    def stock_reason(
+        self,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        controls: Sequence[torch.Tensor] | None = None,
+        mid_control: torch.Tensor | None = None,
+        adapters: Sequence[torch.Tensor] | None = None,
+    ) -> str | None:
         if cross_attention_kwargs and (names := sorted(set(cross_attention_kwargs) - {"scale"})):
             return f"cross_attention_kwargs has {', '.join(names)}"
         if (controls is None) != (mid_control is None):

@@ -9,6 +9,7 @@ conditioned by channels joined to the latent (a map, a masked picture, a low res
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class UNet2D(DropIn, UNet2DModel):
     stock = UNet2DModel
 
     @functools.wraps(UNet2DModel.__init__)
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         widths = kwargs.get("attention_head_dim")
         several = isinstance(widths, list | tuple)
         super().__init__(*args, **({**kwargs, "attention_head_dim": None} if several else kwargs))

@@ -7,6 +7,7 @@ pipe.vqvae = VQModel.adopt(pipe.vqvae)
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import diffusers
 import torch
@@ -30,7 +31,7 @@ class VQModel(DropIn, diffusers.VQModel):
     stock = diffusers.VQModel
 
     @functools.wraps(diffusers.VQModel.__init__)
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         weights_channels_last(self)
 
@@ -41,7 +42,13 @@ class VQModel(DropIn, diffusers.VQModel):
         return VQEncoderOutput(latents=h) if return_dict else (h,)
 
     @apply_forward_hook
-    def decode(self, h: torch.Tensor, force_not_quantize: bool = False, return_dict: bool = True, shape=None):
+    def decode(
+        self,
+        h: torch.Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: tuple[int, ...] | None = None,
+    ) -> DecoderOutput | tuple:
         """Latents [N, c, h, w] to images [N, 3, f h, f w]; `force_not_quantize` and `shape` as diffusers takes them."""
         if self.config.norm_type == "spatial" or (force_not_quantize and self.config.lookup_from_codebook):
             return super().decode(h, force_not_quantize, return_dict, shape)

@@ -136,7 +136,7 @@ def _warn_of_heads(folder: Path, config: dict) -> None:
         )
 
 
-def check_loaded(model_name: str, source, info: dict) -> None:
+def check_loaded(model_name: str, source: str | Path, info: dict) -> None:
     """Refuse a model with weights that its checkpoint did not have. Raises ValueError naming the first of them."""
     missing = sorted(set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]})
     if missing:

@@ -12,7 +12,15 @@ from ldmfast.ops.operator import Op
 NAME = "attention"
 
 
-def attention(q, k, v, *, scale=None, mask=None, backend=None):
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """softmax(scale * q k^T + mask) v, head by head.
 
     q        [N, L, H, D]  float16 | bfloat16 | float32 (float64: the reference); any strides with unit stride in D
@@ -39,7 +47,7 @@ def _arguments(q, k, v, *, scale=None, mask=None):
     return q, k, v, scale, mask
 
 
-def check(q, k, v, scale, mask):
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None) -> None:
     for name, tensor, meaning in (("q", q, "[N, L, H, D]"), ("k", k, "[N, S, H, D]"), ("v", v, "[N, S, H, D]")):
         if tensor.dim() != 4:
             raise ValueError(f"{NAME}: {name} has shape {list(tensor.shape)}, expected {meaning}")
@@ -116,7 +124,7 @@ def _reference(q, k, v, scale, mask):
     return out.masked_fill(dead, 0).transpose(1, 2).contiguous()
 
 
-def expanded_mask(mask, q, k) -> torch.Tensor | None:
+def expanded_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
     """The mask as [N, H, L, S] by strides, nothing copied."""
     return None if mask is None else mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
 
@@ -131,7 +139,7 @@ def _native(extension, q, k, v, scale, mask):
     return out
 
 
-def native_fields(q, k, v, scale, mask) -> dict:
+def native_fields(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None) -> dict:
     """AttentionArgs of csrc/ops.h but for out; the gradient's struct has these fields, too."""
     N, L, H, D = q.shape
     stride_qn, stride_ql, stride_qh, _ = q.stride()  # unit stride in D

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -11,7 +13,7 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def require_tensors(op: str, **arguments) -> None:
+def require_tensors(op: str, **arguments: Any) -> None:
     """Every argument is a tensor; one named with a trailing `_` may be None."""
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor) and not (name.endswith("_") and value is None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -15,18 +16,18 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def ddim_step(
-    sample,
-    model_output,
-    alpha_t,
-    alpha_prev,
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    alpha_t: float | torch.Tensor,
+    alpha_prev: float | torch.Tensor,
     *,
-    guidance=None,
-    sigma=0.0,
-    noise=None,
-    prediction="epsilon",
-    clip=None,
-    backend=None,
-):
+    guidance: float | None = None,
+    sigma: float | torch.Tensor = 0.0,
+    noise: torch.Tensor | None = None,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x_{t-1} from x_t and the model's output.
 
     sample        [N, ...]   float16 | bfloat16 | float32 (float64: the reference)
@@ -134,7 +135,15 @@ def _table(sample, alpha_t, alpha_prev, sigma, prediction) -> torch.Tensor:
     return table if sample.dtype is torch.float64 else table.float()
 
 
-def check(sample, model_output, coefficients, table, guidance, noise, clip):
+def check(
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    coefficients: Sequence[float],
+    table: torch.Tensor | None,
+    guidance: float | None,
+    noise: torch.Tensor | None,
+    clip: float | None,
+) -> None:
     if sample.dim() == 0:
         raise ValueError(f"{NAME}: sample has shape [], expected [N, ...]")
     require_float(NAME, "sample", sample)
@@ -157,13 +166,13 @@ def check(sample, model_output, coefficients, table, guidance, noise, clip):
         raise ValueError(f"{NAME}: clip is {clip}, expected more than 0")
 
 
-def memory_layout(sample):
+def memory_layout(sample: torch.Tensor) -> torch.memory_format:
     if not sample.is_contiguous() and sample.dim() == 4 and sample.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
 
-def empty_output(sample):
+def empty_output(sample: torch.Tensor) -> torch.Tensor:
     if sample.is_contiguous():
         return torch.empty_like(sample)
     return torch.empty_like(sample, memory_format=memory_layout(sample))
@@ -216,7 +225,7 @@ def _reference(sample, model_output, coefficients, table, guidance, noise, clip)
     return tuple(value.to(sample.dtype).contiguous(memory_format=memory_layout(sample)) for value in (prev, x0))
 
 
-def dense(sample, *others):
+def dense(sample: torch.Tensor, *others: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
     """Every tensor dense in sample's layout and dtype, so that one index serves all."""
     if all(value is None or value.dtype is sample.dtype and value.is_contiguous() for value in (sample, *others)):
         return sample, *others  # the usual case, without a call into torch
@@ -235,7 +244,14 @@ def _native(extension, sample, model_output, coefficients, table, guidance, nois
     return prev, x0
 
 
-def native_fields(sample, model_output, coefficients, table, guidance, clip) -> dict:
+def native_fields(
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    coefficients: Sequence[float],
+    table: torch.Tensor | None,
+    guidance: float | None,
+    clip: float | None,
+) -> dict:
     """DdimStepArgs of csrc/ops.h but for noise, prev and x0; the gradient's struct has these fields, too."""
     N = sample.shape[0]
     return {

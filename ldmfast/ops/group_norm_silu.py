@@ -14,7 +14,19 @@ from ldmfast.ops.operator import Op
 NAME = "group_norm_silu"
 
 
-def group_norm_silu(x, weight, bias, groups, eps=1e-5, *, silu=True, add=None, scale=None, shift=None, backend=None):
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: int,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """SiLU(GroupNorm(x + add) * (1 + scale) + shift) in one op.
 
     x             [N, C, ...]  float16 | bfloat16 | float32 (float64: the reference); contiguous or channels_last
@@ -37,7 +49,17 @@ def _arguments(x, weight, bias, groups, eps=1e-5, *, silu=True, add=None, scale=
     return x, weight, bias, groups, eps, silu, add, scale, shift
 
 
-def check(x, weight, bias, groups, eps, silu, add, scale, shift):
+def check(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    add: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> None:
     if x.dim() < 2:
         raise ValueError(f"{NAME}: x has shape {list(x.shape)}, expected [N, C, ...]")
     require_float(NAME, "x", x)
@@ -141,7 +163,7 @@ def as_ncp(x: torch.Tensor) -> tuple[torch.Tensor, bool, tuple[int, int, int]]:
     return x, layout is torch.channels_last, strides
 
 
-def in_one_dtype(like: torch.Tensor, *tensors):
+def in_one_dtype(like: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[list[torch.Tensor | None], torch.dtype]:
     """The tensors in one dtype (the first one's if they agree, else float32) with unit stride in C, and that dtype."""
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None} or {like.dtype}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -164,7 +186,17 @@ def _native(extension, x, *others):
     return y
 
 
-def native_fields(x, weight, bias, groups, eps, silu, add, scale, shift) -> dict:
+def native_fields(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    add: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> dict:
     """GroupNormSiluArgs of csrc/ops.h but for y; the gradient's struct has these fields, too."""
     x, channels_last, (stride_xn, stride_xc, stride_xp) = as_ncp(x)
     (weight, bias), param_dtype = in_one_dtype(x, weight, bias)

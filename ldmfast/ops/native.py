@@ -15,8 +15,11 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
+
+from ldmfast.ops.registry import Choice
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
 MODULES = {"cpu": "_cpu", "cuda": "_cuda", "cuda-host": "_cuda_host"}
@@ -42,7 +45,7 @@ def missing(backend: str) -> str | None:
 
 
 @functools.cache
-def module(backend: str):
+def module(backend: str) -> ModuleType:
     return importlib.import_module(f"ldmfast.{MODULES[backend]}")
 
 
@@ -71,7 +74,7 @@ def _bytes(count: int, device: torch.device | str = "cpu") -> torch.Tensor:
 _HOST = (-1, 0, _bytes)
 
 
-def register(op, function, lead: int = 0) -> None:
+def register(op: Choice, function: Callable, lead: int = 0) -> None:
     """Registers `function(extension, *args)` as the op's three native backends, which refuse what was not built.
 
     lead  the argument whose dtype the kernel computes in

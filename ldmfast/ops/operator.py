@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,7 +45,7 @@ class Op(Choice):
         autocast: Callable,
         normalise: Callable | None = None,
         example: Callable | None = None,
-    ):
+    ) -> None:
         super().__init__(name)
         self.check, self.fake, self.normalise, self.example = check, fake, normalise, example
         self._autocast = autocast
@@ -71,7 +72,7 @@ class Op(Choice):
 
         return register
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """args as in the schema, the backend's name or None last."""
         if not torch.compiler.is_compiling():
             if not dispatcher_needed(args):
@@ -80,7 +81,7 @@ class Op(Choice):
                 return _Recorded.apply(*args, self)
         return self._operator(*args)
 
-    def run(self, *args):
+    def run(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Check, choose and run: what the operator does on every device."""
         *args, name = args
         self.check(*args)

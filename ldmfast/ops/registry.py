@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,7 +40,7 @@ class use_backend:  # noqa: N801 - used as a function and as a context manager, 
     Raises ValueError for a name that no op has.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         require_backend_name(name, "use_backend")
         self.name = name
         _chosen.append(name)
@@ -48,7 +48,7 @@ class use_backend:  # noqa: N801 - used as a function and as a context manager, 
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: Any) -> None:
         del _chosen[len(_chosen) - 1 - _chosen[::-1].index(self.name)]
 
 
@@ -123,7 +123,7 @@ def _first_sentence(conditions: list[Callable], args: Sequence) -> str | None:
 class Choice:
     """An op's backends, and the choice between them."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.name = name
         self.backends: dict[str, Backend] = {}
         self._ranked: list[Backend] = []
@@ -188,7 +188,7 @@ class Choice:
         raise NotImplementedError(f"{self.name}: every backend refuses. {reasons}")
 
 
-def explain(op, *args, **kwargs) -> str:
+def explain(op: Callable | str, *args: Any, **kwargs: Any) -> str:
     """What each backend says to these arguments, and which one would run. Runs nothing.
 
     op is a function of ldmfast.ops (or its name); args and kwargs are that function's. Bad arguments are reported as

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -33,7 +33,7 @@ def rows(op: Op, dtype: torch.dtype) -> Iterator[tuple[str, bool]]:
         yield f"{row} {'right' if right else 'WRONG'}: error {error:.1e} against float64{said}", right
 
 
-def output_error(op: Op, backend: Backend, args) -> float:
+def output_error(op: Op, backend: Backend, args: Sequence) -> float:
     """The worst of the outputs' errors, each as ||y - exact|| / ||exact||."""
     exact = op.reference(*(value.double() if _is_float_tensor(value) else value for value in args))
     got = backend.run(*args)
@@ -41,7 +41,7 @@ def output_error(op: Op, backend: Backend, args) -> float:
     return max(((y.double() - true).norm() / true.norm()).item() for y, true in pairs)
 
 
-def gradient_error(op: Op, name: str, args) -> float:
+def gradient_error(op: Op, name: str, args: Sequence) -> float:
     """The worst of the gradients of the outputs' sum of squares. Raises NotImplementedError where there is no kernel.
 
     The sum is divided by the root of its length, so that float16 holds the gradients of x and of a bias alike.

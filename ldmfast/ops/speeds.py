@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ldmfast.ops.registry import Choice
+
 SIXTEEN = frozenset({torch.float16, torch.bfloat16})
 ANY = float("inf")
 
@@ -61,7 +63,7 @@ SLOWER = (
 )
 
 
-def register(op, sizes: Callable, lead: int = 0) -> None:
+def register(op: Choice, sizes: Callable[..., dict[str, int]], lead: int = 0) -> None:
     """Gives the op's backends their rows of SLOWER. Call it when all of them are registered.
 
     sizes  called as sizes(*args): the sizes by name that the rows bound

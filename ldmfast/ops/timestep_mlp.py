@@ -16,8 +16,18 @@ NAME = "timestep_mlp"
 
 
 def timestep_mlp(
-    t, w1, b1, w2, b2, *, dim, flip_sin_to_cos=True, downscale_freq_shift=0.0, max_period=10000.0, backend=None
-):
+    t: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    *,
+    dim: int,
+    flip_sin_to_cos: bool = True,
+    downscale_freq_shift: float = 0.0,
+    max_period: float = 10000.0,
+    backend: str | None = None,
+) -> torch.Tensor:
     """w2 SiLU(w1 sinusoid(t) + b1) + b2: diffusers' `Timesteps` and `TimestepEmbedding` in one.
 
     t         [N]       int or float
@@ -52,7 +62,17 @@ def _arguments(t, w1, b1, w2, b2, *, dim, flip_sin_to_cos=True, downscale_freq_s
     return t, w1, b1, w2, b2, dim, flip_sin_to_cos, float(downscale_freq_shift), float(max_period)
 
 
-def check(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+def check(
+    t: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    dim: int,
+    flip_sin_to_cos: bool,
+    downscale_freq_shift: float,
+    max_period: float,
+) -> None:
     if t.dim() != 1:
         raise ValueError(f"{NAME}: t has shape {list(t.shape)}, expected [N]")
     if t.dtype is torch.bool or t.dtype.is_complex:
@@ -105,7 +125,9 @@ op = Op(
 timestep_mlp.op = op
 
 
-def frequencies(dim, downscale_freq_shift, max_period, dtype=torch.float32) -> torch.Tensor:
+def frequencies(
+    dim: int, downscale_freq_shift: float, max_period: float, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """[dim // 2] on the CPU. In float32 the same steps as diffusers' get_timestep_embedding, so the same bits."""
     half = dim // 2
     exponent = -math.log(max_period) * torch.arange(half, dtype=dtype, device="cpu")
@@ -118,7 +140,9 @@ def _frequencies_on(device, dim, downscale_freq_shift, max_period):
         return frequencies(dim, downscale_freq_shift, max_period).to(device)
 
 
-def sinusoid(t, dtype, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
+def sinusoid(
+    t: torch.Tensor, dtype: torch.dtype, dim: int, flip_sin_to_cos: bool, downscale_freq_shift: float, max_period: float
+) -> torch.Tensor:
     freqs = frequencies(dim, downscale_freq_shift, max_period, dtype).to(t.device)
     angles = t.to(dtype)[:, None] * freqs
     parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
@@ -132,7 +156,16 @@ def _reference(t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, ma
     return F.linear(F.silu(F.linear(embedding, w1, b1)), w2, b2)
 
 
-def kernel_inputs(t, w1, b1, w2, b2, dim, downscale_freq_shift, max_period):
+def kernel_inputs(
+    t: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    dim: int,
+    downscale_freq_shift: float,
+    max_period: float,
+) -> tuple[torch.Tensor | None, ...]:
     freqs = _frequencies_on(w1.device, dim, downscale_freq_shift, max_period)
     b1, b2 = (None if bias is None else bias.contiguous() for bias in (b1, b2))
     return t.to(torch.float32).contiguous(), freqs, w1.contiguous(), b1, w2.contiguous(), b2
@@ -148,7 +181,15 @@ def _native(extension, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_s
     return out
 
 
-def native_fields(t, freqs, w1, b1, w2, dim, flip_sin_to_cos) -> dict:
+def native_fields(
+    t: torch.Tensor,
+    freqs: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    dim: int,
+    flip_sin_to_cos: bool,
+) -> dict:
     """TimestepMlpArgs of csrc/ops.h but for b2 and out; the gradient's struct has these fields, too."""
     return {
         "t": t,

@@ -6,11 +6,15 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from ldmfast.ops.registry import Backend, Choice
 
-def register(op, function):
+
+def register(op: Choice, function: Callable) -> Backend:
     """Registers `function(kernel, *args)` as the op's backend, kernel being the launcher of its name in kernels/.
 
     Returns the backend, for what it refuses beside the conditions that every Triton kernel has.
@@ -21,12 +25,12 @@ def register(op, function):
 
 
 @functools.cache
-def launcher(name: str):
+def launcher(name: str) -> Callable:
     """The kernel file's function, imported when it first runs: Triton may not be installed."""
     return getattr(importlib.import_module(f"ldmfast.kernels.{name}"), name)
 
 
-def refuse(*args) -> str | None:
+def refuse(*args: Any) -> str | None:
     """The conditions that all Triton backends share: installed, a GPU or the interpreter, a dtype it has."""
     if reason := _unusable():
         return reason

@@ -8,13 +8,16 @@ saved_autoencoder.py              the autoencoder alone, out of such a folder
 optimize.py                       ldmfast under a live diffusers pipeline
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import Any
 
 _HOMES = {"LatentDiffusionPipeline": "ldmfast.pipeline.pipeline", "TextToImagePipeline": "ldmfast.pipeline.pipeline"}
 __all__ = list(_HOMES)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

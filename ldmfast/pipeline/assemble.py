@@ -29,15 +29,15 @@ _PLACES = {"": "", "unet": "unet", "vae": "vae", "vqvae": "vae"}  # where a fold
 
 
 def assemble(
-    source,
+    source: str | Path,
     *,
-    text_encoder=None,
-    ema=False,
-    config=None,
+    text_encoder: str | Path | None = None,
+    ema: bool = False,
+    config: dict | str | Path | None = None,
     dtype: torch.dtype | None = torch.float32,
-    allow_missing=False,
-    tokenizer=None,
-    autoencoder=None,
+    allow_missing: bool = False,
+    tokenizer: str | Path | None = None,
+    autoencoder: str | Path | None = None,
     conditioner: Conditioner | None = None,
 ) -> dict[str, Any] | nn.Module | diffusers.DiffusionPipeline:
     """The arguments of a LatentDiffusionPipeline; for a model that is none, what it is: see `ldmfast.load`."""

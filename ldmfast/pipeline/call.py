@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import diffusers
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldmfast.diffusion.sampling import check_eta
-from ldmfast.pictures import for_each, mask_tensor, picture_tensor
+from ldmfast.pictures import Images, for_each, mask_tensor, picture_tensor
 
 STRENGTH = 0.8  # from an image, where a call names none
 
@@ -32,7 +34,7 @@ class SamplingOptions:
     eta: float = 0.0
     strength: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         longest = self.scheduler.config.num_train_timesteps
         if not 1 <= self.steps <= longest:
             raise ValueError(f"steps={self.steps} must lie between 1 and {longest}")
@@ -83,7 +85,14 @@ class Canvas:
 
 
 def make_canvas(
-    count: int, trained: tuple[int, int], factor: int, *, size=None, image=None, mask=None, enlarged: bool = False
+    count: int,
+    trained: tuple[int, int],
+    factor: int,
+    *,
+    size: tuple[int, int] | None = None,
+    image: Images | None = None,
+    mask: Images | None = None,
+    enlarged: bool = False,
 ) -> Canvas:
     """The Canvas of `count` pictures. Raises ValueError for sizes that do not fit each other or the autoencoder.
 
@@ -132,7 +141,7 @@ def check_channels(unet: nn.Module, vae: nn.Module, concat: torch.Tensor | None,
         raise ValueError(f"the condition beside the latents is {w}x{h}, the latents are {width}x{height}")
 
 
-def listed(inputs, takes_inputs: bool = True) -> list:
+def listed(inputs: Any, takes_inputs: bool = True) -> list:
     """The N inputs of a call: a list, or one input; for an unconditional model also their number.
 
     Raises ValueError for none, or for an empty caption.
@@ -146,7 +155,7 @@ def listed(inputs, takes_inputs: bool = True) -> list:
     return inputs
 
 
-def strength_of(strength: float | None, image, mask, taken: tuple[str, ...]) -> float:
+def strength_of(strength: float | None, image: Images | None, mask: Images | None, taken: tuple[str, ...]) -> float:
     """How much of the schedule is run; None: 0.8 from an image, else all of it. Raises ValueError.
 
     taken  which of image and mask the model takes beside the latent
@@ -163,7 +172,7 @@ def strength_of(strength: float | None, image, mask, taken: tuple[str, ...]) -> 
     return strength
 
 
-def seed_list(seeds, count: int) -> list[int]:
+def seed_list(seeds: int | Sequence[int], count: int) -> list[int]:
     """A seed for each of `count` pictures: `seeds` itself, or seeds, seeds + 1, ... Raises ValueError."""
     seeds = list(range(seeds, seeds + count)) if isinstance(seeds, numbers.Integral) else list(seeds)
     if len(seeds) != count:

@@ -24,7 +24,9 @@ from ldmfast.conditioning.text import TextEncoder
 from ldmfast.diffusion import catalogue
 
 
-def load_parts(folder, *, text_encoder=None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def load_parts(
+    folder: str | Path, *, text_encoder: str | Path | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """{"unet", "vae", "scheduler", "conditioner", "guidance"?} of a saved pipeline.
 
     text_encoder  "minilm", a hub name or a folder, in place of the one that the pipeline names
@@ -66,7 +68,7 @@ def _network(folder: Path, dtype: torch.dtype) -> nn.Module:
         raise ValueError(f"{folder} could not be loaded: {files.first_line(error)}") from error
 
 
-def save_parts(folder, *, dtype: torch.dtype | None = None, **parts) -> None:
+def save_parts(folder: str | Path, *, dtype: torch.dtype | None = None, **parts: Any) -> None:
     """Write what `load_parts` reads. `dtype` converts the weights in the files only.
 
     The folder holds all of the old or all of the new pipeline at every moment; what it holds beside a pipeline's parts

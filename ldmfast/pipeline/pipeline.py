@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -24,7 +26,7 @@ from ldmfast.conditioning.condition import Condition
 from ldmfast.diffusion import sampling
 from ldmfast.diffusion.samplers import make_sampler
 from ldmfast.models.encode_decode import decode_latents, downsampling, encode_pictures
-from ldmfast.pictures import to_pil
+from ldmfast.pictures import Images, to_pil
 from ldmfast.pipeline.assemble import assemble
 from ldmfast.pipeline.call import Canvas, SamplingOptions, check_channels, listed, make_canvas, seed_list, strength_of
 from ldmfast.pipeline.folder import save_parts
@@ -50,7 +52,7 @@ class LatentDiffusionPipeline:
         conditioner: Conditioner | None = None,
         *,
         guidance: float = GUIDANCE,
-    ):
+    ) -> None:
         conditioner = Unconditional() if conditioner is None else conditioner
         width, wanted = getattr(conditioner, "width", None), unet.config.get("cross_attention_dim")
         if conditioner.mode == "crossattn" and None not in (width, wanted) and width != wanted:
@@ -59,7 +61,7 @@ class LatentDiffusionPipeline:
         self.conditioner, self.guidance = conditioner.bind(vae), guidance
 
     @classmethod
-    def from_pretrained(cls, source=None, **options) -> LatentDiffusionPipeline:
+    def from_pretrained(cls, source: str | Path | None = None, **options: Any) -> LatentDiffusionPipeline:
         """As `ldmfast.load`, whose options it takes; without a source the shipped text model.
 
         Raises what `ldmfast.load` raises, and ValueError for a model that is no LatentDiffusionPipeline.
@@ -71,12 +73,12 @@ class LatentDiffusionPipeline:
             raise ValueError(f"{what}; in Python, ldmfast.load({str(source)!r}) gives it")
         return cls(**found)
 
-    def save_pretrained(self, folder, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `ldmfast.load` reads. `dtype` converts the weights in the files only."""
         parts = {name: getattr(self, name) for name in ("unet", "vae", "scheduler", "conditioner", "guidance")}
         save_parts(folder, **parts, dtype=dtype)
 
-    def to(self, *args, **kwargs) -> LatentDiffusionPipeline:
+    def to(self, *args: Any, **kwargs: Any) -> LatentDiffusionPipeline:
         """Move (and cast) the networks, as torch.nn.Module.to does."""
         for part in (self.unet, self.vae, self.conditioner):
             part.to(*args, **kwargs)
@@ -84,18 +86,18 @@ class LatentDiffusionPipeline:
 
     def __call__(
         self,
-        inputs=None,
+        inputs: Any = None,
         *,
         steps: int = STEPS,
         guidance: float | None = None,
         guidance_rescale: float = 0.0,
         seeds: int | list[int] = 0,
         batch: int = 16,
-        sampler=None,
+        sampler: str | type | diffusers.SchedulerMixin | None = None,
         eta: float = 0.0,
         size: tuple[int, int] | None = None,
-        image=None,
-        mask=None,
+        image: Images | None = None,
+        mask: Images | None = None,
         strength: float | None = None,
         progress: bool = False,
         on_preview: Callable[[int, int, list[Image.Image]], None] | None = None,
@@ -141,7 +143,9 @@ class LatentDiffusionPipeline:
                 drawn += to_pil(canvas[part].paste(self.decode(latents)))
         return drawn
 
-    def canvas(self, count: int, size=None, image=None, mask=None) -> Canvas:
+    def canvas(
+        self, count: int, size: tuple[int, int] | None = None, image: Images | None = None, mask: Images | None = None
+    ) -> Canvas:
         """The Canvas that `count` pictures are drawn on. Raises ValueError for sizes that do not fit."""
         side = self.unet.config.sample_size
         trained = (side, side) if isinstance(side, int) else tuple(side)
@@ -150,7 +154,12 @@ class LatentDiffusionPipeline:
 
     @torch.no_grad()
     def denoise(
-        self, inputs: list, seeds: list[int], options: SamplingOptions, canvas: Canvas | None = None, watch=None
+        self,
+        inputs: list,
+        seeds: list[int],
+        options: SamplingOptions,
+        canvas: Canvas | None = None,
+        watch: Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None] | None = None,
     ) -> torch.Tensor:
         """Latents [N, z, h, w] for N inputs and seeds.   watch(i, times, function giving the predicted latents)"""
         canvas = self.canvas(len(inputs)) if canvas is None else canvas

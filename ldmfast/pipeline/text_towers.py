@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 import torch
@@ -34,7 +34,7 @@ def text_tower(part: Part, dtype: torch.dtype | None) -> nn.Module:
 
 
 def join_text_towers(
-    path: Path, model: Model, parts: dict[str, Any], towers: dict[str, nn.Module], tokenizer
+    path: Path, model: Model, parts: dict[str, Any], towers: dict[str, nn.Module], tokenizer: str | Path | None
 ) -> dict[str, Any] | diffusers.DiffusionPipeline:
     """The arguments of a LatentDiffusionPipeline, or diffusers' pipeline where the model takes more than that gives.
 
@@ -76,10 +76,10 @@ def _absent(kind: str, parts: dict[str, Any]) -> dict[str, Any]:
 class AbsentTokenizer:
     """Stands where a tokenizer should be; asked for tokens, it says what is missing."""
 
-    def __init__(self, reason: str):
+    def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise OSError(self.reason)
 
 

@@ -8,6 +8,8 @@ or from the original YAML.
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +57,13 @@ def ema_name(name: str) -> str:
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
-def from_released(tensors: dict[str, torch.Tensor], config=None, *, ema: bool = False, header=None) -> Model:
+def from_released(
+    tensors: dict[str, torch.Tensor],
+    config: dict | str | Path | None = None,
+    *,
+    ema: bool = False,
+    header: dict[str, Any] | None = None,
+) -> Model:
     """Take a released checkpoint apart.
 
     config  the original YAML (a path, or its content), where it is given
