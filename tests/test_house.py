@@ -1,4 +1,4 @@
-"""The house in order: which room imports which, how full a folder is, and what its files are called."""
+"""The house in order: which room imports which, what is annotated, how full a folder is, what its files are called."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ STOREYS = (
     {"training", "evaluation", "study"},
     {"commands", "__main__"},
 )
+ANNOTATED = {"ops", "models", "conditioning", "diffusion", "released", "pipeline"}  # the rooms that users call
 SHIM = "models/conditioning.py"  # where conditioning was; users import it
 LOOSE_FILES, FILES_IN_A_FOLDER = 7, 20
 COLLECTIONS = {"tests/data/emoji"}  # pictures, not texts that somebody looks through
@@ -177,6 +178,82 @@ def test_a_circle_is_found(tmp_path):
         },
     )
     assert circles(package) == [["ldmfast.ops.a", "ldmfast.ops.b"], ["ldmfast.ops.c", "ldmfast.ops.d"]]
+
+
+# --- what is annotated ------------------------------------------------------------------------------------------------
+
+
+def public_functions(tree: ast.AST, in_class: bool = False):
+    """(function, whether it is a method) of those that no name around them, nor their own, calls private."""
+    for node in ast.iter_child_nodes(tree):
+        named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if named and node.name.startswith("_") and not node.name.endswith("__"):
+            continue
+        if named and not isinstance(node, ast.ClassDef):
+            yield node, in_class  # what is nested in it is its own affair
+        else:
+            yield from public_functions(node, in_class or named)
+
+
+def bare(function: ast.FunctionDef, is_method: bool) -> list[str]:
+    """The arguments without an annotation, self and cls apart, and "return" where that has none."""
+    given, static = function.args, any(ast.unparse(each) == "staticmethod" for each in function.decorator_list)
+    places = [*given.posonlyargs, *given.args][is_method and not static :]
+    arguments = [*places, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+    return [each.arg for each in arguments if each.annotation is None] + ["return"] * (function.returns is None)
+
+
+def unannotated(package: Path) -> list[str]:
+    """Each public function of the rooms that users call with something bare, as file:line name: what."""
+    return [
+        f"{file.relative_to(package)}:{function.lineno} {function.name}: {', '.join(missing)}"
+        for file in sources(package).values()
+        if file.relative_to(package).parts[0] in ANNOTATED
+        for function, is_method in public_functions(ast.parse(file.read_text(), str(file)))
+        if (missing := bare(function, is_method))
+    ]
+
+
+def test_what_users_call_is_annotated():
+    assert unannotated(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    "text, missing",
+    [
+        ("def f(x, /, y, *z, v=1, **w): ...", "f: x, y, v, z, w, return"),
+        ("def f(x: int): ...", "f: return"),
+        ("async def f(x) -> int: ...", "f: x"),
+        ("@register\ndef f(x) -> int: ...", "f: x"),
+        ("if True:\n    def f(x) -> int: ...", "f: x"),
+        ("class A:\n    def __init__(self): ...", "__init__: return"),
+        ("class A:\n    def __call__(self, x) -> int: ...", "__call__: x"),
+        ("class A:\n    @property\n    def f(self): ...", "f: return"),
+        ("class A:\n    @classmethod\n    def f(cls, x) -> int: ...", "f: x"),
+        ("class A:\n    @staticmethod\n    def f(x) -> int: ...", "f: x"),
+        ("class A:\n    class B:\n        def f(self, x) -> int: ...", "f: x"),
+    ],
+)
+def test_a_bare_function_is_found(text, missing, tmp_path):
+    package = write(tmp_path, {"ldmfast/ops/a.py": text, "ldmfast/training/a.py": text})
+    (found,) = unannotated(package)
+    assert found.startswith("ops/a.py:") and found.partition(" ")[2] == missing
+
+
+def test_private_and_nested_functions_need_no_annotation(tmp_path):
+    text = """
+def _f(x): ...
+def f(x: int) -> int:
+    def g(y): ...
+class _A:
+    def f(self, x): ...
+class A:
+    def __init__(self, x: int) -> None: ...
+    def _f(self, x): ...
+    @property
+    def g(self) -> int: ...
+"""
+    assert unannotated(write(tmp_path, {"ldmfast/ops/a.py": text})) == []
 
 
 # --- files and names --------------------------------------------------------------------------------------------------
