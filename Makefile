@@ -51,6 +51,8 @@ interpreted:
 nvcc:
 ifneq ($(shell command -v nvcc),)
 	$(if $(filter OFF,$(LDMFAST_CUDA)),LDMFAST_CUDA=ON $(BUILD:--inplace=) --build-lib build/cuda --targets _cuda)
+	cd $(if $(filter OFF,$(LDMFAST_CUDA)),build/cuda/ldmfast,ldmfast) && \
+		$(CURDIR)/$(BIN)/python -c "import torch, _cuda; print('_cuda loads without a driver:', len(_cuda.fields), 'ops')"
 	$(BIN)/python bench/resources.py --only cuda
 endif
 

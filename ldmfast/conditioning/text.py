@@ -58,7 +58,7 @@ class TextEncoder(Conditioner):
         self.width = model.config.hidden_size
 
     @classmethod
-    def from_pretrained(cls, name: str = "minilm", *, tokens: int | None = None) -> TextEncoder:
+    def from_pretrained(cls, name: str | Path = "minilm", *, tokens: int | None = None) -> TextEncoder:
         """Load by "minilm", a hub name, a folder, or a diffusers folder with text_encoder/ and tokenizer/.
 
         tokens  length of the padded captions; without it 77 for CLIP, 24 otherwise
@@ -66,6 +66,7 @@ class TextEncoder(Conditioner):
         """
         from transformers.utils import logging
 
+        name = str(name)  # config.json keeps it
         verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -9,10 +9,8 @@ import torch
 
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_float, require_shape, require_tensors, short
+from ldmfast.ops.ddim_coefficients import NAME, PREDICTIONS, coefficient_table, coefficients_of, number_on_host
 from ldmfast.ops.operator import Op
-
-NAME = "ddim_step"
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def ddim_step(
@@ -68,71 +66,16 @@ def _arguments(
     require_tensors(NAME, sample=sample, model_output=model_output, noise_=noise)
     if prediction not in PREDICTIONS:
         raise ValueError(f"{NAME}: prediction is {prediction!r}, expected {', '.join(PREDICTIONS)}")
-    host = [_host(value) for value in (alpha_t, alpha_prev, sigma)]
+    host = [number_on_host(value) for value in (alpha_t, alpha_prev, sigma)]
     if None not in host:
-        coefficients, table = _coefficients(*host, prediction), None
+        coefficients, table = coefficients_of(*host, prediction), None
         if host[2] and noise is None:
             raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {host[2]}")
     else:
-        coefficients, table = [], _table(sample, alpha_t, alpha_prev, sigma, prediction)
+        coefficients, table = [], coefficient_table(sample, alpha_t, alpha_prev, sigma, prediction)
         if noise is None and host[2] != 0:
             raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is a tensor")
     return sample, model_output, coefficients, table, guidance, noise, clip
-
-
-def _host(value) -> float | None:
-    """The value as a float, or None where reading it would need a device or it differs by sample."""
-    if isinstance(value, torch.Tensor):
-        return value.item() if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad else None
-    return float(value)
-
-
-def _coefficients(alpha_t: float, alpha_prev: float, sigma: float, prediction: str) -> list[float]:
-    for name, value in (("alpha_t", alpha_t), ("alpha_prev", alpha_prev)):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{NAME}: {name} is {value}, expected a cumulative product in [0, 1]")
-    if alpha_t == 0.0 and prediction == "epsilon":
-        raise ValueError(f"{NAME}: alpha_t is 0, where epsilon does not determine x0; use v_prediction or sample")
-    direction = 1.0 - alpha_prev - sigma * sigma
-    if sigma < 0 or not direction >= -1e-6:
-        raise ValueError(f"{NAME}: sigma is {sigma}, expected at most sqrt(1 - alpha_prev) = {(1 - alpha_prev) ** 0.5}")
-    a, b = math.sqrt(alpha_t), math.sqrt(1.0 - alpha_t)
-    x0_sample, x0_model, eps_sample, eps_model = _parametrisation(a, b, prediction)
-    return [x0_sample, x0_model, eps_sample, eps_model, math.sqrt(alpha_prev), math.sqrt(max(direction, 0.0)), sigma]
-
-
-def _parametrisation(a, b, prediction):
-    """x0 and eps as sums over (sample, model output), from sample = a x0 + b eps."""
-    if prediction == "epsilon":
-        return 1 / a, -b / a, 0 * a, 0 * a + 1
-    if prediction == "v_prediction":  # v = a eps - b x0
-        return a, -b, b, a
-    return 0 * a, 0 * a + 1, _inverse(b), -a * _inverse(b)
-
-
-def _inverse(b):
-    """1 / b; 0 where b is 0, that is where the sample holds no noise to recover."""
-    if isinstance(b, torch.Tensor):
-        return torch.where(b > 0, 1 / b, torch.zeros_like(b))
-    return 1 / b if b > 0 else 0.0
-
-
-def _table(sample, alpha_t, alpha_prev, sigma, prediction) -> torch.Tensor:
-    """The seven coefficients of each sample, [N, 7] float32, computed in float64 on sample's device."""
-    N = sample.shape[0] if sample.dim() else 1
-    columns = []
-    for name, value in (("alpha_t", alpha_t), ("alpha_prev", alpha_prev), ("sigma", sigma)):
-        if isinstance(value, torch.Tensor):
-            value = value.to(sample.device, torch.float64)
-        else:  # a fill, not a copy from the host, so that a CUDA graph can capture it
-            value = torch.full((), value, dtype=torch.float64, device=sample.device)
-        if value.dim() > 1 or value.dim() == 1 and value.shape[0] != N:
-            raise ValueError(f"{NAME}: {name} has shape {list(value.shape)}, expected a scalar or [N] = [{N}]")
-        columns.append(value.expand(N))
-    alpha_t, alpha_prev, sigma = columns
-    parts = _parametrisation(alpha_t.sqrt(), (1 - alpha_t).sqrt(), prediction)
-    table = torch.stack([*parts, alpha_prev.sqrt(), (1 - alpha_prev - sigma * sigma).clamp(min=0).sqrt(), sigma], dim=1)
-    return table if sample.dtype is torch.float64 else table.float()
 
 
 def check(

