@@ -172,15 +172,39 @@ template <class T, bool kSilu> void merge(const GroupNormSiluArgs& g, const Plan
   for (int64_t group = first; group < end; ++group) merge_channels<T, kSilu>(g, plan, n, group);
 }
 
+// kPairs pairs of vectors, each channel with its own map. A loop of its own beside the contiguous one's: one writer for
+// both, on an object that gave the maps, took 6 to 9 % longer in float32 with AVX2 (GCC 12, Zen 4, one thread).
+template <class T, bool kSilu, int kPairs>
+LDMFAST_INLINE void write_channels(const T* x, T* y, const float* mean, const float* a, const float* b) {
+  VecF v[2 * kPairs];
+#pragma GCC unroll 3
+  for (int j = 0; j < kPairs; ++j) load_pair(x + j * kPair, v[2 * j], v[2 * j + 1]);
+#pragma GCC unroll 6
+  for (int j = 0; j < 2 * kPairs; ++j) {
+    v[j] = apply<T, kSilu>(v[j], load(mean + j * kLanes), load(a + j * kLanes), load(b + j * kLanes));
+  }
+#pragma GCC unroll 3
+  for (int j = 0; j < kPairs; ++j) write_pair<T, kSilu>(y + j * kPair, v[2 * j], v[2 * j + 1]);
+}
+
 template <class T, bool kSilu>
 void write_block(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t block) {
   const int64_t end = min64(g.P, (block + 1) * plan.rows);
-  const float* mean = plan.coefficients + n * 3 * g.C;
-  const EachChannel channels{mean, mean + g.C, mean + 2 * g.C};
+  const float *mean = plan.coefficients + n * 3 * g.C, *a = mean + g.C, *b = a + g.C;
   for (int64_t p = block * plan.rows; p < end; ++p) {
     const T* x = (const T*)g.x + n * g.stride_xn + p * g.stride_xp;  // [C]
     T* y = (T*)g.y + (n * g.P + p) * g.C;                            // [C]
-    write_row<T, kSilu>(x, y, g.C, channels);
+    int64_t c = 0;
+    for (; c + kAbreast * kPair <= g.C; c += kAbreast * kPair) {
+      write_channels<T, kSilu, kAbreast>(x + c, y + c, mean + c, a + c, b + c);
+    }
+    for (; c + kPair <= g.C; c += kPair) write_channels<T, kSilu, 1>(x + c, y + c, mean + c, a + c, b + c);
+    for (; c < g.C; c += kLanes) {
+      const int64_t w = min64(kLanes, g.C - c);
+      VecF v = apply<T, kSilu>(load_first(x + c, w), load_first(mean + c, w), load_first(a + c, w),
+                               load_first(b + c, w));
+      store_first(y + c, v, w);
+    }
   }
 }
 

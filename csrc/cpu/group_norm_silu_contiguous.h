@@ -51,6 +51,35 @@ template <class T> void add_row(Moments& moments, const T* x, int64_t count, dou
   for (int64_t i = 0; i < count; i += kChunk) add_chunk(moments, x + i, min64(kChunk, count - i), offset);
 }
 
+// kPairs pairs of vectors of one channel: y = act(z).   ahead  elements from here to where the next group's row lies
+template <class T, bool kSilu, int kPairs>
+LDMFAST_INLINE void write_row_pairs(const T* x, T* y, VecF mean, VecF a, VecF b, int64_t ahead) {
+  VecF v[2 * kPairs];
+#pragma GCC unroll 3
+  for (int j = 0; j < kPairs; ++j) {
+    __builtin_prefetch(x + ahead + j * kPair, 0, 2);  // 0.62 -> 0.56 ms of one thread
+    load_pair(x + j * kPair, v[2 * j], v[2 * j + 1]);
+  }
+#pragma GCC unroll 6
+  for (int j = 0; j < 2 * kPairs; ++j) v[j] = apply<T, kSilu>(v[j], mean, a, b);
+#pragma GCC unroll 3
+  for (int j = 0; j < kPairs; ++j) write_pair<T, kSilu>(y + j * kPair, v[2 * j], v[2 * j + 1]);
+}
+
+template <class T, bool kSilu>
+LDMFAST_INLINE void write_row(const T* x, T* y, int64_t count, Affine k, int64_t ahead) {
+  const VecF mean = splat(k.mean), a = splat(k.a), b = splat(k.b);
+  int64_t i = 0;
+  for (; i + kAbreast * kPair <= count; i += kAbreast * kPair) {
+    write_row_pairs<T, kSilu, kAbreast>(x + i, y + i, mean, a, b, ahead);
+  }
+  for (; i + kPair <= count; i += kPair) write_row_pairs<T, kSilu, 1>(x + i, y + i, mean, a, b, ahead);
+  for (; i < count; i += kLanes) {
+    const int64_t n = min64(kLanes, count - i);
+    store_first(y + i, apply<T, kSilu>(load_first(x + i, n), mean, a, b), n);
+  }
+}
+
 // one group, in one thread
 template <class T, bool kSilu> void contiguous_group(const GroupNormSiluArgs& g, int64_t n, int64_t group) {
   const int64_t D = g.C / g.groups, first = group * D;
@@ -65,7 +94,7 @@ template <class T, bool kSilu> void contiguous_group(const GroupNormSiluArgs& g,
   const double scale = rstd(moments, g.eps);
   for (int64_t d = 0; d < D; ++d) {
     Affine k = affine<kFastSilu<T, kSilu>>(g, moments.mean, scale, n, first + d);
-    write_row<T, kSilu>(x + d * g.stride_xc, y + d * g.P, g.P, OneChannel(k, D * g.stride_xc));
+    write_row<T, kSilu>(x + d * g.stride_xc, y + d * g.P, g.P, k, D * g.stride_xc);
   }
 }
 
