@@ -1,8 +1,8 @@
 """The speed of try_op.py: the native rows of bench_ops.py, and a comparison with an earlier run.
 
-A row is divided by a matrix product that is timed in turn with it, for the machine's pace changes between runs. All
-rows are passed over PASSES times; a row's noise is how far its passes but the farthest lie apart, as a share of their
-median.
+A row is divided by a matrix product that is timed in turn with it, for the machine's pace changes between runs; it
+counts as slower only if its milliseconds say so, too. All rows are passed over PASSES times; a row's noise is how far
+its passes but the farthest lie apart, as a share of their median.
 
 `python bench/op_speed.py OP WORDS...` runs the rows that have these words, over and over: what a profiler is given.
 """
@@ -101,12 +101,13 @@ def print_table(rows: dict, last: dict | None) -> list[str]:
     slower, old = [], last["rows"] if last else {}
     width = max(map(len, rows), default=0)
     since = f"against {last['commit']} of {last['when']}" if last else "the first run on this machine"
-    print(f"speed, {since}; ratio and noise in matrix products that were timed in turn")
+    print(f"speed, {since}; the ratio is the lesser of milliseconds and matrix products timed in turn")
     print(f"{'milliseconds':<{width}}  {'now':>8}  {'before':>8}  ratio  noise")
     for label, (seconds, pace, noise) in rows.items():
         line = f"{label:<{width}}  {1e3 * seconds:8.3f}"
         if label in old:
-            ratio, noise = pace / old[label][1], noise + old[label][2]
+            # the kinder of two readings: another process may have slowed the products of one run more than its rows
+            ratio, noise = min(seconds / old[label][0], pace / old[label][1]), noise + old[label][2]
             beyond = ratio > 1 + max(LEAST, noise)
             slower += [f"{' '.join(label.split())}, {ratio:.2f}"] if beyond else []
             line += f"  {1e3 * old[label][0]:8.3f}  {ratio:5.2f}  {noise:5.2f}{'  SLOWER' if beyond else ''}"

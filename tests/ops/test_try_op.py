@@ -18,8 +18,9 @@ import op_numbers  # noqa: E402
 import op_speed  # noqa: E402
 
 
-def run(ratio, noise=0.01):
-    return {"commit": "abc", "when": "yesterday", "rows": {"forward 64x64": [ratio * 1e-3, ratio, noise]}}
+def run(ratio, noise=0.01, milliseconds=None):
+    seconds = 1e-3 * (ratio if milliseconds is None else milliseconds)
+    return {"commit": "abc", "when": "yesterday", "rows": {"forward 64x64": [seconds, ratio, noise]}}
 
 
 def test_a_name_that_is_no_op_lists_them():
@@ -36,9 +37,10 @@ def test_a_name_that_is_no_op_lists_them():
         (run(1.0), run(1.02), []),  # less than anybody names
         (run(1.0, noise=0.06), run(1.1, noise=0.06), []),
         (run(1.0), run(0.5), []),
+        (run(1.0), run(9.0, milliseconds=0.9), []),  # the products of the first run were held up
         (None, run(1.0), []),
     ],
-    ids=["slower", "by little", "within the noise of both", "faster", "nothing before"],
+    ids=["slower", "by little", "within the noise of both", "faster", "busy before", "nothing before"],
 )
 def test_a_row_is_slower_beyond_the_noise_of_both_runs(before, now, slower):
     assert op_speed.print_table(now["rows"], before) == slower
