@@ -6,6 +6,7 @@ that become live parts here.
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def assemble(
 ) -> dict[str, Any] | nn.Module | diffusers.DiffusionPipeline:
     """The arguments of a LatentDiffusionPipeline; for a model that is none, what it is: see `ldmfast.load`."""
     path = _located(source)
+    _check_options(dtype, conditioner)
     if path.is_dir() and (ema or config is not None):
         raise ValueError("ema and config are for a released file; a folder has its own weights and configuration")
     if text_encoder is not None and conditioner is not None:
@@ -51,10 +53,14 @@ def assemble(
     model = _published(path, ema, config, allow_missing)
     networks = {_PLACES[name]: network(part, dtype) for name, part in model.parts.items() if name in _PLACES}
     if "" in networks:
+        if text_encoder is not None:
+            raise ValueError(f"text_encoder={str(text_encoder)!r}, but {path} is an autoencoder or a denoiser alone")
         return networks[""]
+    if autoencoder is not None and "vae" in networks:
+        raise ValueError(f"autoencoder={str(autoencoder)!r}, but {path} has an autoencoder of its own")
     if "vae" not in networks:
         networks["vae"] = _autoencoder(path, autoencoder, dtype)
-    parts = {**networks, "scheduler": scheduler(model.schedule)}
+    parts = {**networks, "scheduler": _scheduler(path, model.schedule)}
     towers = {name: text_tower(part, dtype) for name, part in model.parts.items() if name.startswith("text_encoder")}
     if towers and conditioner is None:
         if text_encoder is not None:
@@ -65,12 +71,23 @@ def assemble(
 
 
 def _located(source) -> Path:
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"the model is {source!r}, expected the name of one that ships, a folder or a file")
+    if not str(source):
+        raise ValueError("the model is an empty name, expected that of one that ships, a folder or a file")
     files.recover(source)
     path = shipped.locate(source)
     if not path.exists():
         known = ", ".join(shipped.names())
         raise FileNotFoundError(f"{source} is neither a file nor a folder; the models that ship are {known}")
     return path
+
+
+def _check_options(dtype, conditioner) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r}, expected a floating type of torch, such as torch.bfloat16, or None")
+    if conditioner is not None and not isinstance(conditioner, Conditioner):
+        raise TypeError(f"conditioner={conditioner!r}, expected a Conditioner")
 
 
 def _is_ours(path: Path) -> bool:
@@ -114,9 +131,12 @@ def network(part: Part, dtype: torch.dtype | None = None) -> nn.Module:
     return (made if dtype is None else nn.Module.to(made, dtype)).eval()
 
 
-def scheduler(config: dict) -> diffusers.SchedulerMixin:
+def _scheduler(path: Path, config: dict) -> diffusers.SchedulerMixin:
     """Ours where there is one, which steps as diffusers' does; else diffusers' own."""
-    kind = catalogue.scheduler(config.get("_class_name", "DDIMScheduler"))
+    try:
+        kind = catalogue.scheduler(config.get("_class_name", "DDIMScheduler"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     stock = getattr(kind, "stock", kind).from_config(config)
     return catalogue.take_over(stock) or stock
 

@@ -220,3 +220,58 @@ def test_what_is_no_network_or_scheduler_is_refused():
     for name in ("AutoencoderKL", "None", "__version__"):
         with pytest.raises(ValueError, match=f"{name} is not a scheduler"):
             catalogue.scheduler(name)
+
+
+DAMAGED = {  # what stands in the file; the words of the sentence
+    "half of it": (lambda text: text[: len(text) // 2].encode(), "{file} is not JSON"),
+    "a list": (lambda text: b"[1]", "{file} holds a list, expected a JSON object"),
+    "no text": (lambda text: b"\xff\xfe\x00", "{file} is not JSON"),
+    "an unknown class": (lambda text: b'{"_class_name": "Odd"}', "{part}.*Odd"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_a_damaged_configuration_is_named(home, tmp_path, kind, file, damage):
+    change, words = DAMAGED[damage]
+    shutil.copytree(home / kind, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_bytes(change(path.read_text()))
+    part = tmp_path / "model" if file.startswith("scheduler") else path.parent
+    with pytest.raises(ValueError, match=words.format(file=path, part=part)):
+        ldmfast.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("file", ["ldmfast.json", "conditioner/config.json"])
+def test_a_damaged_file_of_ours_is_named(home, tmp_path, file):
+    shutil.copytree(home / "ours", tmp_path / "model")
+    (tmp_path / "model" / file).write_text("{")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'model' / file} is not JSON"):
+        ldmfast.load(tmp_path / "model")
+
+
+def test_a_text_encoder_is_no_model(home):
+    with pytest.raises(ValueError, match="text_encoder/config.json could not be used: a None has no place"):
+        ldmfast.load(home / "stock" / "text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (None, {}, "the model is None, expected the name of one that ships, a folder or a file"),
+        (b"ours", {}, "the model is b'ours'"),
+        ("", {}, "the model is an empty name"),
+        ("/", {}, "/ is no diffusers folder"),
+        ("{home}/ours", {"dtype": "bfloat16"}, "dtype='bfloat16', expected a floating type of torch"),
+        ("{home}/stock", {"dtype": torch.int8}, "dtype=torch.int8, expected a floating type"),
+        ("{home}/stock", {"autoencoder": "{home}/stock/vae"}, "autoencoder=.* has an autoencoder of its own"),
+        ("{home}/stock/vae", {"text_encoder": "minilm"}, "text_encoder='minilm', but .* alone"),
+        ("{home}/ours", {"conditioner": "stock"}, "conditioner='stock', expected a Conditioner"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(home, source, options, words):
+    options = {name: value.format(home=home) if isinstance(value, str) else value for name, value in options.items()}
+    source = source.format(home=home) if isinstance(source, str) else source
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=words):
+        ldmfast.load(source, **options)
