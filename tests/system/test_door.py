@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_pipeline_pictures import class_conditional
 
 import ldmfast
-from ldmfast import files
+from ldmfast import files, shipped
 from ldmfast.commands import cli
 from ldmfast.diffusion import catalogue
 from ldmfast.diffusion.samplers import make_sampler
@@ -275,3 +275,15 @@ def test_an_option_that_would_do_nothing_is_refused(home, source, options, words
     source = source.format(home=home) if isinstance(source, str) else source
     with pytest.raises((TypeError, ValueError, FileNotFoundError), match=words):
         ldmfast.load(source, **options)
+
+
+def test_the_default_is_the_shipped_model_whatever_the_working_directory_holds(tmp_path, monkeypatch, capsys):
+    for name in ("emoji600", "scenes64"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    wanted = LatentDiffusionPipeline.from_pretrained(shipped.ASSETS / shipped.TEXT)
+    assert torch.equal(LatentDiffusionPipeline.from_pretrained().unet.conv_in.weight, wanted.unet.conv_in.weight)
+    options = ["-o", "a.png", "--steps", "1", "--quiet"]
+    assert cli.main(["sample", PROMPT, *options]) == 0 == cli.main(["sample", "--class", "cat", *options])
+    assert cli.main(["sample", PROMPT, "--model", "", *options]) == 2
+    assert "the model is an empty name" in capsys.readouterr().err
