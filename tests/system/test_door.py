@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -287,3 +288,19 @@ def test_the_default_is_the_shipped_model_whatever_the_working_directory_holds(t
     assert cli.main(["sample", PROMPT, *options]) == 0 == cli.main(["sample", "--class", "cat", *options])
     assert cli.main(["sample", PROMPT, "--model", "", *options]) == 2
     assert "the model is an empty name" in capsys.readouterr().err
+
+
+def test_an_encoder_named_by_a_relative_path_is_found_from_elsewhere(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    wanted = ldmfast.load("stock")
+    wanted.save_pretrained(tmp_path / "all of it")
+    stock = stable_diffusion()
+    for name in ("unet", "scheduler", "vae"):
+        getattr(stock, name).save_pretrained(tmp_path / "without" / name)
+    ldmfast.load(tmp_path / "without", text_encoder=Path("stock")).save_pretrained(tmp_path / "named")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minilm").mkdir()  # which is no name of a folder
+    assert ldmfast.load("emoji600").conditioner.settings["name"] == "minilm"
+    context = wanted.conditioner([PROMPT]).context
+    for name in ("all of it", "named"):
+        assert torch.equal(ldmfast.load(name).conditioner([PROMPT]).context, context)
