@@ -164,7 +164,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _old(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
+    return folder.with_name(f".{folder.name}.replaced")  # no name that a person gives to a copy
 
 
 @contextlib.contextmanager
