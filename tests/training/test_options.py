@@ -176,9 +176,10 @@ def test_scenes_of_earlier_recipes_and_checkpoints_keep_their_share_of_boxes(tmp
     earlier["plain_captions"] = earlier.pop("only_boxes")
     assert options.differences(config, earlier) == []
     assert options.differences(dataclasses.replace(config, only_boxes=0.5), earlier) == ["only_boxes was 0.25, is 0.5"]
-    path.write_text("scenes: {only_boxes: 0.5, plain_captions: 0.25}")
-    with pytest.raises(ValueError, match="plain_captions is an earlier name of only_boxes; give one of them"):
-        recipes.settings(path, "scenes")
+    for both in ("only_boxes: 0.5, plain_captions: 0.25", "plain_captions: 0.25, only_boxes: 0.5"):
+        path.write_text(f"scenes: {{{both}}}")
+        with pytest.raises(ValueError, match="plain_captions is an earlier name of only_boxes; give one of them"):
+            recipes.settings(path, "scenes")
     path.write_text("denoiser: {plain_captions: 0.25}")
     assert recipes.settings(path, "denoiser") == {"plain_captions": 0.25}
 
