@@ -6,6 +6,7 @@ that become live parts here.
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from pathlib import Path
@@ -23,9 +24,15 @@ from ldmfast.models.layers import weights_channels_last
 from ldmfast.pipeline.folder import load_parts
 from ldmfast.pipeline.text_towers import join_text_towers, text_tower
 from ldmfast.released.conditioner_parts import make_conditioner
+from ldmfast.released.diffusers_folder import pipeline_class
 from ldmfast.released.model import Model, Part
 from ldmfast.released.read import check_missing, read
 
+# what diffusers' own pipelines set, whatever an old scheduler_config.json says or leaves out
+OUTDATED = {
+    "StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False},
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+}
 _PLACES = {"": "", "unet": "unet", "vae": "vae", "vqvae": "vae"}  # where a folder has a network -> what it is here
 
 
@@ -60,7 +67,7 @@ def assemble(
         raise ValueError(f"autoencoder={str(autoencoder)!r}, but {path} has an autoencoder of its own")
     if "vae" not in networks:
         networks["vae"] = _autoencoder(path, autoencoder, dtype)
-    parts = {**networks, "scheduler": _scheduler(path, model.schedule)}
+    parts = {**networks, "scheduler": _scheduler(path, model)}
     towers = {name: text_tower(part, dtype) for name, part in model.parts.items() if name.startswith("text_encoder")}
     if towers and conditioner is None:
         if text_encoder is not None:
@@ -131,13 +138,17 @@ def network(part: Part, dtype: torch.dtype | None = None) -> nn.Module:
     return (made if dtype is None else nn.Module.to(made, dtype)).eval()
 
 
-def _scheduler(path: Path, config: dict) -> diffusers.SchedulerMixin:
+def _scheduler(path: Path, model: Model) -> diffusers.SchedulerMixin:
     """Ours where there is one, which steps as diffusers' does; else diffusers' own."""
+    config = model.schedule
     try:
         kind = catalogue.scheduler(config.get("_class_name", "DDIMScheduler"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    stock = getattr(kind, "stock", kind).from_config(config)
+    kind = getattr(kind, "stock", kind)
+    known = inspect.signature(kind.__init__).parameters
+    outdated = {name: value for name, value in OUTDATED.get(pipeline_class(model), {}).items() if name in known}
+    stock = kind.from_config({**config, **outdated})
     return catalogue.take_over(stock) or stock
 
 

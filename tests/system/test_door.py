@@ -132,6 +132,25 @@ def test_a_diffusers_folder_steps_with_our_scheduler_and_draws_diffusers_picture
         assert np.abs(again - wanted).max() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DDPMScheduler", "DDIMScheduler"])
+def test_an_old_configuration_of_stable_diffusion_is_mended_as_diffusers_does(tmp_path, kind):
+    """Without clip_sample and steps_offset, whose defaults are for pixels: diffusers' pipeline sets them."""
+    betas = {name: value for name, value in SD.items() if name != "steps_offset"}
+    stable_diffusion(getattr(diffusers, kind)(**betas)).save_pretrained(tmp_path)
+    config = {"_class_name": kind, **betas, "skip_prk_steps": True}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 5, "guidance_scale": 7.5, "height": 32, "width": 32}
+    wanted = pixels(stock(PROMPT, generator=torch.Generator().manual_seed(5), **settings).images[0])
+    assert np.abs(pixels(ldmfast.load(tmp_path)(PROMPT, steps=5, seeds=5, size=SIZE)[0]) - wanted).max() <= 2
+    taken = optimize(stock)
+    assert type(taken.scheduler) is catalogue.SCHEDULERS[kind]
+    again = pixels(taken(PROMPT, generator=torch.Generator().manual_seed(5), **settings).images[0])
+    assert np.abs(again - wanted).max() <= 2
+
+
 def test_a_pipeline_of_ours_keeps_how_its_plms_extrapolates(tmp_path):
     """A model that predicts v, saved with our PLMS: loaded it draws the same picture, extrapolating in epsilon."""
     pipe = class_conditional()
