@@ -151,6 +151,12 @@ def test_an_old_configuration_of_stable_diffusion_is_mended_as_diffusers_does(tm
     assert np.abs(again - wanted).max() <= 2
 
 
+@pytest.mark.parametrize("other", [None, "a name", torch.nn.Linear(2, 2), class_conditional()])
+def test_optimize_takes_a_pipeline_of_diffusers(other):
+    with pytest.raises(TypeError, match=f"optimize takes a pipeline of diffusers'; got {type(other).__name__}"):
+        optimize(other)
+
+
 def test_a_pipeline_of_ours_keeps_how_its_plms_extrapolates(tmp_path):
     """A model that predicts v, saved with our PLMS: loaded it draws the same picture, extrapolating in epsilon."""
     pipe = class_conditional()
