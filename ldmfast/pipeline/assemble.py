@@ -55,8 +55,8 @@ def assemble(
         raise ValueError("ema and config are for a released file; a folder has its own weights and configuration")
     if text_encoder is not None and conditioner is not None:
         raise ValueError(f"text_encoder={str(text_encoder)!r} and conditioner were both given; give one")
-    if _is_ours(path) and autoencoder is None and conditioner is None:
-        return _with_encoder(path, _ours(path, text_encoder, dtype, tokenizer))
+    if _is_ours(path) and autoencoder is None:
+        return _with_encoder(path, _ours(path, text_encoder, conditioner, dtype, tokenizer))
     model = _published(path, ema, config, allow_missing)
     networks = {_PLACES[name]: network(part, dtype) for name, part in model.parts.items() if name in _PLACES}
     if "" in networks:
@@ -103,10 +103,10 @@ def _is_ours(path: Path) -> bool:
     return whole and not (path / "text_encoder").is_dir()
 
 
-def _ours(path: Path, text_encoder, dtype: torch.dtype | None, tokenizer) -> dict[str, Any]:
+def _ours(path: Path, text_encoder, conditioner, dtype: torch.dtype | None, tokenizer) -> dict[str, Any]:
     if tokenizer is not None:
         raise ValueError(f"tokenizer={str(tokenizer)!r}, but {path} has no text tower that reads CLIP's tokens")
-    return load_parts(path, text_encoder=text_encoder, dtype=dtype or torch.float32)
+    return load_parts(path, text_encoder=text_encoder, conditioner=conditioner, dtype=dtype or torch.float32)
 
 
 def _published(path: Path, ema: bool, config, allow_missing: bool) -> Model:

@@ -25,11 +25,16 @@ from ldmfast.diffusion import catalogue
 
 
 def load_parts(
-    folder: str | Path, *, text_encoder: str | Path | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    *,
+    text_encoder: str | Path | None = None,
+    conditioner: Conditioner | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """{"unet", "vae", "scheduler", "conditioner", "guidance"?} of a saved pipeline.
 
     text_encoder  "minilm", a hub name or a folder, in place of the one that the pipeline names
+    conditioner   in place of the saved one, which is not read then
     Raises FileNotFoundError if a part is missing, ValueError if one is damaged, OSError without a text encoder.
     """
     folder = Path(folder)
@@ -40,7 +45,9 @@ def load_parts(
     settings = files.read_json(extra) if extra.is_file() else {}
     parts = {name: _network(folder / name, dtype) for name in ("unet", "vae")}
     parts["scheduler"] = _scheduler(folder / "scheduler")
-    parts["conditioner"] = _conditioner(folder / "conditioner", settings, text_encoder)
+    if conditioner is None:
+        conditioner = _conditioner(folder / "conditioner", settings, text_encoder)
+    parts["conditioner"] = conditioner
     return {**parts, **({"guidance": settings["guidance"]} if "guidance" in settings else {})}
 
 

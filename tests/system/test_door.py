@@ -277,6 +277,15 @@ def test_a_damaged_file_of_ours_is_named(home, tmp_path, file):
         ldmfast.load(tmp_path / "model")
 
 
+def test_a_conditioner_takes_the_place_of_the_saved_one_and_of_nothing_else(home, tmp_path):
+    pipe = ldmfast.load(home / "ours")
+    pipe.guidance = 9.0
+    pipe.save_pretrained(tmp_path)
+    again = ldmfast.load(tmp_path, conditioner=pipe.conditioner)
+    assert again.conditioner is pipe.conditioner and again.guidance == 9.0
+    assert (pixels(again([1], steps=2)[0]) == pixels(pipe([1], steps=2)[0])).all()
+
+
 def test_a_text_encoder_is_no_model(home):
     with pytest.raises(ValueError, match="text_encoder/config.json could not be used: a None has no place"):
         ldmfast.load(home / "stock" / "text_encoder")
