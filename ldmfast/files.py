@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import glob
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,6 +50,17 @@ def replacing(path) -> Iterator[Path]:
     finally:
         if partial.exists():
             partial.unlink()
+
+
+def read_json(path) -> dict:
+    """The object that a JSON file holds. Raises ValueError naming a file that is none, FileNotFoundError."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of the bytes, or of the text
+        raise ValueError(f"{path} is not JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object of settings")
+    return content
 
 
 def write_text(path, text: str) -> None:
@@ -93,6 +105,8 @@ def replacing_folder(folder, *, keep: bool = False) -> Iterator[Path]:
 def recover(folder) -> None:
     """Bring back a folder that a process was killed while replacing, where its name had to go for a moment."""
     folder = Path(folder).resolve()
+    if not folder.name:  # the root
+        return
     old = _old(folder)
     if old.is_dir() and not folder.exists():
         os.replace(old, folder)
@@ -150,7 +164,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _old(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
+    return folder.with_name(f".{folder.name}.replaced")  # no name that a person gives to a copy
 
 
 @contextlib.contextmanager

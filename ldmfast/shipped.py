@@ -15,6 +15,11 @@ def names() -> list[str]:
 
 
 def locate(model: str | Path | None = None) -> Path:
-    """The folder of `model`: a path, or else a shipped model's name; the text model by default."""
-    path, shipped = Path(model or TEXT), ASSETS / str(model or TEXT)
+    """The folder of `model`: a path, or else a shipped model's name.
+
+    None is the text model that ships, whatever stands under its name in the working directory.
+    """
+    if model is None:
+        return ASSETS / TEXT
+    path, shipped = Path(model), ASSETS / model
     return shipped if not path.exists() and shipped.is_dir() else path

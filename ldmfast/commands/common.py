@@ -66,7 +66,7 @@ def _lora(text):
         return text, 1.0
 
 
-def pipeline(arguments, default=shipped.TEXT):
+def pipeline(arguments, default=shipped.ASSETS / shipped.TEXT):
     """The pipeline that --model (else `default`), --text-encoder, --lora, --device and --dtype name."""
     import torch
 
@@ -77,7 +77,7 @@ def pipeline(arguments, default=shipped.TEXT):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise ValueError(f"--device {device} cannot be used: {first_line(error)}") from error
-    dtype, model = getattr(torch, arguments.dtype), arguments.model or default
+    dtype, model = getattr(torch, arguments.dtype), default if arguments.model is None else arguments.model
     pipe = LatentDiffusionPipeline.from_pretrained(model, text_encoder=arguments.text_encoder, dtype=dtype)
     if arguments.lora:
         from ldmfast.models.lora import load_lora

@@ -63,7 +63,7 @@ def run(arguments):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     image, mask = (_read(path, arguments.size) for path in (arguments.image, arguments.mask))
     with writing(arguments.output) as write, contextlib.ExitStack() as after:
-        pipe = pipeline(arguments, shipped.SCENES if conditions.given(arguments) else shipped.TEXT)
+        pipe = pipeline(arguments, shipped.ASSETS / (shipped.SCENES if conditions.given(arguments) else shipped.TEXT))
         asked = _inputs(arguments, pipe)
         for caption, tokens in pipe.conditioner.truncated_captions(asked):
             print(f"ldmfast: only the first {tokens} tokens count of: {caption}", file=sys.stderr)

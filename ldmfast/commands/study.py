@@ -39,8 +39,8 @@ def _config(arguments, trials):
             raise ValueError(f"--factors: {unknown[0]} is none of 1, 4, 8, 16")
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
-        if name != "factors" and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+        if name != "factors" and not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0, and finite")
     return dataclasses.replace(trials.FULL if arguments.full else trials.QUICK, **given)
 
 

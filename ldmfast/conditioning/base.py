@@ -126,13 +126,12 @@ class Conditioner(nn.Module):
 def load_conditioner(folder: str | Path, *, dtype: torch.dtype | None = None) -> Conditioner:
     """Read what `save_pretrained` wrote. Raises FileNotFoundError or ValueError naming the file."""
     folder = Path(folder)
-    known = conditioning.CONDITIONERS
+    known, settings = conditioning.CONDITIONERS, files.read_json(folder / CONFIG)
     try:
-        settings = json.loads((folder / CONFIG).read_text())
         name = settings.pop("_class_name")
         if name not in known:
             raise KeyError(name)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise ValueError(f"{folder / CONFIG} describes no conditioner of {', '.join(known)}: {error}") from error
     return getattr(conditioning, name).load(folder, settings, dtype)
 

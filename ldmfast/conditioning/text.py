@@ -6,6 +6,7 @@ It is laid out so that diffusers' StableDiffusionPipeline, given `.model` and `.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ class TextEncoder(Conditioner):
         from transformers.utils import logging
 
         name = str(name)  # config.json keeps it
+        if locate(name) == name and os.path.isdir(name):  # saved, it is to be found from elsewhere
+            name = os.path.abspath(name)
         verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         logging.disable_progress_bar()

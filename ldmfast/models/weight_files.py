@@ -10,6 +10,8 @@ import struct
 import warnings
 from pathlib import Path
 
+from ldmfast.files import read_json
+
 WIDTHS = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # of the prompt, by family
 _HEADS = {  # attention_head_dim by (block_out_channels, cross_attention_dim); a wrong one loads and draws noise
     ((320, 640, 1280, 1280), 768): [8],
@@ -100,7 +102,7 @@ def check_folder(folder: Path, stock_name: str) -> None:
         if (folder / "model_index.json").exists():
             raise ValueError(f"{folder} is a whole pipeline: name the part, such as subfolder='unet' or 'vae'")
         return
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     name = config.get("_class_name", stock_name)
     if name != stock_name:
         raise ValueError(f"{folder} holds a {name}, not a {stock_name}; load it with diffusers' {name}")

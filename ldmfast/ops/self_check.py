@@ -22,15 +22,22 @@ def rows(op: Op, dtype: torch.dtype) -> Iterator[tuple[str, bool]]:
         if reason := backend.refusal(args):
             yield f"{row} refuses: {reason}", True
             continue
-        error = output_error(op, backend, args)
-        right = error <= TOLERANCE[dtype]  # NaN is not
         try:
-            gradient = gradient_error(op, backend.name, args)
-            right &= gradient <= TOLERANCE[dtype]
-            said = f", gradient {gradient:.1e}"
-        except NotImplementedError as reason:
-            said = f"; {reason}"
-        yield f"{row} {'right' if right else 'WRONG'}: error {error:.1e} against float64{said}", right
+            said, right = _measured(op, backend, args, TOLERANCE[dtype])
+        except (TypeError, RuntimeError) as error:  # of a binding that does not fit, or of the device
+            said, right = f"{type(error).__name__}: {error}", False
+        yield f"{row} {'right' if right else 'WRONG'}: {said}", right
+
+
+def _measured(op: Op, backend: Backend, args, tolerance: float) -> tuple[str, bool]:
+    """The errors in words, and whether they are small enough."""
+    error = output_error(op, backend, args)
+    said, right = f"error {error:.1e} against float64", error <= tolerance  # NaN is not
+    try:
+        gradient = gradient_error(op, backend.name, args)
+    except NotImplementedError as reason:
+        return f"{said}; {reason}", right
+    return f"{said}, gradient {gradient:.1e}", right and gradient <= tolerance
 
 
 def output_error(op: Op, backend: Backend, args: Sequence) -> float:

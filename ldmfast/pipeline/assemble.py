@@ -6,6 +6,8 @@ that become live parts here.
 
 from __future__ import annotations
 
+import inspect
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,15 @@ from ldmfast.models.layers import weights_channels_last
 from ldmfast.pipeline.folder import load_parts
 from ldmfast.pipeline.text_towers import join_text_towers, text_tower
 from ldmfast.released.conditioner_parts import make_conditioner
+from ldmfast.released.diffusers_folder import pipeline_class
 from ldmfast.released.model import Model, Part
 from ldmfast.released.read import check_missing, read
 
+# what diffusers' own pipelines set, whatever an old scheduler_config.json says or leaves out
+OUTDATED = {
+    "StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False},
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+}
 _PLACES = {"": "", "unet": "unet", "vae": "vae", "vqvae": "vae"}  # where a folder has a network -> what it is here
 
 
@@ -42,19 +50,24 @@ def assemble(
 ) -> dict[str, Any] | nn.Module | diffusers.DiffusionPipeline:
     """The arguments of a LatentDiffusionPipeline; for a model that is none, what it is: see `ldmfast.load`."""
     path = _located(source)
+    _check_options(dtype, conditioner)
     if path.is_dir() and (ema or config is not None):
         raise ValueError("ema and config are for a released file; a folder has its own weights and configuration")
     if text_encoder is not None and conditioner is not None:
         raise ValueError(f"text_encoder={str(text_encoder)!r} and conditioner were both given; give one")
-    if _is_ours(path) and autoencoder is None and conditioner is None:
-        return _with_encoder(path, _ours(path, text_encoder, dtype, tokenizer))
+    if _is_ours(path) and autoencoder is None:
+        return _with_encoder(path, _ours(path, text_encoder, conditioner, dtype, tokenizer))
     model = _published(path, ema, config, allow_missing)
     networks = {_PLACES[name]: network(part, dtype) for name, part in model.parts.items() if name in _PLACES}
     if "" in networks:
+        if text_encoder is not None:
+            raise ValueError(f"text_encoder={str(text_encoder)!r}, but {path} is an autoencoder or a denoiser alone")
         return networks[""]
+    if autoencoder is not None and "vae" in networks:
+        raise ValueError(f"autoencoder={str(autoencoder)!r}, but {path} has an autoencoder of its own")
     if "vae" not in networks:
         networks["vae"] = _autoencoder(path, autoencoder, dtype)
-    parts = {**networks, "scheduler": scheduler(model.schedule)}
+    parts = {**networks, "scheduler": _scheduler(path, model)}
     towers = {name: text_tower(part, dtype) for name, part in model.parts.items() if name.startswith("text_encoder")}
     if towers and conditioner is None:
         if text_encoder is not None:
@@ -65,6 +78,10 @@ def assemble(
 
 
 def _located(source) -> Path:
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"the model is {source!r}, expected the name of one that ships, a folder or a file")
+    if not str(source):
+        raise ValueError("the model is an empty name, expected that of one that ships, a folder or a file")
     files.recover(source)
     path = shipped.locate(source)
     if not path.exists():
@@ -73,16 +90,23 @@ def _located(source) -> Path:
     return path
 
 
+def _check_options(dtype, conditioner) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r}, expected a floating type of torch, such as torch.bfloat16, or None")
+    if conditioner is not None and not isinstance(conditioner, Conditioner):
+        raise TypeError(f"conditioner={conditioner!r}, expected a Conditioner")
+
+
 def _is_ours(path: Path) -> bool:
     """Whether `path` is a folder of a whole pipeline as ldmfast lays it out."""
     whole = (path / "ldmfast.json").is_file() and (path / "vae").is_dir()
     return whole and not (path / "text_encoder").is_dir()
 
 
-def _ours(path: Path, text_encoder, dtype: torch.dtype | None, tokenizer) -> dict[str, Any]:
+def _ours(path: Path, text_encoder, conditioner, dtype: torch.dtype | None, tokenizer) -> dict[str, Any]:
     if tokenizer is not None:
         raise ValueError(f"tokenizer={str(tokenizer)!r}, but {path} has no text tower that reads CLIP's tokens")
-    return load_parts(path, text_encoder=text_encoder, dtype=dtype or torch.float32)
+    return load_parts(path, text_encoder=text_encoder, conditioner=conditioner, dtype=dtype or torch.float32)
 
 
 def _published(path: Path, ema: bool, config, allow_missing: bool) -> Model:
@@ -114,10 +138,17 @@ def network(part: Part, dtype: torch.dtype | None = None) -> nn.Module:
     return (made if dtype is None else nn.Module.to(made, dtype)).eval()
 
 
-def scheduler(config: dict) -> diffusers.SchedulerMixin:
+def _scheduler(path: Path, model: Model) -> diffusers.SchedulerMixin:
     """Ours where there is one, which steps as diffusers' does; else diffusers' own."""
-    kind = catalogue.scheduler(config.get("_class_name", "DDIMScheduler"))
-    stock = getattr(kind, "stock", kind).from_config(config)
+    config = model.schedule
+    try:
+        kind = catalogue.scheduler(config.get("_class_name", "DDIMScheduler"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    kind = getattr(kind, "stock", kind)
+    known = inspect.signature(kind.__init__).parameters
+    outdated = {name: value for name, value in OUTDATED.get(pipeline_class(model), {}).items() if name in known}
+    stock = kind.from_config({**config, **outdated})
     return catalogue.take_over(stock) or stock
 
 

@@ -25,11 +25,16 @@ from ldmfast.diffusion import catalogue
 
 
 def load_parts(
-    folder: str | Path, *, text_encoder: str | Path | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    *,
+    text_encoder: str | Path | None = None,
+    conditioner: Conditioner | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """{"unet", "vae", "scheduler", "conditioner", "guidance"?} of a saved pipeline.
 
     text_encoder  "minilm", a hub name or a folder, in place of the one that the pipeline names
+    conditioner   in place of the saved one, which is not read then
     Raises FileNotFoundError if a part is missing, ValueError if one is damaged, OSError without a text encoder.
     """
     folder = Path(folder)
@@ -37,10 +42,12 @@ def load_parts(
         if not (folder / part).is_file():
             raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no {part}")
     extra = folder / "ldmfast.json"
-    settings = json.loads(extra.read_text()) if extra.is_file() else {}
+    settings = files.read_json(extra) if extra.is_file() else {}
     parts = {name: _network(folder / name, dtype) for name in ("unet", "vae")}
     parts["scheduler"] = _scheduler(folder / "scheduler")
-    parts["conditioner"] = _conditioner(folder / "conditioner", settings, text_encoder)
+    if conditioner is None:
+        conditioner = _conditioner(folder / "conditioner", settings, text_encoder)
+    parts["conditioner"] = conditioner
     return {**parts, **({"guidance": settings["guidance"]} if "guidance" in settings else {})}
 
 
@@ -49,21 +56,24 @@ def _conditioner(folder: Path, settings: dict, text_encoder) -> Conditioner:
         return TextEncoder.from_pretrained(text_encoder or settings.get("text_encoder", "minilm"))
     if text_encoder is None:
         return load_conditioner(folder)
-    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    kind = files.read_json(folder / "config.json").get("_class_name")
     if kind != "TextEncoder":
         raise ValueError(f"text_encoder={text_encoder!r}, but {folder} is a {kind}, which has no other to replace")
     return TextEncoder.from_pretrained(text_encoder)
 
 
 def _scheduler(folder: Path) -> diffusers.SchedulerMixin:
-    name = json.loads((folder / "scheduler_config.json").read_text()).get("_class_name", "DDIMScheduler")
-    return catalogue.scheduler(name).from_pretrained(folder)
+    name = files.read_json(folder / "scheduler_config.json").get("_class_name", "DDIMScheduler")
+    try:
+        return catalogue.scheduler(name).from_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder} could not be loaded: {files.first_line(error)}") from error
 
 
 def _network(folder: Path, dtype: torch.dtype) -> nn.Module:
-    kind = catalogue.network(json.loads((folder / "config.json").read_text()).get("_class_name"))
+    name = files.read_json(folder / "config.json").get("_class_name")
     try:
-        return kind.from_pretrained(folder, torch_dtype=dtype)
+        return catalogue.network(name).from_pretrained(folder, torch_dtype=dtype)
     except Exception as error:  # diffusers and safetensors raise many types for a damaged file
         raise ValueError(f"{folder} could not be loaded: {files.first_line(error)}") from error
 
@@ -96,7 +106,7 @@ def _write_parts(folder, *, unet, vae, scheduler, conditioner, guidance, dtype):
 
 def _forget_origin(path):
     """Drop the path that the part was once loaded from: it means nothing elsewhere."""
-    settings = json.loads(path.read_text())
+    settings = files.read_json(path)
     settings.pop("_name_or_path", None)
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 

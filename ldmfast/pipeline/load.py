@@ -49,7 +49,7 @@ def load(
                    than a prompt and a mask: depth, editing, SDXL's refiner; a network if there is only that
 
     The pictures of a diffusers folder are those of diffusers' own pipeline, and so is its sampler.
-    Raises ValueError, FileNotFoundError, OSError in one sentence naming the source.
+    Raises ValueError, FileNotFoundError, OSError in one sentence naming the source, TypeError naming the argument.
     """
     found = assemble(
         source,

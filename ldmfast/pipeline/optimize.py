@@ -13,13 +13,16 @@ def optimize(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeli
     Its networks and its scheduler are taken over where they are exactly diffusers' classes and ldmfast has one of its
     own (diffusion/catalogue.py); other parts stay as they are, and so do the pictures. The pipeline still saves, and is
     loaded elsewhere, as a plain diffusers pipeline.
-    Call it before offloading or compiling. Raises ValueError if there is nothing to take over, or if it is offloaded.
+    Call it before offloading or compiling. Raises ValueError if there is nothing to take over, or if it is
+    offloaded; TypeError for what is no diffusers pipeline.
     """
+    if not isinstance(pipeline, diffusers.DiffusionPipeline):
+        raise TypeError(f"optimize takes a pipeline of diffusers'; got {type(pipeline).__name__}")
     found = {name: catalogue.take_over(component) for name, component in pipeline.components.items()}
     taken = {name: component for name, component in found.items() if component is not None}
     if not taken:
         *most, last = (*catalogue.NETWORKS, *catalogue.SCHEDULERS)
-        raise ValueError(f"{type(pipeline).__name__} has no {', '.join(most)} or {last}")
+        raise ValueError(f"{type(pipeline).__name__} has no {', '.join(most)} or {last} to take over")
     for name, component in taken.items():
         saved_as = pipeline.config[name]
         setattr(pipeline, name, component)

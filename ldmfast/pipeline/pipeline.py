@@ -66,7 +66,7 @@ class LatentDiffusionPipeline:
 
         Raises what `ldmfast.load` raises, and ValueError for a model that is no LatentDiffusionPipeline.
         """
-        source = shipped.TEXT if source is None else source
+        source = shipped.locate() if source is None else source
         found = assemble(source, **options)
         if not isinstance(found, dict):
             what = f"{source} is a {type(found).__name__}, no {LatentDiffusionPipeline.__name__}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import diffusers
@@ -23,7 +22,7 @@ def load(folder: str | Path) -> AutoencoderKL | VQModel:
     files.recover(home)
     if not (home / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no vae/; train it first: ldmfast train autoencoder --output {folder}")
-    name = json.loads((home / "config.json").read_text())["_class_name"]
+    name = files.read_json(home / "config.json").get("_class_name")
     kind = catalogue.network(name)
     if not issubclass(kind, diffusers.AutoencoderKL | diffusers.VQModel):
         raise ValueError(f"{home} holds a {name}, not an autoencoder")

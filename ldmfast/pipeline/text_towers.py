@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,9 +60,9 @@ def join_text_towers(
 def _conditioner(path: Path, towers: dict[str, nn.Module], tokenizers: dict) -> Conditioner:
     if "text_encoder_2" in towers:
         both = "text_encoder", "text_encoder_2"
-        return TwoTextEncoders([towers[n] for n in both], [tokenizers[n] for n in both], name=str(path))
-    tower = towers["text_encoder"]
-    return TextEncoder(tower, tokenizers["text_encoder"], tower.config.max_position_embeddings, name=str(path))
+        return TwoTextEncoders([towers[n] for n in both], [tokenizers[n] for n in both], name=os.path.abspath(path))
+    tower, tokenizer = towers["text_encoder"], tokenizers["text_encoder"]
+    return TextEncoder(tower, tokenizer, tower.config.max_position_embeddings, name=os.path.abspath(path))
 
 
 def _absent(kind: str, parts: dict[str, Any]) -> dict[str, Any]:

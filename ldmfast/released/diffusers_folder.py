@@ -140,7 +140,7 @@ def read_folder(folder: Path) -> Model:
     if not (folder / "config.json").is_file() and not (folder / "unet" / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no diffusers folder: it has neither unet/config.json nor config.json")
     alone = (folder / "config.json").is_file()
-    record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+    record = files.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     record = {"ema": False, "shapes": {}, "names": [], "legacy": True, **record}
     record["prefixes"] = record.get("prefixes") or _canonical_prefixes(folder, alone)
     rest = read_weights(folder / REST)[0] if (folder / REST).is_file() else {}
@@ -152,14 +152,14 @@ def read_folder(folder: Path) -> Model:
     if not alone:
         if not schedule.is_file():
             raise FileNotFoundError(f"{folder} has no scheduler/scheduler_config.json: its noise schedule is not known")
-        model.schedule = json.loads(schedule.read_text())
+        model.schedule = files.read_json(schedule)
     return model
 
 
 def _canonical_prefixes(folder: Path, alone: bool) -> dict[str, str]:
     """Where the parts go in a released file, for a folder that did not come from one."""
     if alone:
-        return {"": UNET if "UNet" in _config(folder)["_class_name"] else ""}
+        return {"": UNET if "UNet" in _config(folder).get("_class_name", "") else ""}
     places = {"unet": UNET, "vae": AUTOENCODER, "vqvae": AUTOENCODER, "conditioner": CONDITION}
     two, first = (folder / "text_encoder_2").is_dir(), folder / "text_encoder"
     if first.is_dir():
@@ -174,10 +174,7 @@ def _canonical_prefixes(folder: Path, alone: bool) -> dict[str, str]:
 
 
 def _config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    return files.read_json(folder / "config.json")
 
 
 def _read_part(model: Model, folder: Path, where: str) -> None:
@@ -193,7 +190,7 @@ def _read_part(model: Model, folder: Path, where: str) -> None:
         tensors = {_modern(name): value for name, value in tensors.items()}
     elif where.startswith("text_encoder"):
         tensors = {_BARE.sub(r"text_model.\1", name): value for name, value in tensors.items()}
-    part = part_of(_config(folder / where), where, prefix, model.record)
+    part = _empty_part(folder / where, where, prefix, model.record)
     wanted = {key for entry in part.entries for key in entry.keys}
     strays = sorted(set(tensors) - wanted)
     if strays:
@@ -205,6 +202,15 @@ def _read_part(model: Model, folder: Path, where: str) -> None:
     part.tensors = tensors
     model.missing += sorted(f"{where}.{name}".removeprefix(".") for name in wanted - set(tensors))
     model.parts[where] = part
+
+
+def _empty_part(folder: Path, where: str, prefix: str, record: dict) -> Part:
+    try:
+        return part_of(_config(folder), where, prefix, record)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks {error.args[0]}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} could not be used: {files.first_line(error)}") from error
 
 
 def _modern(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ldmfast.files import first_line
+from ldmfast.files import first_line, read_json
 from ldmfast.models.weight_files import not_weights, shapes
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -78,7 +77,7 @@ def part_weights(folder: Path) -> tuple[dict[str, torch.Tensor], str | None]:
                 return read_weights(folder / (stem + suffix))[0], stem
             index = folder / f"{stem}{suffix}.index.json"
             if index.is_file():
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                files = sorted(set(read_json(index)["weight_map"].values()))
                 return {k: v for file in files for k, v in read_weights(folder / file)[0].items()}, stem
     variants = sorted(folder.glob("*.safetensors"))  # such as diffusion_pytorch_model.fp16.safetensors
     if len(variants) > 1:

@@ -29,12 +29,12 @@ class RunConfig:
         1, "parts that a step's batch is computed in; their gradients are averaged", above=0, free=True
     )
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
-    weight_decay: float = option(0.01, "AdamW's decoupled weight decay")
+    weight_decay: float = option(0.01, "AdamW's decoupled weight decay", least=0)
     schedule: str = option("cosine", "learning-rate schedule", SCHEDULES)
     warmup: int = option(100, "steps of linear warm-up", least=0)
     clip: float = option(1.0, "largest gradient norm", above=0)
     ema: float = option(0.999, "decay of the averaged weights, which are what is saved", least=0, below=1)
-    seed: int = option(0, "seeds weights, batches and noise")
+    seed: int = option(0, "seeds weights, batches and noise", least=-(2**63), most=2**63 - 1)
     precision: str = option("bf16", "arithmetic of the forward pass; weights stay float32", ("bf16", "fp16", "fp32"))
     device: str = option(
         "auto", "where to train; auto is CUDA where there is a GPU", ("auto", "cpu", "cuda"), free=True
@@ -54,7 +54,7 @@ class PictureLossConfig(RunConfig):
     """What decoded pictures are compared by; see training/autoencoder_loss.py."""
 
     batch: int = again(RunConfig, "batch", 8, "pictures a step")
-    ssim_weight: float = option(0.2, "weight of 1 - SSIM")
+    ssim_weight: float = option(0.2, "weight of 1 - SSIM", least=0)
     perceptual: str = option("none", "perceptual distance in the loss; auto is the best that is installed", PERCEPTUAL)
     perceptual_weight: float = option(1.0, "weight of the perceptual distance", least=0)
     lpips: str = option("", "weights of LPIPS-VGG: VGG16's file and the heads' file, with a comma between them")
@@ -83,22 +83,24 @@ class AutoencoderConfig(PictureLossConfig):
     steps: int = again(RunConfig, "steps", 1300)
     size: int = option(64, "pictures are trained at this many pixels a side", above=0)
     crop: int = option(0, "train on random crops of this many pixels a side; 0: on whole pictures", least=0)
-    channels: tuple = option((32, 64, 96), "channels at each resolution; one halving fewer than there are entries")
-    layers: int = option(1, "residual blocks at each resolution")
+    channels: tuple = option(
+        (32, 64, 96), "channels at each resolution; one halving fewer than there are entries", least=1
+    )
+    layers: int = option(1, "residual blocks at each resolution", least=0)
     start: str = option("torch", "first weights: torch's, or of unit gain with biases of 0", ("torch", "unit"))
-    groups: int = option(8, "groups of GroupNorm; with a channel a group the ground's colour is lost")
-    latent_channels: int = option(4, "channels of the latent")
+    groups: int = option(8, "groups of GroupNorm; with a channel a group the ground's colour is lost", least=1)
+    latent_channels: int = option(4, "channels of the latent", least=1)
     family: str = option("kl", "regulariser of the latent: a KL term, or a codebook (vq)", ("kl", "vq"))
     codebook: int = option(1024, "vq: codes in the codebook", least=1)
-    codebook_weight: float = option(1.0, "vq: weight of the codebook and commitment terms")
-    commitment: float = option(0.25, "vq: weight of the commitment within them")
+    codebook_weight: float = option(1.0, "vq: weight of the codebook and commitment terms", least=0)
+    commitment: float = option(0.25, "vq: weight of the commitment within them", least=0)
     codebook_start: int = option(
         0, "vq: steps without quantising before the codebook is seeded from encodings", least=0
     )
     revive_every: int = option(
         50, "vq: steps after which a code that was never chosen is re-seeded; 0 never does", least=0
     )
-    kl_weight: float = option(3e-4, "weight of the KL term (mean over latent elements)")
+    kl_weight: float = option(3e-4, "weight of the KL term (mean over latent elements)", least=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -116,7 +118,9 @@ class DecoderConfig(PictureLossConfig):
     """Stage 1b: the decoder alone goes on learning; the latents stay as they are."""
 
     steps: int = again(RunConfig, "steps", 450)
-    latent_noise: float = option(0.05, "deviation of the noise added to latents, for a denoiser is never exact")
+    latent_noise: float = option(
+        0.05, "deviation of the noise added to latents, for a denoiser is never exact", least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -143,17 +147,17 @@ class LatentsConfig(RunConfig):
 class FreshDenoiserConfig(LatentsConfig):
     """A denoiser that is trained from the beginning."""
 
-    channels: tuple = option((64, 96, 128), "channels at each resolution")
-    layers: int = option(1, "residual blocks at each resolution")
-    groups: int = option(32, "groups of GroupNorm")
-    attention: tuple = option((0, 1, 1), "1 where a resolution has attention")
-    head_width: int = option(32, "channels of an attention head")
+    channels: tuple = option((64, 96, 128), "channels at each resolution", least=1)
+    layers: int = option(1, "residual blocks at each resolution", least=0)
+    groups: int = option(32, "groups of GroupNorm", least=1)
+    attention: tuple = option((0, 1, 1), "1 where a resolution has attention", least=0, most=1)
+    head_width: int = option(32, "channels of an attention head", least=1)
     time_embedding: str = option(
         "default", "the time is added to features (default), or scales and shifts them", ("default", "scale_shift")
     )
     prediction: str = option("epsilon", "what the network predicts", ("epsilon", "v_prediction", "sample"))
-    beta_start: float = option(0.0015, "first beta of the scaled-linear schedule")
-    beta_end: float = option(0.0195, "last beta of the scaled-linear schedule")
+    beta_start: float = option(0.0015, "first beta of the scaled-linear schedule", above=0, below=1)
+    beta_end: float = option(0.0195, "last beta of the scaled-linear schedule", above=0, below=1)
     latent_scale: str = option(
         "config", "scale latents by the autoencoder's factor, or by 1 / their measured deviation", ("config", "std")
     )
@@ -226,7 +230,7 @@ class LoraConfig(LatentsConfig):
     min_snr: float = again(LatentsConfig, "min_snr", 0.0)
     plain_captions: float = option(0.5, "share of a picture's draws that use its first caption", least=0, most=1)
     rank: int = option(8, "rank of each layer's update", above=0)
-    alpha: float = option(0.0, "the update is scaled by alpha / rank; 0 means the rank itself, a scale of 1")
+    alpha: float = option(0.0, "the update is scaled by alpha / rank; 0 means the rank itself, a scale of 1", least=0)
     targets: str = option("to_q,to_k,to_v,to_out.0", "ends of the names of the layers that get one")
 
     @property

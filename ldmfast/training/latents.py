@@ -93,7 +93,7 @@ def _kept(pictures, vae, file, device):
         with safe_open(file, "pt") as kept:
             found = kept.metadata() or {}
             tensors = kept.get_tensor("mean"), kept.get_tensor("std")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:  # the latter of a folder
         raise ValueError(f"{file} holds no latents ({error}); remove it, and it is made anew") from error
     other = [name for name, digest in made_from.items() if found.get(name) != digest]
     other = ["autoencoder weights" if name == WEIGHTS else name for name in other]

@@ -4,6 +4,7 @@ The command line, the recipes, the check of a value and the check of a checkpoin
 """
 
 import dataclasses
+import math
 from dataclasses import field, fields
 
 BOUNDS = {
@@ -19,7 +20,7 @@ def option(default, text, choices=None, *, least=None, above=None, most=None, be
 
     text      one line, the help of the option
     choices   the values that it may have; None for any
-    least, above, most, below   bounds of a number
+    least, above, most, below   bounds of a number, or of each in a list
     free      whether it may differ between the run that wrote a checkpoint and the one that continues it; a function
               of the configuration where that depends on another option
     formerly  the name that it has in the recipes and checkpoints of earlier versions
@@ -42,10 +43,17 @@ def check(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         if choices and value not in choices:
             raise ValueError(f"{f.name}={value!r} is none of {', '.join(map(str, choices))}")
-        for bound, (words, holds) in BOUNDS.items():
-            limit = f.metadata[bound]
-            if limit is not None and not holds(value, limit):
-                raise ValueError(f"{f.name}={value} must be {words} {limit}")
+        for number in value if isinstance(value, tuple) else (value,):
+            _check_number(f, value, number)
+
+
+def _check_number(f, value, number):
+    for bound, (words, holds) in BOUNDS.items():
+        limit = f.metadata[bound]
+        if limit is not None and not holds(number, limit):
+            raise ValueError(f"{f.name}={value} must be {words} {limit}")
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"{f.name}={value} must be a finite number")
 
 
 def names(config):

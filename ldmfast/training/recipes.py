@@ -45,7 +45,7 @@ def read(name):
     path = locate(name)
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path.name}: expected sections such as denoiser, got {type(recipe).__name__}")
@@ -75,7 +75,8 @@ def check(section, config, where):
             raise ValueError(f"{where}: {_unknown(key, fields, 'key')}")
         name = known[key]
         if name in found:
-            raise ValueError(f"{where}: {key} is an earlier name of {name}; give one of them")
+            earlier = fields[name].metadata["formerly"]
+            raise ValueError(f"{where}: {earlier} is an earlier name of {name}; give one of them")
         found[name] = _typed(value, fields[name].default, f"{where}.{key}")
     return found
 

@@ -61,6 +61,9 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     """Train on the scenes in `data`, write checkpoints and the finished pipeline to `folder`. Returns the losses."""
     vae = saved_autoencoder.load(autoencoder)
     pictures, f = load_pictures(data, vae.config.sample_size, split="train"), downsampling(vae)
+    for row in pictures.rows:
+        if absent := [key for key in ("objects", "map") if key not in row]:
+            raise ValueError(f"{data}: {row['file_name']} has no {absent[0]}; `ldmfast data scenes` makes scenes")
     return train_denoiser.train_on(
         pictures,
         vae,

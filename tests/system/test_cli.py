@@ -173,3 +173,20 @@ def test_doctor_checks_gradients(monkeypatch):
     monkeypatch.setattr(self_check, "gradient_error", lambda *_: float("nan"))
     ((row, right),) = self_check.rows(op, torch.float32)
     assert not right and "WRONG" in row
+
+
+def test_doctor_says_what_an_op_raises_and_goes_on(monkeypatch):
+    import torch
+
+    from ldmfast.ops import self_check
+    from ldmfast.ops.registry import OPS
+
+    def run(*args):
+        raise TypeError("ddim_step: field N is missing")  # as the binding does
+
+    op = OPS["ddim_step"]
+    monkeypatch.setattr(op.backends["cpu"], "run", run)
+    monkeypatch.setattr(op, "ranked", lambda: [op.backends["cpu"], op.backends["torch"]])
+    rows = list(self_check.rows(op, torch.float32))
+    assert [right for _, right in rows] == [False, True]
+    assert "WRONG: TypeError: ddim_step: field N is missing" in rows[0][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_pipeline_pictures import class_conditional
 
 import ldmfast
-from ldmfast import files
+from ldmfast import files, shipped
 from ldmfast.commands import cli
 from ldmfast.diffusion import catalogue
 from ldmfast.diffusion.samplers import make_sampler
@@ -131,6 +132,31 @@ def test_a_diffusers_folder_steps_with_our_scheduler_and_draws_diffusers_picture
         assert np.abs(again - wanted).max() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DDPMScheduler", "DDIMScheduler"])
+def test_an_old_configuration_of_stable_diffusion_is_mended_as_diffusers_does(tmp_path, kind):
+    """Without clip_sample and steps_offset, whose defaults are for pixels: diffusers' pipeline sets them."""
+    betas = {name: value for name, value in SD.items() if name != "steps_offset"}
+    stable_diffusion(getattr(diffusers, kind)(**betas)).save_pretrained(tmp_path)
+    config = {"_class_name": kind, **betas, "skip_prk_steps": True}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 5, "guidance_scale": 7.5, "height": 32, "width": 32}
+    wanted = pixels(stock(PROMPT, generator=torch.Generator().manual_seed(5), **settings).images[0])
+    assert np.abs(pixels(ldmfast.load(tmp_path)(PROMPT, steps=5, seeds=5, size=SIZE)[0]) - wanted).max() <= 2
+    taken = optimize(stock)
+    assert type(taken.scheduler) is catalogue.SCHEDULERS[kind]
+    again = pixels(taken(PROMPT, generator=torch.Generator().manual_seed(5), **settings).images[0])
+    assert np.abs(again - wanted).max() <= 2
+
+
+@pytest.mark.parametrize("other", [None, "a name", torch.nn.Linear(2, 2), class_conditional()])
+def test_optimize_takes_a_pipeline_of_diffusers(other):
+    with pytest.raises(TypeError, match=f"optimize takes a pipeline of diffusers'; got {type(other).__name__}"):
+        optimize(other)
+
+
 def test_a_pipeline_of_ours_keeps_how_its_plms_extrapolates(tmp_path):
     """A model that predicts v, saved with our PLMS: loaded it draws the same picture, extrapolating in epsilon."""
     pipe = class_conditional()
@@ -220,3 +246,95 @@ def test_what_is_no_network_or_scheduler_is_refused():
     for name in ("AutoencoderKL", "None", "__version__"):
         with pytest.raises(ValueError, match=f"{name} is not a scheduler"):
             catalogue.scheduler(name)
+
+
+DAMAGED = {  # what stands in the file; the words of the sentence
+    "half of it": (lambda text: text[: len(text) // 2].encode(), "{file} is not JSON"),
+    "a list": (lambda text: b"[1]", "{file} holds a list, expected a JSON object"),
+    "no text": (lambda text: b"\xff\xfe\x00", "{file} is not JSON"),
+    "an unknown class": (lambda text: b'{"_class_name": "Odd"}', "{part}.*Odd"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_a_damaged_configuration_is_named(home, tmp_path, kind, file, damage):
+    change, words = DAMAGED[damage]
+    shutil.copytree(home / kind, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_bytes(change(path.read_text()))
+    part = tmp_path / "model" if file.startswith("scheduler") else path.parent
+    with pytest.raises(ValueError, match=words.format(file=path, part=part)):
+        ldmfast.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("file", ["ldmfast.json", "conditioner/config.json"])
+def test_a_damaged_file_of_ours_is_named(home, tmp_path, file):
+    shutil.copytree(home / "ours", tmp_path / "model")
+    (tmp_path / "model" / file).write_text("{")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'model' / file} is not JSON"):
+        ldmfast.load(tmp_path / "model")
+
+
+def test_a_conditioner_takes_the_place_of_the_saved_one_and_of_nothing_else(home, tmp_path):
+    pipe = ldmfast.load(home / "ours")
+    pipe.guidance = 9.0
+    pipe.save_pretrained(tmp_path)
+    again = ldmfast.load(tmp_path, conditioner=pipe.conditioner)
+    assert again.conditioner is pipe.conditioner and again.guidance == 9.0
+    assert (pixels(again([1], steps=2)[0]) == pixels(pipe([1], steps=2)[0])).all()
+
+
+def test_a_text_encoder_is_no_model(home):
+    with pytest.raises(ValueError, match="text_encoder/config.json could not be used: a None has no place"):
+        ldmfast.load(home / "stock" / "text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (None, {}, "the model is None, expected the name of one that ships, a folder or a file"),
+        (b"ours", {}, "the model is b'ours'"),
+        ("", {}, "the model is an empty name"),
+        ("/", {}, "/ is no diffusers folder"),
+        ("{home}/ours", {"dtype": "bfloat16"}, "dtype='bfloat16', expected a floating type of torch"),
+        ("{home}/stock", {"dtype": torch.int8}, "dtype=torch.int8, expected a floating type"),
+        ("{home}/stock", {"autoencoder": "{home}/stock/vae"}, "autoencoder=.* has an autoencoder of its own"),
+        ("{home}/stock/vae", {"text_encoder": "minilm"}, "text_encoder='minilm', but .* alone"),
+        ("{home}/ours", {"conditioner": "stock"}, "conditioner='stock', expected a Conditioner"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(home, source, options, words):
+    options = {name: value.format(home=home) if isinstance(value, str) else value for name, value in options.items()}
+    source = source.format(home=home) if isinstance(source, str) else source
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=words):
+        ldmfast.load(source, **options)
+
+
+def test_the_default_is_the_shipped_model_whatever_the_working_directory_holds(tmp_path, monkeypatch, capsys):
+    for name in ("emoji600", "scenes64"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    wanted = LatentDiffusionPipeline.from_pretrained(shipped.ASSETS / shipped.TEXT)
+    assert torch.equal(LatentDiffusionPipeline.from_pretrained().unet.conv_in.weight, wanted.unet.conv_in.weight)
+    options = ["-o", "a.png", "--steps", "1", "--quiet"]
+    assert cli.main(["sample", PROMPT, *options]) == 0 == cli.main(["sample", "--class", "cat", *options])
+    assert cli.main(["sample", PROMPT, "--model", "", *options]) == 2
+    assert "the model is an empty name" in capsys.readouterr().err
+
+
+def test_an_encoder_named_by_a_relative_path_is_found_from_elsewhere(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    wanted = ldmfast.load("stock")
+    wanted.save_pretrained(tmp_path / "all of it")
+    stock = stable_diffusion()
+    for name in ("unet", "scheduler", "vae"):
+        getattr(stock, name).save_pretrained(tmp_path / "without" / name)
+    ldmfast.load(tmp_path / "without", text_encoder=Path("stock")).save_pretrained(tmp_path / "named")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minilm").mkdir()  # which is no name of a folder
+    assert ldmfast.load("emoji600").conditioner.settings["name"] == "minilm"
+    context = wanted.conditioner([PROMPT]).context
+    for name in ("all of it", "named"):
+        assert torch.equal(ldmfast.load(name).conditioner([PROMPT]).context, context)

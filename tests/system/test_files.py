@@ -69,6 +69,20 @@ def test_a_folder_that_is_replaced_survives_a_kill_at_any_moment(tmp_path, monke
     assert seen == {"old", "new"} and not killed and number > 5
 
 
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_a_copy_that_a_person_put_aside_stays(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    folder, aside = tmp_path / "model", tmp_path / "model.old"
+    write_folder(folder, "first")
+    os.rename(folder, aside)
+    files.recover(folder)
+    assert not folder.exists()
+    for text in ("second", "third"):
+        write_folder(folder, text, keep=True)
+    assert content(aside) == {"a": "first", "b": "first"} and content(folder) == {"a": "third", "b": "third"}
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_working_directory_is_replaced_by_its_entries(tmp_path, monkeypatch, keep):
     folder = tmp_path / "model"

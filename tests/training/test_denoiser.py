@@ -128,6 +128,8 @@ def test_latents_are_kept_and_checked(home, pictures, tmp_path, monkeypatch):
         prepare(pictures, vae, file=str(file))
     file.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="holds no latents"):
+        prepare(pictures, vae, file=str(file.parent))
+    with pytest.raises(ValueError, match="holds no latents"):
         prepare(pictures, vae, file=str(file))
 
 

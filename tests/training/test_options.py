@@ -32,6 +32,7 @@ class Own(RunConfig):
     above: float = option(0.5, "above 0", above=0)
     most: float = option(0.5, "at most 1", most=1)
     below: float = option(0.5, "below 1", below=1)
+    each: tuple = option((8, 16), "each at least 1", least=1)
     choice: str = option("a", "a or b", ("a", "b"))
     fixed: int = option(1, "the same in a continued run")
     loose: int = option(1, "free to differ", free=True)
@@ -54,6 +55,10 @@ class Derived(Own):
         ("most", 1.5, "most=1.5 must be at most 1"),
         ("below", 1, "below=1 must be below 1"),
         ("least", float("nan"), "least=nan must be at least 2"),
+        ("each", (8, 0), "each=(8, 0) must be at least 1"),
+        ("above", float("inf"), "above=inf must be a finite number"),
+        ("weight_decay", -1.0, "weight_decay=-1.0 must be at least 0"),
+        ("seed", 2**70, f"seed={2**70} must be at most {2**63 - 1}"),
         ("choice", "c", "choice='c' is none of a, b"),
     ],
 )
@@ -65,6 +70,26 @@ def test_a_value_out_of_its_bounds_is_refused(config, name, value, sentence):
 
 def test_the_bound_itself_is_within_or_without():
     assert Own(least=2, most=1, above=1e-9, below=1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        (AutoencoderConfig, "channels", (0, 8)),
+        (AutoencoderConfig, "channels", (-8, 8)),
+        (AutoencoderConfig, "groups", 0),
+        (AutoencoderConfig, "latent_channels", 0),
+        (AutoencoderConfig, "layers", -1),
+        (AutoencoderConfig, "kl_weight", -1.0),
+        (DecoderConfig, "ssim_weight", -1.0),
+        (DenoiserConfig, "head_width", 0),
+        (DenoiserConfig, "attention", (0, 1, 2)),
+        (ScenesConfig, "beta_end", 1.5),
+    ],
+)
+def test_what_no_network_or_loss_can_be_made_of_is_refused(config, name, value):
+    with pytest.raises(ValueError, match=f"^{name}=.* must be at (least|most)|^{name}=.* must be below"):
+        config(**{name: value})
 
 
 def test_a_derived_stage_changes_the_default_alone():
@@ -151,9 +176,10 @@ def test_scenes_of_earlier_recipes_and_checkpoints_keep_their_share_of_boxes(tmp
     earlier["plain_captions"] = earlier.pop("only_boxes")
     assert options.differences(config, earlier) == []
     assert options.differences(dataclasses.replace(config, only_boxes=0.5), earlier) == ["only_boxes was 0.25, is 0.5"]
-    path.write_text("scenes: {only_boxes: 0.5, plain_captions: 0.25}")
-    with pytest.raises(ValueError, match="plain_captions is an earlier name of only_boxes; give one of them"):
-        recipes.settings(path, "scenes")
+    for both in ("only_boxes: 0.5, plain_captions: 0.25", "plain_captions: 0.25, only_boxes: 0.5"):
+        path.write_text(f"scenes: {{{both}}}")
+        with pytest.raises(ValueError, match="plain_captions is an earlier name of only_boxes; give one of them"):
+            recipes.settings(path, "scenes")
     path.write_text("denoiser: {plain_captions: 0.25}")
     assert recipes.settings(path, "denoiser") == {"plain_captions": 0.25}
 

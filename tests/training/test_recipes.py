@@ -53,6 +53,12 @@ def test_a_mistake_names_its_place(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="mine.yaml is no YAML"):
+        recipes.read(tmp_path / "mine.yaml")
+
+
 def test_options_override_the_recipe(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(train_denoiser, "train", lambda *arguments, **_: seen.append(arguments[3]) or [[1, 0.5]])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -184,6 +185,16 @@ def test_what_is_no_collection_of_scenes_is_not_scored(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}')
     with pytest.raises(ValueError, match="a.png has no objects and map; a model of scenes is scored on"):
         scene_samples.evaluate(None, tmp_path, {}, samples=1)
+
+
+def test_what_is_no_collection_of_scenes_is_not_trained_on(tmp_path, capsys):
+    made = [f'{{"file_name": "{path.name}", "text": "a cat"}}\n' for path in sorted(CUTOUTS.glob("*.png"))[:2]]
+    for path in sorted(CUTOUTS.glob("*.png"))[:2]:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("".join(made))
+    where = ["--data", str(tmp_path), "--output", str(tmp_path / "run")]
+    assert cli.main(["train", "scenes", *where, "--autoencoder", "scenes64", "--device", "cpu"]) == 2
+    assert "has no objects; `ldmfast data scenes` makes scenes" in capsys.readouterr().err
 
 
 def test_the_network_of_scenes_is_conditioned_on_boxes_and_maps(collection):

@@ -113,5 +113,6 @@ def test_the_command_writes_one_html_file(collection, tmp_path, monkeypatch, cap
 def test_bad_options_are_refused(tmp_path, capsys):
     assert main(["study", str(tmp_path), "--factors", "1,5"]) == 2
     assert "5 is none of 1, 4, 8, 16" in capsys.readouterr().err
-    assert main(["study", str(tmp_path), "--seconds", "0"]) == 2
-    assert "--seconds 0.0 must be above 0" in capsys.readouterr().err
+    for seconds in ("0.0", "nan", "inf"):
+        assert main(["study", str(tmp_path), "--seconds", seconds]) == 2
+        assert f"--seconds {seconds} must be above 0" in capsys.readouterr().err
