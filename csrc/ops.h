@@ -231,4 +231,63 @@ LDMFAST_FIELDS(DdimStepBackwardArgs, dprev, dx0, sample, model_output, dsample, 
 LDMFAST_OPS(LDMFAST_DECLARE)
 #undef LDMFAST_DECLARE
 
+enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kGeglu = 3 };
+
+// out = (act(norm(x) w^T + bias) + residual) * output_scale. With kGeglu, w has 2N rows: h = the first N, g = the
+// others, and act is h * gelu(g). norm is LayerNorm over K, or the identity.
+struct LinearArgs {
+  const void* x;                       // [M, K], unit stride in K
+  int64_t stride_x;
+  const void* weight;                  // [N, K] or [2N, K], unit stride in K
+  int64_t stride_w;
+  const void* bias;                    // [N] or [2N], or null
+  const void* residual;                // [M, N], unit stride in N, or null
+  int64_t stride_residual;
+  void* out;                           // [M, N], unit stride in N
+  int64_t stride_out;
+  const void* norm_weight;             // [K], or null: 1
+  const void* norm_bias;               // [K], or null: 0
+  float eps;
+  bool normalised;                     // LayerNorm of x first
+  int64_t M, N, K;
+  Activation activation;
+  float output_scale;
+  DType dtype;                         // of every tensor
+  void* workspace;                     // linear_workspace(args) bytes
+};
+size_t linear_workspace(const LinearArgs& args);
+void linear(const LinearArgs& args, const Launch& launch);
+
+// How a 3x3 convolution of stride 1 is computed. kAuto chooses by shape and dtype. kF4 keeps 16 bits of a transformed
+// operand too few: float32 only where accuracy counts.
+enum class ConvForm : int { kAuto = 0, kDirect = 1, kF2 = 2, kF4 = 3 };
+
+// out = (conv(act(x * norm_scale + norm_shift)) + bias + add + residual) * output_scale, x = [x1, x2] by channels,
+// enlarged `upsample` times (nearest), zero outside; channels_last.
+struct Conv2dArgs {
+  const void* x1;                      // [N, H, W, C1] by strides, unit stride in C
+  int64_t stride_x1n, stride_x1h, stride_x1w;
+  const void* x2;                      // [N, H, W, C2] likewise, or null where C2 == 0
+  int64_t stride_x2n, stride_x2h, stride_x2w;
+  const void* weight;                  // [Co, C1 + C2, K, K] by strides
+  int64_t stride_wo, stride_wi, stride_wh, stride_ww;
+  const void* bias;                    // [Co] or null
+  const void* add;                     // [N, Co], unit stride in Co, or null
+  int64_t stride_add;
+  const void* residual;                // [N, Ho, Wo, Co], dense, or null
+  const float* norm_scale;             // [N, C1 + C2], dense, or null: the input's norm as a factor and a shift
+  const float* norm_shift;             // [N, C1 + C2], dense, or null together with norm_scale
+  void* out;                           // [N, Ho, Wo, Co], dense
+  int64_t N, H, W, C1, C2, Co, Ho, Wo;
+  int64_t kernel, stride, padding;     // K; padding is that above and to the left
+  int64_t upsample;                    // 1 or 2
+  float output_scale;
+  bool silu;                           // of the normalised input
+  ConvForm form;
+  DType dtype;                         // of every tensor but norm_scale and norm_shift
+  void* workspace;                     // conv2d_workspace(args) bytes
+};
+size_t conv2d_workspace(const Conv2dArgs& args);
+void conv2d(const Conv2dArgs& args, const Launch& launch);
+
 }  // namespace ldmfast

@@ -1,0 +1,50 @@
+// out = (conv(act(norm(x))) + bias + add + residual) * output_scale, channels_last: the choice of its form.
+//
+//   1x1, stride 2, small pictures: direct (conv2d_direct.h)
+//   3x3 of stride 1: F(4x4, 3x3) or F(2x2, 3x3) (winograd.h)
+#include "winograd.h"
+#include "conv2d_direct.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+ConvForm form_of(const Conv2dArgs& a) {
+  if (a.kernel != 3 || a.stride != 1) return ConvForm::kDirect;
+  if (a.form != ConvForm::kAuto) return a.form;
+  return a.dtype == DType::kFloat32 ? ConvForm::kF4 : ConvForm::kF2;
+}
+
+template <class T> void run(const Conv2dArgs& a) {
+  using M = typename MathOf<T>::type;
+  switch (form_of(a)) {
+    case ConvForm::kF4: return run_winograd<M, T, 4>(a);
+    case ConvForm::kF2: return run_winograd<M, T, 2>(a);
+    default: return run_direct<M, T>(a);
+  }
+}
+
+template <class M> size_t floats_of(const Conv2dArgs& a) {
+  switch (form_of(a)) {
+    case ConvForm::kF4: return winograd_plan<M, 4>(a).floats;
+    case ConvForm::kF2: return winograd_plan<M, 2>(a).floats;
+    default: return direct_floats<M>(a);
+  }
+}
+
+}  // namespace
+
+size_t conv2d_workspace(const Conv2dArgs& a) {
+  if (a.N * a.Ho * a.Wo * a.Co == 0) return 0;
+  return 4 * (a.dtype == DType::kBFloat16 ? floats_of<MathOf<BFloat16>::type>(a) : floats_of<Single>(a));
+}
+
+void conv2d(const Conv2dArgs& a) {
+  if (a.N * a.Ho * a.Wo * a.Co == 0) return;
+  if (a.dtype == DType::kFloat32) return run<float>(a);
+  if (a.dtype == DType::kBFloat16) return run<BFloat16>(a);
+  return run<Half>(a);
+}
+
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast

@@ -1,0 +1,37 @@
+// What a product's sums go through before they are written: bias, activation, residual, scale.
+#pragma once
+#include "exponential.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+// erf as x p(x^2) / q(x^2) on [-4, 4], beyond which float32 has 1: 4e-7 absolute. Coefficients: XLA's ErfImpl32.
+LDMFAST_INLINE VecF erf(VecF x) {
+  x = vmin(vmax(x, splat(-4.0f)), splat(4.0f));
+  const VecF s = x * x;
+  VecF p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
+  p = p * s - 2.10102402082508e-06f;
+  p = p * s - 5.69250639462346e-05f;
+  p = p * s - 7.34990630326855e-04f;
+  p = p * s - 2.95459980854025e-03f;
+  p = p * s - 1.60960333262415e-02f;
+  VecF q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
+  q = q * s - 1.68282697438203e-03f;
+  q = q * s - 7.37332916720468e-03f;
+  q = q * s - 1.42647390514189e-02f;
+  return x * p / q;
+}
+LDMFAST_INLINE VecF gelu(VecF x) { return 0.5f * x * (1.0f + erf(x * 0.70710678118654752f)); }
+
+template <class T> LDMFAST_INLINE VecF load_upto(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_first(p, n);
+}
+template <class T> LDMFAST_INLINE void store_upto(T* p, VecF x, int64_t n) {
+  if (n >= kLanes) store(p, x);
+  else store_first(p, x, n);
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast

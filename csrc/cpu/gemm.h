@@ -1,0 +1,189 @@
+// The matrix product beneath linear and conv2d, on operands packed as 32-bit words.
+//
+//   for each task, a rectangle of rows x columns:                             # tasks go to the threads
+//     for each block of the depth:
+//       pack the columns of the weight   [tiles, words, kTile]                # stays in the second-level cache
+//       for each panel of kRows rows:
+//         pack the panel                 [parts, kRows, kPart]                # stays in the first-level cache
+//         for each tile of kTile columns:
+//           sums[kRows, kTile] += panel * columns                             # in registers
+//           after the last block: finish(sums)                                # bias, activation, residual
+//
+// What packs and what finishes are the caller's; see Product.
+// Source: Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication".
+#pragma once
+#include <omp.h>
+
+#include "simd.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;  // rows whose sums are in registers: 32, or 16
+constexpr int kTile = 2 * kLanes;                               // columns likewise
+constexpr int64_t kPart = 32;                                   // words of a row that lie together in a panel
+constexpr int64_t kPanelPart = kRows * kPart;
+
+// A word is one float32, or two neighbours in the depth as bfloat16.
+struct Single {
+  static constexpr int kPack = 1;
+  LDMFAST_INLINE VecF dot(VecF sum, VecF a, VecF b) { return sum + a * b; }
+  template <class T> LDMFAST_INLINE VecF words(const T* p, int64_t n) {  // n elements remain
+    return n >= kLanes ? load(p) : load_first(p, n);
+  }
+  LDMFAST_INLINE VecF join(VecF a, VecF) { return a; }        // elements of a, then of b, two a word
+  LDMFAST_INLINE VecF interleave(VecF a, VecF) { return a; }  // word i: element i of a and of b
+};
+
+#if defined(__AVX512BF16__)
+struct Paired {
+  static constexpr int kPack = 2;
+  LDMFAST_INLINE VecF dot(VecF sum, VecF a, VecF b) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  LDMFAST_INLINE VecF words(const BFloat16* p, int64_t n) {
+    if (n >= 2 * kLanes) return (VecF)_mm512_loadu_si512(p);
+    return (VecF)_mm512_maskz_loadu_epi16((1u << n) - 1, p);
+  }
+  LDMFAST_INLINE VecF join(VecF a, VecF b) { return (VecF)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+  LDMFAST_INLINE VecF interleave(VecF a, VecF b) {
+    typedef uint16_t Halves __attribute__((vector_size(64)));
+    const Halves order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (VecF)_mm512_permutexvar_epi16((__m512i)order, (__m512i)join(a, b));
+  }
+};
+#endif
+
+template <class T> struct MathOf { using type = Single; };
+#if defined(__AVX512BF16__)
+template <> struct MathOf<BFloat16> { using type = Paired; };
+#endif
+
+LDMFAST_INLINE VecF broadcast(const float* p) {
+  uint32_t bits;
+  memcpy(&bits, p, 4);
+  return (VecF)splat_u(bits);
+}
+
+// c[kR, kV * kLanes] = a b, or += it: of a [parts, kRows, kPart] and b [words, kV * kLanes]
+template <class M, int kR, int kV>
+void multiply(const float* a, const float* b, int64_t words, bool add, float* c, int64_t stride_c) {
+  VecF sum[kR][kV] = {};
+  for (; words > 0; words -= kPart, a += kPanelPart) {
+    const int64_t count = min64(kPart, words);
+    for (int64_t d = 0; d < count; ++d, b += kV * kLanes) {
+      VecF x[kV];
+#pragma GCC unroll 2
+      for (int j = 0; j < kV; ++j) x[j] = load(b + j * kLanes);
+#pragma GCC unroll 14
+      for (int r = 0; r < kR; ++r) {
+        const VecF w = broadcast(a + r * kPart + d);
+#pragma GCC unroll 2
+        for (int j = 0; j < kV; ++j) sum[r][j] = M::dot(sum[r][j], w, x[j]);
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kV; ++j) {
+      float* to = c + r * stride_c + j * kLanes;
+      store(to, add ? load(to) + sum[r][j] : sum[r][j]);
+    }
+  }
+}
+
+template <class M, int kR = kRows>
+LDMFAST_INLINE void multiply_rows(int rows, const float* a, const float* b, int64_t words, bool add, float* c,
+                                  int64_t stride_c) {
+  if (rows == kR) return multiply<M, kR, 2>(a, b, words, add, c, stride_c);
+  if constexpr (kR > 1) multiply_rows<M, kR - 1>(rows, a, b, words, add, c, stride_c);
+}
+
+// ---- packing ----
+
+LDMFAST_INLINE void transpose(VecF* x) {  // [kLanes, kLanes] in place
+#if defined(__AVX512F__)
+  __m512d t[16];
+  __m512 u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = (__m512d)_mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]);
+    t[i + 1] = (__m512d)_mm512_unpackhi_ps((__m512)x[i], (__m512)x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // u[i + j]: columns j, j + 4, j + 8, j + 12 of rows i to i + 3
+    u[i] = (__m512)_mm512_unpacklo_pd(t[i], t[i + 2]);
+    u[i + 1] = (__m512)_mm512_unpackhi_pd(t[i], t[i + 2]);
+    u[i + 2] = (__m512)_mm512_unpacklo_pd(t[i + 1], t[i + 3]);
+    u[i + 3] = (__m512)_mm512_unpackhi_pd(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 a = _mm512_shuffle_f32x4(u[j], u[j + 4], 0x88), b = _mm512_shuffle_f32x4(u[j], u[j + 4], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[j + 8], u[j + 12], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(u[j + 8], u[j + 12], 0xdd);
+    x[j] = (VecF)_mm512_shuffle_f32x4(a, c, 0x88);
+    x[j + 4] = (VecF)_mm512_shuffle_f32x4(b, d, 0x88);
+    x[j + 8] = (VecF)_mm512_shuffle_f32x4(a, c, 0xdd);
+    x[j + 12] = (VecF)_mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+#elif defined(__AVX2__)
+  __m256d t[8];
+  __m256 u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = (__m256d)_mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
+    t[i + 1] = (__m256d)_mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = (__m256)_mm256_unpacklo_pd(t[i], t[i + 2]);
+    u[i + 1] = (__m256)_mm256_unpackhi_pd(t[i], t[i + 2]);
+    u[i + 2] = (__m256)_mm256_unpacklo_pd(t[i + 1], t[i + 3]);
+    u[i + 3] = (__m256)_mm256_unpackhi_pd(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    x[j] = (VecF)_mm256_permute2f128_ps(u[j], u[j + 4], 0x20);
+    x[j + 4] = (VecF)_mm256_permute2f128_ps(u[j], u[j + 4], 0x31);
+  }
+#else
+  float from[kLanes][kLanes], to[kLanes][kLanes];
+  memcpy(from, x, sizeof from);
+  for (int i = 0; i < kLanes; ++i) for (int j = 0; j < kLanes; ++j) to[i][j] = from[j][i];
+  memcpy(x, to, sizeof to);
+#endif
+}
+
+// to[words, stride_to] = the words of kLanes rows of n elements each; rows from valid on are zero
+template <class M, class T>
+void pack_transposed(const T* from, int64_t stride, int64_t valid, int64_t n, float* to, int64_t stride_to) {
+  for (int64_t k = 0; k < n; k += kLanes * M::kPack, to += kLanes * stride_to) {
+    VecF x[kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) x[r] = r < valid ? M::words(from + r * stride + k, n - k) : VecF{};
+    transpose(x);
+    const int64_t count = ceil_div(n - k, M::kPack);
+    if (count >= kLanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to + i * stride_to, x[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) memcpy(to + i * stride_to, &x[i], sizeof(VecF));
+    }
+  }
+}
+
+// Where word w of a panel's row is, from the row's first word.
+LDMFAST_INLINE int64_t panel_word(int64_t w) { return w / kPart * kPanelPart + w % kPart; }
+
+template <class M, class T> LDMFAST_INLINE void pack_row(const T* from, int64_t n, float* to) {
+  constexpr int64_t kStep = kLanes * M::kPack;
+  for (int64_t k = 0, w = 0; k < n; k += kStep, w += kLanes) store(to + panel_word(w), M::words(from + k, n - k));
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast

@@ -1,0 +1,131 @@
+// out = (act(norm(x) w^T + bias) + residual) * output_scale; see gemm.h for the product.
+//
+//   rows of the product: tokens; columns: output channels; depth: input channels, two a word where M::kPack is 2
+//   GEGLU: a tile of columns is kLanes of h beside kLanes of g, so that finish has both
+//   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed
+#include "epilogue.h"
+#include "product.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+template <class M, class T> struct Linear {
+  const LinearArgs& a;
+  int64_t block;       // words of a block of the depth
+  const float* stats;  // [M, 2]: mean, 1 / deviation; LayerNorm only
+
+  int64_t from(int64_t i) const { return i * block * M::kPack; }  // first element of a block
+  int64_t elements(int64_t i) const { return min64(block * M::kPack, a.K - from(i)); }
+  int64_t words(int64_t i) const { return ceil_div(elements(i), M::kPack); }
+  bool gated() const { return a.activation == Activation::kGeglu; }
+
+  VecF normalised(const T* x, int64_t k, int64_t n, float mean, float rstd) const {
+    VecF y = (load_upto(x, n) - mean) * rstd;
+    if (a.norm_weight) y *= load_upto((const T*)a.norm_weight + k, n);
+    if (a.norm_bias) y += load_upto((const T*)a.norm_bias + k, n);
+    return y;
+  }
+  void normalised_row(int64_t m, int64_t k, int64_t n, float* to) const {
+    const T* x = (const T*)a.x + m * a.stride_x + k;
+    const float mean = stats[2 * m], rstd = stats[2 * m + 1];
+    for (int64_t i = 0, w = 0; i < n; i += kLanes * M::kPack, w += kLanes) {
+      const VecF low = normalised(x + i, k + i, n - i, mean, rstd);
+      const bool more = M::kPack == 2 && n - i > kLanes;
+      const int64_t j = i + kLanes;
+      store(to + panel_word(w), M::join(low, more ? normalised(x + j, k + j, n - j, mean, rstd) : VecF{}));
+    }
+  }
+
+  void rows(int64_t m, int count, int64_t i, float* to) const {
+    for (int r = 0; r < count; ++r, to += kPart) {
+      if (a.normalised) normalised_row(m + r, from(i), elements(i), to);
+      else pack_row<M>((const T*)a.x + (m + r) * a.stride_x + from(i), elements(i), to);
+    }
+  }
+
+  void columns(int64_t n, int64_t i, float* to) const {
+    for (int j = 0; j < 2; ++j) {
+      const int64_t first = gated() ? n / 2 + j * a.N : n + j * kLanes;
+      const int64_t valid = gated() ? a.N - n / 2 : a.N - first;
+      const T* w = (const T*)a.weight + first * a.stride_w + from(i);
+      pack_transposed<M>(w, a.stride_w, max64(0, valid), elements(i), to + j * kLanes, kTile);
+    }
+  }
+
+  VecF biased(VecF sum, int64_t n, int64_t valid) const {
+    return a.bias ? sum + load_upto((const T*)a.bias + n, valid) : sum;
+  }
+  void write(int64_t m, int64_t n, VecF y) const {
+    if (a.residual) y += load_upto((const T*)a.residual + m * a.stride_residual + n, a.N - n);
+    store_upto((T*)a.out + m * a.stride_out + n, y * a.output_scale, a.N - n);
+  }
+  void finish(int64_t m, int count, int64_t n, const float* sums, int64_t stride) const {
+    for (int r = 0; r < count; ++r, sums += stride) {
+      if (gated()) {
+        const int64_t c = n / 2;
+        const VecF h = biased(load(sums), c, a.N - c), g = biased(load(sums + kLanes), a.N + c, a.N - c);
+        write(m + r, c, h * gelu(g));
+        continue;
+      }
+      for (int j = 0; j < 2; ++j) {
+        const int64_t c = n + j * kLanes;
+        if (c >= a.N) break;
+        VecF y = biased(load(sums + j * kLanes), c, a.N - c);
+        if (a.activation == Activation::kSilu) y = silu<AccuracyOf<T>::value>(y);
+        if (a.activation == Activation::kGelu) y = gelu(y);
+        write(m + r, c, y);
+      }
+    }
+  }
+};
+
+// mean and 1 / deviation of a row, in two passes
+template <class T> void row_statistics(const LinearArgs& a, int64_t m, float* to) {
+  const T* x = (const T*)a.x + m * a.stride_x;
+  VecF sum = {}, squares = {};
+  for (int64_t k = 0; k < a.K; k += kLanes) sum += load_upto(x + k, a.K - k);
+  const float mean = reduce_add(sum) / a.K;
+  for (int64_t k = 0; k < a.K; k += kLanes) {
+    VecF d = load_upto(x + k, a.K - k) - mean;
+    for (int64_t i = a.K - k; i < kLanes; ++i) d[i] = 0.0f;
+    squares += d * d;
+  }
+  to[0] = mean;
+  to[1] = 1.0f / __builtin_sqrtf(reduce_add(squares) / a.K + a.eps);
+}
+
+Plan linear_plan(const LinearArgs& a, int pack) {
+  const int64_t words = ceil_div(a.K, pack), block = even_block(words);
+  const int64_t columns = a.activation == Activation::kGeglu ? ceil_div(a.N, kLanes) * kTile : a.N;
+  return plan_of(a.M, columns, ceil_div(words, block), block, a.K);
+}
+
+template <class T> void run(const LinearArgs& a) {
+  using M = typename MathOf<T>::type;
+  const Plan p = linear_plan(a, M::kPack);
+  float* stats = (float*)a.workspace + p.split.threads * p.scratch;
+  if (a.normalised) {
+#pragma omp parallel for num_threads(p.split.threads) if (p.split.threads > 1)
+    for (int64_t m = 0; m < a.M; ++m) row_statistics<T>(a, m, stats + 2 * m);
+  }
+  run_product<M>(p, Linear<M, T>{a, p.block_words, stats}, (float*)a.workspace);
+}
+
+}  // namespace
+
+size_t linear_workspace(const LinearArgs& a) {
+  if (a.M * a.N == 0) return 0;
+  const Plan p = linear_plan(a, a.dtype == DType::kBFloat16 ? MathOf<BFloat16>::type::kPack : 1);
+  return (size_t)(p.split.threads * p.scratch + (a.normalised ? 2 * a.M : 0)) * 4;
+}
+
+void linear(const LinearArgs& a) {
+  if (a.M * a.N == 0) return;
+  if (a.dtype == DType::kFloat32) return run<float>(a);
+  if (a.dtype == DType::kBFloat16) return run<BFloat16>(a);
+  return run<Half>(a);
+}
+
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast

@@ -1,0 +1,109 @@
+// The loops around gemm.h's kernel: tasks, blocks, panels, tiles.
+#pragma once
+#include "gemm.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+// What a task of rows x columns costs beside its products, in products of a vector for each word and row or column:
+// measured on Zen 4, where a store of 16 floats takes two cycles.
+constexpr int64_t kRowCost = 4, kColumnCost = 8;
+constexpr int64_t kMaxRows = 36 * kRows, kMaxColumns = 320, kMaxWords = 384;
+
+struct Split {
+  int64_t rows, columns;              // of a task; multiples of kRows and kTile, or all
+  int64_t row_tasks, column_tasks, threads;
+};
+
+LDMFAST_INLINE Split split_into(int64_t M, int64_t N, int64_t row_tasks, int64_t column_tasks) {
+  Split s;
+  s.rows = ceil_div(ceil_div(M, kRows), row_tasks) * kRows;
+  s.columns = ceil_div(ceil_div(N, kTile), column_tasks) * kTile;
+  s.row_tasks = ceil_div(M, s.rows);
+  s.column_tasks = ceil_div(N, s.columns);
+  return s;
+}
+
+// The split of M x N that is estimated to take the least time on the threads.
+Split split_of(int64_t M, int64_t N, int64_t depth) {
+  constexpr int64_t kSerial = 128 * 1024;  // products below which waking threads costs more than it gives
+  const int64_t threads = M * N * depth > kSerial ? max64(1, omp_get_max_threads()) : 1;
+  const int64_t least_rows = ceil_div(M, kMaxRows), least_columns = ceil_div(N, kMaxColumns);
+  Split best = {};
+  int64_t least = INT64_MAX;
+  for (int64_t i = 0; i <= 2 * threads; ++i) {
+    for (int64_t j = 0; j <= 2 * threads; ++j) {
+      Split s = split_into(M, N, least_rows + i, least_columns + j);
+      const int64_t task = (s.rows * s.columns + kRowCost * kLanes * s.rows + kColumnCost * s.columns);
+      const int64_t time = ceil_div(s.row_tasks * s.column_tasks, threads) * task;
+      if (time < least) least = time, best = s;
+    }
+  }
+  best.threads = min64(threads, best.row_tasks * best.column_tasks);
+  return best;
+}
+
+struct Plan {
+  int64_t M, N;
+  int64_t blocks, block_words;  // blocks of the depth, and the most words of one
+  Split split;
+  int64_t scratch;              // floats a thread
+};
+
+Plan plan_of(int64_t M, int64_t N, int64_t blocks, int64_t block_words, int64_t depth) {
+  Plan p = {M, N, blocks, block_words, split_of(M, N, depth), 0};
+  const int64_t sums = blocks > 1 ? p.split.rows * p.split.columns : kRows * kTile;
+  p.scratch = ceil_div(block_words, kPart) * kPanelPart + block_words * p.split.columns + sums + 3 * kLanes;
+  return p;
+}
+
+// Even blocks of a depth of words.
+LDMFAST_INLINE int64_t even_block(int64_t words) {
+  const int64_t blocks = ceil_div(words, kMaxWords);
+  return ceil_div(ceil_div(words, blocks), kLanes) * kLanes;
+}
+
+LDMFAST_INLINE float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) / 64 * 64); }
+
+// Source has:
+//   int64_t words(block)                                  the words of a block of the depth
+//   void rows(first, count, block, to)                    packs a panel [parts, kRows, kPart]
+//   void columns(first, block, to)                        packs a tile of columns [words, kTile]
+//   void finish(row, rows, column, sums, stride_sums)     writes a tile
+template <class M, class Source> void run_task(const Plan& p, const Source& source, int64_t task, float* scratch) {
+  const Split& s = p.split;
+  const int64_t m0 = task % s.row_tasks * s.rows, m1 = min64(p.M, m0 + s.rows);
+  const int64_t n0 = task / s.row_tasks * s.columns, n1 = min64(p.N, n0 + s.columns);
+  float* panel = aligned(scratch);
+  float* columns = panel + ceil_div(p.block_words, kPart) * kPanelPart;
+  float* sums = columns + p.block_words * s.columns;
+  for (int64_t block = 0; block < p.blocks; ++block) {
+    const int64_t words = source.words(block);
+    for (int64_t n = n0; n < n1; n += kTile) source.columns(n, block, columns + (n - n0) * words);
+    for (int64_t m = m0; m < m1; m += kRows) {
+      const int rows = (int)min64(kRows, m1 - m);
+      source.rows(m, rows, block, panel);
+      for (int64_t n = n0; n < n1; n += kTile) {
+        float* c = p.blocks > 1 ? sums + (m - m0) * s.columns + (n - n0) : sums;
+        const int64_t stride = p.blocks > 1 ? s.columns : kTile;
+        multiply_rows<M>(rows, panel, columns + (n - n0) * words, words, block > 0, c, stride);
+        if (block == p.blocks - 1) source.finish(m, rows, n, c, stride);
+      }
+    }
+  }
+}
+
+template <class M, class Source> void run_product(const Plan& p, const Source& source, float* workspace) {
+  const int64_t tasks = p.split.row_tasks * p.split.column_tasks;
+#pragma omp parallel num_threads(p.split.threads) if (p.split.threads > 1)
+  {
+    float* scratch = workspace + omp_get_thread_num() * p.scratch;
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < tasks; ++i) run_task<M>(p, source, i, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast

@@ -1,0 +1,207 @@
+// A 3x3 convolution of stride 1 by Winograd's transforms.
+//
+//   for each block of rows of tiles:                       # V of a block stays in the third-level cache
+//     V[P, tiles, words] = B^T d B of all its channels     # all threads, P = kSide^2 products of a tile
+//     for each kTile output channels (and range of tiles):
+//       for each block of the depth:
+//         U[P, words, kTile] = G g G^T                     # stays in the second-level cache
+//         for each of the P products:
+//           M[p, tiles, kTile] += V[p] U[p]                # gemm.h
+//       out = A^T M A, and what follows it
+//
+// The input goes through a strip of kSide rows in float32, where its norm is applied and its border is zero.
+#pragma once
+#include "conv2d.h"
+#include "winograd_transform.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+constexpr int64_t kSkew = 5 * 16;           // floats between two planes, that they lie in different sets of a cache
+constexpr int64_t kStripTiles = 16;         // tiles of a strip
+constexpr int64_t kBlockTiles = 256;        // tiles that share one transform of the weight
+constexpr int64_t kWeightFloats = 144 * 1024;  // of U at one time
+
+template <int kM> struct WinogradPlan {
+  static constexpr int kSide = Winograd<kM>::kSide, kPlanes = kSide * kSide;
+  int64_t across, down;          // tiles of an image
+  int64_t rows, row_blocks;      // rows of tiles of a block; blocks
+  int64_t strips;                // of a row of tiles
+  int64_t tiles;                 // of a block
+  int64_t parts, words, depth;   // of kPart words; of a tile; of words in one U
+  int64_t range, ranges;         // tiles of a task; tasks of a block and kTile channels
+  int64_t plane_v, plane_u, plane_m;  // floats from one product to the next
+  int64_t threads, scratch;      // floats a thread
+  size_t floats;
+};
+
+template <class M, int kM> WinogradPlan<kM> winograd_plan(const Conv2dArgs& a) {
+  WinogradPlan<kM> p;
+  p.across = ceil_div(a.Wo, kM), p.down = ceil_div(a.Ho, kM);
+  const int64_t all = a.N * p.down;
+  p.rows = min64(all, ceil_div(kBlockTiles, p.across));
+  p.row_blocks = ceil_div(all, p.rows);
+  p.rows = ceil_div(all, p.row_blocks);
+  p.strips = ceil_div(p.across, kStripTiles);
+  p.tiles = p.rows * p.across;
+  p.words = groups_of<M>(a) * kLanes;
+  p.parts = ceil_div(p.words, kPart);
+  const int64_t most = max64(1, kWeightFloats / (p.kPlanes * kTile * kPart));
+  p.depth = ceil_div(p.parts, ceil_div(p.parts, most)) * kPart;
+  p.threads = max64(1, omp_get_max_threads());
+  const int64_t panels = ceil_div(p.tiles, kRows), columns = ceil_div(a.Co, kTile);
+  const int64_t wanted = max64(1, min64(panels / 4, ceil_div(4 * p.threads, columns) - 1));  // ranges of 4 panels or more
+  p.range = ceil_div(panels, wanted) * kRows;
+  p.ranges = ceil_div(p.tiles, p.range);
+  p.plane_v = panels * p.parts * kPanelPart + kSkew;
+  p.plane_u = p.depth * kTile + kSkew;
+  p.plane_m = p.range * kTile + kSkew;
+  const int64_t strip = p.kSide * (kStripTiles * kM + 2) * kPart * M::kPack;
+  const int64_t block = kLanes * M::kPack * 9 * kLanes;
+  p.scratch = max64(strip, p.kPlanes * (p.plane_u + p.plane_m) + block) + 3 * kLanes;
+  p.floats = (size_t)(p.kPlanes * p.plane_v + p.threads * p.scratch + 4 * kLanes);
+  return p;
+}
+
+template <class M, class T, int kM> struct WinogradConv {
+  static constexpr int kSide = Winograd<kM>::kSide, kPlanes = kSide * kSide;
+  static constexpr int64_t kStep = kLanes * M::kPack;  // channels of a group
+  const Conv2dArgs& a;
+  const WinogradPlan<kM>& p;
+  float* v;
+
+  // ---- V ----
+
+  // strip[kSide, width, kStep] of group g: rows of pixels from (y, x) on
+  void gather(const Group& g, int64_t n, int64_t y, int64_t x, int64_t width, float* strip) const {
+    for (int64_t i = 0; i < kSide; ++i) {
+      for (int64_t j = 0; j < width; ++j, strip += kStep) {
+        const T* pixel = pixel_of<T>(a, g, n, y + i, x + j);
+        for (int64_t c = 0; c < kStep; c += kLanes) {
+          store(strip + c, pixel ? input_of<T>(a, g, n, pixel, c) : VecF{});
+        }
+      }
+    }
+  }
+
+  void transform_tile(const float* d, int64_t width, float* to) const {
+    VecF low[kPlanes], high[kPlanes];
+    transform_input<kM>([=](int i, int j) { return load(d + (i * width + j) * kStep); }, low);
+    if (M::kPack == 2) {
+      transform_input<kM>([=](int i, int j) { return load(d + (i * width + j) * kStep + kStep - kLanes); }, high);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kPlanes; ++k) store(to + k * p.plane_v, M::join(low[k], M::kPack == 2 ? high[k] : low[k]));
+  }
+
+  // group g of one strip: tiles from `column` on of a row of tiles
+  void transform_strip(int64_t first_row, int64_t row, int64_t column, int64_t g, float* strip) const {
+    const int64_t n = row / p.down, count = min64(kStripTiles, p.across - column), width = count * kM + 2;
+    const int64_t y = row % p.down * kM - a.padding, x = column * kM - a.padding;
+    gather(group_of<M>(a, g), n, y, x, width, strip);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t tile = (row - first_row) * p.across + column + t;
+      float* to = v + tile / kRows * p.parts * kPanelPart + tile % kRows * kPart + panel_word(g * kLanes);
+      transform_tile(strip + t * kM * kStep, width, to);
+    }
+  }
+
+  // ---- U ----
+
+  // words [g, g + groups) * kLanes of kTile output channels from o on
+  void transform_weights(int64_t o, int64_t g, int64_t groups, float* block, float* u) const {
+    for (int64_t i = 0; i < groups; ++i, u += kLanes * kTile) {
+      const Group group = group_of<M>(a, g + i);
+      for (int j = 0; j < 2; ++j) {
+        int64_t step_i, step_tap;
+        weight_block<T>(a, o + j * kLanes, group, kStep, block, step_i, step_tap);
+        for (int64_t w = 0; w < kLanes; ++w) {
+          const float* from = block + w * M::kPack * step_i * kLanes;
+          transform_word(from, step_i * kLanes, step_tap * kLanes, u + w * kTile + j * kLanes);
+        }
+      }
+    }
+  }
+  void transform_word(const float* from, int64_t step_i, int64_t step_tap, float* to) const {
+    VecF even[kPlanes], odd[kPlanes];
+    transform_weight<kM>([=](int i, int j) { return load(from + (i * 3 + j) * step_tap); }, even);
+    if (M::kPack == 2) {
+      transform_weight<kM>([=](int i, int j) { return load(from + step_i + (i * 3 + j) * step_tap); }, odd);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kPlanes; ++k) {
+      store(to + k * p.plane_u, M::kPack == 2 ? M::interleave(even[k], odd[k]) : even[k]);
+    }
+  }
+
+  // ---- M and the output ----
+
+  void multiply_planes(int64_t first, int64_t count, int64_t word, int64_t words, const float* u, float* m) const {
+    const float* from = v + first / kRows * p.parts * kPanelPart + panel_word(word);
+    for (int64_t k = 0; k < kPlanes; ++k) {
+      for (int64_t t = 0; t < count; t += kRows) {
+        multiply_rows<M>((int)min64(kRows, count - t), from + k * p.plane_v + t / kRows * p.parts * kPanelPart,
+                         u + k * p.plane_u, words, word > 0, m + k * p.plane_m + t * kTile, kTile);
+      }
+    }
+  }
+
+  void write_tile(int64_t row, int64_t column, int64_t o, const float* m) const {
+    const int64_t n = row / p.down, y = row % p.down * kM, x = column * kM;
+    for (int j = 0; j < 2 && o + j * kLanes < a.Co; ++j) {
+      VecF out[kM * kM];
+      transform_output<kM>([=](int i, int k) { return load(m + (i * kSide + k) * p.plane_m + j * kLanes); }, out);
+      for (int64_t i = 0; i < min64(kM, a.Ho - y); ++i) {
+        for (int64_t k = 0; k < min64(kM, a.Wo - x); ++k) {
+          write_output<T>(a, n, (y + i) * a.Wo + x + k, o + j * kLanes, out[i * kM + k]);
+        }
+      }
+    }
+  }
+
+  // kTile output channels from o on of the tiles [first, first + count) of a block
+  void run_task(int64_t first_row, int64_t first, int64_t count, int64_t o, float* scratch) const {
+    float *u = scratch, *m = u + kPlanes * p.plane_u, *block = m + kPlanes * p.plane_m;
+    for (int64_t word = 0; word < p.words; word += p.depth) {
+      const int64_t words = min64(p.depth, p.words - word);
+      transform_weights(o, word / kLanes, words / kLanes, block, u);
+      multiply_planes(first, count, word, words, u, m);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      write_tile(first_row + (first + t) / p.across, (first + t) % p.across, o, m + t * kTile);
+    }
+  }
+
+  // all threads of a parallel region
+  void run_block(int64_t first_row, float* scratch) const {
+    const int64_t rows = min64(p.rows, a.N * p.down - first_row), groups = p.words / kLanes;
+    const int64_t tiles = rows * p.across, ranges = ceil_div(tiles, p.range);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < rows * p.strips * groups; ++i) {
+      const int64_t strip = i / groups;
+      transform_strip(first_row, first_row + strip / p.strips, strip % p.strips * kStripTiles, i % groups, scratch);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < ranges * ceil_div(a.Co, kTile); ++i) {
+      const int64_t first = i % ranges * p.range;
+      run_task(first_row, first, min64(p.range, tiles - first), i / ranges * kTile, scratch);
+    }
+  }
+};
+
+template <class M, class T, int kM> void run_winograd(const Conv2dArgs& a) {
+  const WinogradPlan<kM> p = winograd_plan<M, kM>(a);
+  float* v = (float*)(((uintptr_t)a.workspace + 63) / 64 * 64);
+  const WinogradConv<M, T, kM> conv{a, p, v};
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    float* scratch = v + p.kPlanes * p.plane_v + omp_get_thread_num() * p.scratch;
+    scratch = (float*)(((uintptr_t)scratch + 63) / 64 * 64);
+    for (int64_t b = 0; b < p.row_blocks; ++b) conv.run_block(b * p.rows, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast

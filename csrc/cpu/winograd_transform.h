@@ -1,0 +1,125 @@
+// The transforms of Winograd's F(2x2, 3x3) and F(4x4, 3x3), on vectors of channels.
+//
+//   Y = A^T [ (G g G^T) * (B^T d B) ] A      d: a tile of the input, g: a kernel, Y: a tile of the output
+//
+// Each side is a transform of columns, then of rows. F(4, 3) takes the points 0, +-a, +-b and infinity.
+// Source: Lavin & Gray 2016, "Fast algorithms for convolutional neural networks"; the points: Barabasz et al. 2020,
+// "Error analysis and improving the accuracy of Winograd convolution".
+#pragma once
+#include "simd.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+template <int kM> struct Winograd;  // kM: outputs of a tile in one direction
+
+template <> struct Winograd<2> {
+  static constexpr int kSide = 4;
+  LDMFAST_INLINE void input(const VecF* x, VecF* y) {
+    y[0] = x[0] - x[2];
+    y[1] = x[1] + x[2];
+    y[2] = x[2] - x[1];
+    y[3] = x[3] - x[1];
+  }
+  LDMFAST_INLINE void weight(const VecF* g, VecF* y) {
+    const VecF even = (g[0] + g[2]) * 0.5f, odd = g[1] * 0.5f;
+    y[0] = g[0];
+    y[1] = even + odd;
+    y[2] = even - odd;
+    y[3] = g[2];
+  }
+  LDMFAST_INLINE void output(const VecF* m, VecF* y) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] + m[3];
+  }
+};
+
+template <> struct Winograd<4> {
+  static constexpr int kSide = 6;
+  static constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f, a2 = a * a, b2 = b * b;
+  LDMFAST_INLINE void input(const VecF* x, VecF* y) {
+    const VecF even_a = x[4] - b2 * x[2], odd_a = a * x[3] - (a * b2) * x[1];
+    const VecF even_b = x[4] - a2 * x[2], odd_b = b * x[3] - (b * a2) * x[1];
+    y[0] = (a2 * b2) * x[0] - (a2 + b2) * x[2] + x[4];
+    y[1] = even_a + odd_a;
+    y[2] = even_a - odd_a;
+    y[3] = even_b + odd_b;
+    y[4] = even_b - odd_b;
+    y[5] = (a2 * b2) * x[1] - (a2 + b2) * x[3] + x[5];
+  }
+  LDMFAST_INLINE void weight(const VecF* g, VecF* y) {
+    constexpr float na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
+    const VecF even_a = na * g[0] + (na * a2) * g[2], odd_a = (na * a) * g[1];
+    const VecF even_b = nb * g[0] + (nb * b2) * g[2], odd_b = (nb * b) * g[1];
+    y[0] = (1 / (a2 * b2)) * g[0];
+    y[1] = even_a + odd_a;
+    y[2] = even_a - odd_a;
+    y[3] = even_b + odd_b;
+    y[4] = even_b - odd_b;
+    y[5] = g[2];
+  }
+  LDMFAST_INLINE void output(const VecF* m, VecF* y) {
+    const VecF sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+    const VecF sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    y[0] = m[0] + sum_a + sum_b;
+    y[1] = a * difference_a + b * difference_b;
+    y[2] = a2 * sum_a + b2 * sum_b;
+    y[3] = (a * a2) * difference_a + (b * b2) * difference_b + m[5];
+  }
+};
+
+// y[kSide, kSide] = B^T d B, d(row, column) loads
+template <int kM, class Load> LDMFAST_INLINE void transform_input(const Load& d, VecF* y) {
+  constexpr int S = Winograd<kM>::kSide;
+  VecF half[S][S];
+#pragma GCC unroll 6
+  for (int j = 0; j < S; ++j) {
+    VecF x[S], t[S];
+#pragma GCC unroll 6
+    for (int i = 0; i < S; ++i) x[i] = d(i, j);
+    Winograd<kM>::input(x, t);
+#pragma GCC unroll 6
+    for (int i = 0; i < S; ++i) half[i][j] = t[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < S; ++i) Winograd<kM>::input(half[i], y + i * S);
+}
+
+// y[kSide, kSide] = G g G^T
+template <int kM, class Load> LDMFAST_INLINE void transform_weight(const Load& g, VecF* y) {
+  constexpr int S = Winograd<kM>::kSide;
+  VecF half[S][3];
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; ++j) {
+    VecF x[3], t[S];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) x[i] = g(i, j);
+    Winograd<kM>::weight(x, t);
+#pragma GCC unroll 6
+    for (int i = 0; i < S; ++i) half[i][j] = t[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < S; ++i) Winograd<kM>::weight(half[i], y + i * S);
+}
+
+// y[kM, kM] = A^T m A
+template <int kM, class Load> LDMFAST_INLINE void transform_output(const Load& m, VecF* y) {
+  constexpr int S = Winograd<kM>::kSide;
+  VecF half[kM][S];
+#pragma GCC unroll 6
+  for (int j = 0; j < S; ++j) {
+    VecF x[S], t[kM];
+#pragma GCC unroll 6
+    for (int i = 0; i < S; ++i) x[i] = m(i, j);
+    Winograd<kM>::output(x, t);
+#pragma GCC unroll 4
+    for (int i = 0; i < kM; ++i) half[i][j] = t[i];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i) Winograd<kM>::output(half[i], y + i * kM);
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast
