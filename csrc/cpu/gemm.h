@@ -71,9 +71,13 @@ LDMFAST_INLINE VecF broadcast(const float* p) {
 template <class M, int kR, int kV>
 void multiply(const float* a, const float* b, int64_t words, bool add, float* c, int64_t stride_c) {
   VecF sum[kR][kV] = {};
+  if (add) {
+    for (int r = 0; r < kR; ++r) for (int j = 0; j < kV; ++j) __builtin_prefetch(c + r * stride_c + j * kLanes);
+  }
   for (; words > 0; words -= kPart, a += kPanelPart) {
     const int64_t count = min64(kPart, words);
     for (int64_t d = 0; d < count; ++d, b += kV * kLanes) {
+      __builtin_prefetch(a + kPanelPart + d * (kPanelPart / kPart));  // the next part, which may come from memory
       VecF x[kV];
 #pragma GCC unroll 2
       for (int j = 0; j < kV; ++j) x[j] = load(b + j * kLanes);

@@ -20,18 +20,26 @@ namespace {
 
 constexpr int64_t kSkew = 5 * 16;           // floats between two planes, that they lie in different sets of a cache
 constexpr int64_t kStripTiles = 16;         // tiles of a strip
+constexpr int64_t kStripGroups = 4;         // groups of channels of a strip
 constexpr int64_t kBlockTiles = 256;        // tiles that share one transform of the weight
-constexpr int64_t kWeightFloats = 144 * 1024;  // of U at one time
+constexpr int64_t kWeightFloats = 100 * 1024;  // of U at one time
+
+// A store, and the line of one that follows soon: a store that misses the first-level cache holds up those behind it.
+LDMFAST_INLINE void store_ahead(float* p, int64_t ahead, VecF x) {
+  __builtin_prefetch(p + ahead, 1);
+  store(p, x);
+}
 
 template <int kM> struct WinogradPlan {
   static constexpr int kSide = Winograd<kM>::kSide, kPlanes = kSide * kSide;
   int64_t across, down;          // tiles of an image
   int64_t rows, row_blocks;      // rows of tiles of a block; blocks
-  int64_t strips;                // of a row of tiles
+  int64_t strips, chunks;        // of a row of tiles; of the channels
   int64_t tiles;                 // of a block
   int64_t parts, words, depth;   // of kPart words; of a tile; of words in one U
   int64_t range, ranges;         // tiles of a task; tasks of a block and kTile channels
   int64_t plane_v, plane_u, plane_m;  // floats from one product to the next
+  int64_t floats_v;
   int64_t threads, scratch;      // floats a thread
   size_t floats;
 };
@@ -54,13 +62,15 @@ template <class M, int kM> WinogradPlan<kM> winograd_plan(const Conv2dArgs& a) {
   const int64_t wanted = max64(1, min64(panels / 4, ceil_div(4 * p.threads, columns) - 1));  // ranges of 4 panels or more
   p.range = ceil_div(panels, wanted) * kRows;
   p.ranges = ceil_div(p.tiles, p.range);
-  p.plane_v = panels * p.parts * kPanelPart + kSkew;
+  p.plane_v = panels * (p.depth / kPart) * kPanelPart + kSkew;
   p.plane_u = p.depth * kTile + kSkew;
   p.plane_m = p.range * kTile + kSkew;
-  const int64_t strip = p.kSide * (kStripTiles * kM + 2) * kPart * M::kPack;
+  p.floats_v = ceil_div(p.words, p.depth) * p.kPlanes * p.plane_v;
+  p.chunks = max64(1, min64(p.words / kLanes / kStripGroups, 4 * p.threads / (p.rows * p.strips)));
+  const int64_t strip = p.kSide * (kStripTiles * kM + 2) * kStripGroups * kLanes * M::kPack;
   const int64_t block = kLanes * M::kPack * 9 * kLanes;
   p.scratch = max64(strip, p.kPlanes * (p.plane_u + p.plane_m) + block) + 3 * kLanes;
-  p.floats = (size_t)(p.kPlanes * p.plane_v + p.threads * p.scratch + 4 * kLanes);
+  p.floats = (size_t)(p.floats_v + p.threads * p.scratch + 4 * kLanes);
   return p;
 }
 
@@ -73,38 +83,53 @@ template <class M, class T, int kM> struct WinogradConv {
 
   // ---- V ----
 
-  // strip[kSide, width, kStep] of group g: rows of pixels from (y, x) on
-  void gather(const Group& g, int64_t n, int64_t y, int64_t x, int64_t width, float* strip) const {
+  // strip[kSide, width, groups, kStep]: rows of pixels from (y, x) on
+  void gather(int64_t g, int64_t groups, int64_t n, int64_t y, int64_t x, int64_t width, float* strip) const {
     for (int64_t i = 0; i < kSide; ++i) {
-      for (int64_t j = 0; j < width; ++j, strip += kStep) {
-        const T* pixel = pixel_of<T>(a, g, n, y + i, x + j);
-        for (int64_t c = 0; c < kStep; c += kLanes) {
-          store(strip + c, pixel ? input_of<T>(a, g, n, pixel, c) : VecF{});
+      for (int64_t j = 0; j < width; ++j) {
+        for (int64_t k = 0; k < groups; ++k, strip += kStep) {
+          const Group group = group_of<M>(a, g + k);
+          const T* pixel = pixel_of<T>(a, group, n, y + i, x + j);
+          for (int64_t c = 0; c < kStep; c += kLanes) {
+            store(strip + c, pixel ? input_of<T>(a, group, n, pixel, c) : VecF{});
+          }
         }
       }
     }
   }
 
-  void transform_tile(const float* d, int64_t width, float* to) const {
-    VecF low[kPlanes], high[kPlanes];
-    transform_input<kM>([=](int i, int j) { return load(d + (i * width + j) * kStep); }, low);
-    if (M::kPack == 2) {
-      transform_input<kM>([=](int i, int j) { return load(d + (i * width + j) * kStep + kStep - kLanes); }, high);
+  void transform_tile(const float* d, int64_t row, int64_t column, float* to) const {
+    if constexpr (M::kPack == 1) {
+      transform_input<kM>([=](int i, int j) { return load(d + i * row + j * column); },
+                          [=](int i, int j, VecF y) { store_ahead(to + (i * kSide + j) * p.plane_v, kPart, y); });
+    } else {
+      VecF low[kPlanes];
+      transform_input<kM>([=](int i, int j) { return load(d + i * row + j * column); },
+                          [&](int i, int j, VecF y) { low[i * kSide + j] = y; });
+      transform_input<kM>([=](int i, int j) { return load(d + i * row + j * column + kLanes); },
+                          [&](int i, int j, VecF y) {
+                            store_ahead(to + (i * kSide + j) * p.plane_v, kPart, M::join(low[i * kSide + j], y));
+                          });
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < kPlanes; ++k) store(to + k * p.plane_v, M::join(low[k], M::kPack == 2 ? high[k] : low[k]));
   }
 
-  // group g of one strip: tiles from `column` on of a row of tiles
-  void transform_strip(int64_t first_row, int64_t row, int64_t column, int64_t g, float* strip) const {
+  // a strip of tiles from `column` on of a row of tiles, groups from g on
+  void transform_strip(int64_t first_row, int64_t row, int64_t column, int64_t g, int64_t groups, float* strip) const {
     const int64_t n = row / p.down, count = min64(kStripTiles, p.across - column), width = count * kM + 2;
     const int64_t y = row % p.down * kM - a.padding, x = column * kM - a.padding;
-    gather(group_of<M>(a, g), n, y, x, width, strip);
+    gather(g, groups, n, y, x, width, strip);
     for (int64_t t = 0; t < count; ++t) {
-      const int64_t tile = (row - first_row) * p.across + column + t;
-      float* to = v + tile / kRows * p.parts * kPanelPart + tile % kRows * kPart + panel_word(g * kLanes);
-      transform_tile(strip + t * kM * kStep, width, to);
+      for (int64_t k = 0; k < groups; ++k) {
+        const int64_t tile = (row - first_row) * p.across + column + t;
+        const float* from = strip + (t * kM * groups + k) * kStep;
+        transform_tile(from, width * groups * kStep, groups * kStep, panel_of(tile, (g + k) * kLanes) + tile % kRows * kPart);
+      }
     }
+  }
+  // where the panel of a tile has a word: V is [depth blocks, P, panels, parts, kRows, kPart], as it is read
+  float* panel_of(int64_t tile, int64_t word) const {
+    return v + word / p.depth * kPlanes * p.plane_v + tile / kRows * (p.depth / kPart) * kPanelPart +
+           panel_word(word % p.depth);
   }
 
   // ---- U ----
@@ -113,6 +138,7 @@ template <class M, class T, int kM> struct WinogradConv {
   void transform_weights(int64_t o, int64_t g, int64_t groups, float* block, float* u) const {
     for (int64_t i = 0; i < groups; ++i, u += kLanes * kTile) {
       const Group group = group_of<M>(a, g + i);
+      prefetch_weights(o, g + i + 1);
       for (int j = 0; j < 2; ++j) {
         int64_t step_i, step_tap;
         weight_block<T>(a, o + j * kLanes, group, kStep, block, step_i, step_tap);
@@ -124,24 +150,37 @@ template <class M, class T, int kM> struct WinogradConv {
     }
   }
   void transform_word(const float* from, int64_t step_i, int64_t step_tap, float* to) const {
-    VecF even[kPlanes], odd[kPlanes];
-    transform_weight<kM>([=](int i, int j) { return load(from + (i * 3 + j) * step_tap); }, even);
-    if (M::kPack == 2) {
-      transform_weight<kM>([=](int i, int j) { return load(from + step_i + (i * 3 + j) * step_tap); }, odd);
+    const auto kernel = [=](int i, int j) { return load(from + (i * 3 + j) * step_tap); };
+    if constexpr (M::kPack == 1) {
+      transform_weight<kM>(kernel, [=](int i, int j, VecF y) { store_ahead(to + (i * kSide + j) * p.plane_u, 2 * kTile, y); });
+    } else {
+      VecF even[kPlanes];
+      transform_weight<kM>(kernel, [&](int i, int j, VecF y) { even[i * kSide + j] = y; });
+      transform_weight<kM>([=](int i, int j) { return load(from + step_i + (i * 3 + j) * step_tap); },
+                           [&](int i, int j, VecF y) {
+                             store_ahead(to + (i * kSide + j) * p.plane_u, kTile, M::interleave(even[i * kSide + j], y));
+                           });
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < kPlanes; ++k) {
-      store(to + k * p.plane_u, M::kPack == 2 ? M::interleave(even[k], odd[k]) : even[k]);
+  }
+
+  // A group of weights comes from memory while the one before it is transformed.
+  void prefetch_weights(int64_t o, int64_t g) const {
+    if (a.stride_wi != 9 || g * kLanes >= p.words) return;
+    const Group group = group_of<M>(a, g);
+    for (int64_t r = o; r < min64(o + kTile, a.Co); ++r) {
+      const T* w = (const T*)a.weight + r * a.stride_wo + group.channel * 9;
+      for (int64_t i = 0; i < group.valid * 9; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(w + i, 0, 2);
     }
   }
 
   // ---- M and the output ----
 
-  void multiply_planes(int64_t first, int64_t count, int64_t word, int64_t words, const float* u, float* m) const {
-    const float* from = v + first / kRows * p.parts * kPanelPart + panel_word(word);
+  void multiply_planes(int64_t first, int64_t count, int64_t word, const float* u, float* m) const {
+    const float* from = panel_of(first, word);
+    const int64_t words = min64(p.depth, p.words - word);
     for (int64_t k = 0; k < kPlanes; ++k) {
       for (int64_t t = 0; t < count; t += kRows) {
-        multiply_rows<M>((int)min64(kRows, count - t), from + k * p.plane_v + t / kRows * p.parts * kPanelPart,
+        multiply_rows<M>((int)min64(kRows, count - t), from + k * p.plane_v + t / kRows * (p.depth / kPart) * kPanelPart,
                          u + k * p.plane_u, words, word > 0, m + k * p.plane_m + t * kTile, kTile);
       }
     }
@@ -149,14 +188,11 @@ template <class M, class T, int kM> struct WinogradConv {
 
   void write_tile(int64_t row, int64_t column, int64_t o, const float* m) const {
     const int64_t n = row / p.down, y = row % p.down * kM, x = column * kM;
-    for (int j = 0; j < 2 && o + j * kLanes < a.Co; ++j) {
-      VecF out[kM * kM];
-      transform_output<kM>([=](int i, int k) { return load(m + (i * kSide + k) * p.plane_m + j * kLanes); }, out);
-      for (int64_t i = 0; i < min64(kM, a.Ho - y); ++i) {
-        for (int64_t k = 0; k < min64(kM, a.Wo - x); ++k) {
-          write_output<T>(a, n, (y + i) * a.Wo + x + k, o + j * kLanes, out[i * kM + k]);
-        }
-      }
+    for (int64_t j = o; j < min64(o + kTile, a.Co); j += kLanes, m += kLanes) {
+      transform_output<kM>([=](int i, int k) { return load(m + (i * kSide + k) * p.plane_m); },
+                           [=](int i, int k, VecF sum) {
+                             if (y + i < a.Ho && x + k < a.Wo) write_output<T>(a, n, (y + i) * a.Wo + x + k, j, sum);
+                           });
     }
   }
 
@@ -166,21 +202,26 @@ template <class M, class T, int kM> struct WinogradConv {
     for (int64_t word = 0; word < p.words; word += p.depth) {
       const int64_t words = min64(p.depth, p.words - word);
       transform_weights(o, word / kLanes, words / kLanes, block, u);
-      multiply_planes(first, count, word, words, u, m);
+      multiply_planes(first, count, word, u, m);
     }
     for (int64_t t = 0; t < count; ++t) {
       write_tile(first_row + (first + t) / p.across, (first + t) % p.across, o, m + t * kTile);
     }
   }
 
+  // the groups of a chunk end here, which a task takes of a strip
+  int64_t chunk_end(int64_t i) const { return (i + 1) * (p.words / kLanes) / p.chunks; }
+
   // all threads of a parallel region
   void run_block(int64_t first_row, float* scratch) const {
-    const int64_t rows = min64(p.rows, a.N * p.down - first_row), groups = p.words / kLanes;
+    const int64_t rows = min64(p.rows, a.N * p.down - first_row);
     const int64_t tiles = rows * p.across, ranges = ceil_div(tiles, p.range);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < rows * p.strips * groups; ++i) {
-      const int64_t strip = i / groups;
-      transform_strip(first_row, first_row + strip / p.strips, strip % p.strips * kStripTiles, i % groups, scratch);
+    for (int64_t i = 0; i < rows * p.strips * p.chunks; ++i) {
+      const int64_t strip = i / p.chunks, row = first_row + strip / p.strips, end = chunk_end(i % p.chunks);
+      for (int64_t g = chunk_end(i % p.chunks - 1); g < end; g += kStripGroups) {
+        transform_strip(first_row, row, strip % p.strips * kStripTiles, g, min64(kStripGroups, end - g), scratch);
+      }
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < ranges * ceil_div(a.Co, kTile); ++i) {
@@ -196,7 +237,7 @@ template <class M, class T, int kM> void run_winograd(const Conv2dArgs& a) {
   const WinogradConv<M, T, kM> conv{a, p, v};
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
-    float* scratch = v + p.kPlanes * p.plane_v + omp_get_thread_num() * p.scratch;
+    float* scratch = v + p.floats_v + omp_get_thread_num() * p.scratch;
     scratch = (float*)(((uintptr_t)scratch + 63) / 64 * 64);
     for (int64_t b = 0; b < p.row_blocks; ++b) conv.run_block(b * p.rows, scratch);
   }

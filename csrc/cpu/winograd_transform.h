@@ -69,55 +69,39 @@ template <> struct Winograd<4> {
   }
 };
 
-// y[kSide, kSide] = B^T d B, d(row, column) loads
-template <int kM, class Load> LDMFAST_INLINE void transform_input(const Load& d, VecF* y) {
-  constexpr int S = Winograd<kM>::kSide;
-  VecF half[S][S];
+// What the three have in common: y(i, k) = sum over j of P(x)(i, j) P'(k, j), by columns, then by rows. load(row, column)
+// gives a vector, store(i, k, vector) takes one.
+template <int kFrom, int kTo, class Load, class Step, class Store>
+LDMFAST_INLINE void transform(const Load& load, const Step& step, const Store& store) {
+  VecF half[kTo][kFrom];
 #pragma GCC unroll 6
-  for (int j = 0; j < S; ++j) {
-    VecF x[S], t[S];
+  for (int j = 0; j < kFrom; ++j) {
+    VecF x[kFrom], y[kTo];
 #pragma GCC unroll 6
-    for (int i = 0; i < S; ++i) x[i] = d(i, j);
-    Winograd<kM>::input(x, t);
+    for (int i = 0; i < kFrom; ++i) x[i] = load(i, j);
+    step(x, y);
 #pragma GCC unroll 6
-    for (int i = 0; i < S; ++i) half[i][j] = t[i];
+    for (int i = 0; i < kTo; ++i) half[i][j] = y[i];
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < S; ++i) Winograd<kM>::input(half[i], y + i * S);
+  for (int i = 0; i < kTo; ++i) {
+    VecF y[kTo];
+    step(half[i], y);
+#pragma GCC unroll 6
+    for (int k = 0; k < kTo; ++k) store(i, k, y[k]);
+  }
 }
-
-// y[kSide, kSide] = G g G^T
-template <int kM, class Load> LDMFAST_INLINE void transform_weight(const Load& g, VecF* y) {
-  constexpr int S = Winograd<kM>::kSide;
-  VecF half[S][3];
-#pragma GCC unroll 3
-  for (int j = 0; j < 3; ++j) {
-    VecF x[3], t[S];
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) x[i] = g(i, j);
-    Winograd<kM>::weight(x, t);
-#pragma GCC unroll 6
-    for (int i = 0; i < S; ++i) half[i][j] = t[i];
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < S; ++i) Winograd<kM>::weight(half[i], y + i * S);
+template <int kM, class Load, class Store> LDMFAST_INLINE void transform_input(const Load& d, const Store& store) {
+  using W = Winograd<kM>;  // B^T d B
+  transform<W::kSide, W::kSide>(d, [](const VecF* x, VecF* y) { W::input(x, y); }, store);
 }
-
-// y[kM, kM] = A^T m A
-template <int kM, class Load> LDMFAST_INLINE void transform_output(const Load& m, VecF* y) {
-  constexpr int S = Winograd<kM>::kSide;
-  VecF half[kM][S];
-#pragma GCC unroll 6
-  for (int j = 0; j < S; ++j) {
-    VecF x[S], t[kM];
-#pragma GCC unroll 6
-    for (int i = 0; i < S; ++i) x[i] = m(i, j);
-    Winograd<kM>::output(x, t);
-#pragma GCC unroll 4
-    for (int i = 0; i < kM; ++i) half[i][j] = t[i];
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i) Winograd<kM>::output(half[i], y + i * kM);
+template <int kM, class Load, class Store> LDMFAST_INLINE void transform_weight(const Load& g, const Store& store) {
+  using W = Winograd<kM>;  // G g G^T
+  transform<3, W::kSide>(g, [](const VecF* x, VecF* y) { W::weight(x, y); }, store);
+}
+template <int kM, class Load, class Store> LDMFAST_INLINE void transform_output(const Load& m, const Store& store) {
+  using W = Winograd<kM>;  // A^T m A
+  transform<W::kSide, kM>(m, [](const VecF* x, VecF* y) { W::output(x, y); }, store);
 }
 
 }  // namespace
