@@ -48,6 +48,11 @@ template <class T> LDMFAST_INLINE VecF input_of(const Conv2dArgs& a, const Group
 
 // ---- weight ----
 
+// Whether the taps of an input channel lie together, as stock has them.
+LDMFAST_INLINE bool taps_together(const Conv2dArgs& a) {
+  return a.stride_wi == a.kernel * a.kernel && (a.kernel == 1 || (a.stride_ww == 1 && a.stride_wh == a.kernel));
+}
+
 // to[kLanes words of input channels, taps, kLanes output channels], as float32: kPack channels a word stand one after the
 // other. step_i, step_tap: where it put them, in vectors.
 template <class T>
@@ -55,15 +60,14 @@ void weight_block(const Conv2dArgs& a, int64_t o, const Group& g, int64_t channe
                   int64_t& step_tap) {
   const int64_t taps = a.kernel * a.kernel, valid = min64(kLanes, a.Co - o);
   const T* w = (const T*)a.weight + o * a.stride_wo + g.channel * a.stride_wi;
-  const bool packed = a.stride_wi == taps && (taps == 1 || (a.stride_ww == 1 && a.stride_wh == a.kernel));
   step_i = taps, step_tap = 1;
-  if (packed) {
-    pack_transposed<Single>(w, a.stride_wo, valid, g.valid * taps, to, kLanes);
+  if (taps_together(a)) {
+    pack_elements(w, a.stride_wo, valid, g.valid * taps, to);
   } else if (a.stride_wi == 1) {
     step_i = 1, step_tap = channels;
     for (int64_t t = 0; t < taps; ++t) {
       const T* tap = w + t / a.kernel * a.stride_wh + t % a.kernel * a.stride_ww;
-      pack_transposed<Single>(tap, a.stride_wo, valid, g.valid, to + t * channels * kLanes, kLanes);
+      pack_elements(tap, a.stride_wo, valid, g.valid, to + t * channels * kLanes);
     }
   } else {
     for (int64_t i = 0; i < g.valid; ++i) {
@@ -83,12 +87,16 @@ void weight_block(const Conv2dArgs& a, int64_t o, const Group& g, int64_t channe
 // ---- output ----
 
 // kLanes channels from o on of one pixel
-template <class T> LDMFAST_INLINE void write_output(const Conv2dArgs& a, int64_t n, int64_t pixel, int64_t o, VecF y) {
+template <class T, bool kFull = false>
+LDMFAST_INLINE void write_output(const Conv2dArgs& a, int64_t n, int64_t pixel, int64_t o, VecF bias, VecF y) {
   const int64_t valid = a.Co - o, at = (n * a.Ho * a.Wo + pixel) * a.Co + o;
-  if (a.bias) y += load_upto((const T*)a.bias + o, valid);
-  if (a.add) y += load_upto((const T*)a.add + n * a.stride_add + o, valid);
-  if (a.residual) y += load_upto((const T*)a.residual + at, valid);
-  store_upto((T*)a.out + at, y * a.output_scale, valid);
+  y += bias;
+  if (a.residual) y += load_upto<kFull>((const T*)a.residual + at, valid);
+  store_upto<kFull>((T*)a.out + at, y * a.output_scale, valid);
+}
+template <class T> LDMFAST_INLINE VecF bias_of(const Conv2dArgs& a, int64_t n, int64_t o) {
+  VecF y = a.bias ? load_upto((const T*)a.bias + o, a.Co - o) : VecF{};
+  return a.add ? y + load_upto((const T*)a.add + n * a.stride_add + o, a.Co - o) : y;
 }
 
 }  // namespace

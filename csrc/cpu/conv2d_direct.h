@@ -23,25 +23,58 @@ template <class M, class T> struct DirectConv {
   int64_t count(int64_t block) const { return min64(block_groups, groups - first(block)); }
   int64_t words(int64_t block) const { return taps() * count(block) * kLanes; }
 
-  VecF words_of(const Group& g, int64_t n, const T* p) const {
-    if (!a.norm_scale) return M::words(p, g.valid);
-    return M::join(input_of<T>(a, g, n, p, 0), M::kPack == 2 ? input_of<T>(a, g, n, p, kLanes) : VecF{});
+  // words of one pixel's channels in the groups [first, first + count), which are all of x1 or all of x2
+  void copy(const Group& run, int64_t count, int64_t n, int64_t y, int64_t x, int64_t group, float* to) const {
+    const T* p = pixel_of<T>(a, run, n, y, x);
+    for (int64_t i = 0; i < count; ++i) {
+      VecF words = {};
+      if (p && !a.norm_scale) words = M::words(p + i * kStep, run.valid - i * kStep);
+      if (p && a.norm_scale) words = normalised(run, n, p, i * kStep);
+      store(to + panel_word((group + i) * kLanes), words);
+    }
+  }
+  VecF normalised(const Group& run, int64_t n, const T* p, int64_t i) const {
+    return M::join(input_of<T>(a, run, n, p, i), M::kPack == 2 ? input_of<T>(a, run, n, p, i + kLanes) : VecF{});
   }
 
-  void row(int64_t m, int64_t block, float* to) const {
-    const int64_t n = m / (a.Ho * a.Wo), pixel = m % (a.Ho * a.Wo);
-    const int64_t y = pixel / a.Wo * a.stride - a.padding, x = pixel % a.Wo * a.stride - a.padding;
-    int64_t w = 0;
-    for (int64_t t = 0; t < taps(); ++t) {
-      for (int64_t i = 0; i < count(block); ++i, w += kLanes) {
-        const Group g = group_of<M>(a, first(block) + i);
-        const T* p = pixel_of<T>(a, g, n, y + t / a.kernel, x + t % a.kernel);
-        store(to + panel_word(w), p ? words_of(g, n, p) : VecF{});
+  // a panel of output pixels, each [taps, groups of the block] words
+  void rows(int64_t m, int rows, int64_t block, float* to) const {
+    const int64_t begin = first(block), all = count(block), inside = groups_of<M>(a.C1) - begin;
+    const int64_t one = max64(0, min64(all, inside));  // groups of x1
+    const Group x1 = run_of(begin, one), x2 = run_of(begin + one, all - one);
+    for (int r = 0; r < rows; ++r, to += kPart) {
+      const int64_t n = (m + r) / (a.Ho * a.Wo), pixel = (m + r) % (a.Ho * a.Wo);
+      const int64_t y = pixel / a.Wo * a.stride - a.padding, x = pixel % a.Wo * a.stride - a.padding;
+      for (int64_t t = 0; t < taps(); ++t) {
+        const int64_t ty = y + t / a.kernel, tx = x + t % a.kernel;
+        if (one > 0) copy(x1, one, n, ty, tx, t * all, to);
+        if (one < all) copy(x2, all - one, n, ty, tx, t * all + one, to);
       }
     }
   }
-  void rows(int64_t m, int count, int64_t block, float* to) const {
-    for (int r = 0; r < count; ++r) row(m + r, block, to + r * kPart);
+  Group run_of(int64_t g, int64_t groups) const {
+    Group run = {};
+    if (groups > 0) run = group_of<M>(a, g), run.valid = min64(groups * kStep, (run.second ? a.C2 : a.C1) - run.at);
+    return run;
+  }
+
+  // group_columns of weights as stock lays them out: transposed straight into place
+  void nine_taps(int64_t o, const Group& g, int64_t tap_words, float* to) const {
+    const T* w = (const T*)a.weight + o * a.stride_wo + g.channel * 9;
+    for (int64_t k = 0, channel = 0, tap = 0; k < 9 * kStep; k += kLanes) {
+      VecF x[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        __builtin_prefetch(w + (r + kLanes) * a.stride_wo + k, 0, 2);
+        x[r] = o + r < a.Co ? load(w + r * a.stride_wo + k) : VecF{};
+      }
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        store(to + (tap * tap_words + channel) * kTile, x[i]);
+        if (++tap == 9) tap = 0, ++channel;
+      }
+    }
   }
 
   // a group's words of kLanes output channels from o on
@@ -52,6 +85,7 @@ template <class M, class T> struct DirectConv {
       for (int64_t i = ceil_div(g.valid, M::kPack); i < kLanes; ++i) store(to + i * kTile, VecF{});
       return;
     }
+    if (M::kPack == 1 && a.kernel == 3 && taps_together(a) && g.valid == kStep) return nine_taps(o, g, tap_words, to);
     float block[kStep * 9 * kLanes];
     int64_t step_i, step_tap;
     weight_block<T>(a, o, g, kStep, block, step_i, step_tap);
@@ -76,7 +110,8 @@ template <class M, class T> struct DirectConv {
     for (int r = 0; r < count; ++r, sums += stride) {
       const int64_t image = (m + r) / (a.Ho * a.Wo), pixel = (m + r) % (a.Ho * a.Wo);
       for (int j = 0; j < 2 && n + j * kLanes < a.Co; ++j) {
-        write_output<T>(a, image, pixel, n + j * kLanes, load(sums + j * kLanes));
+        const int64_t o = n + j * kLanes;
+        write_output<T>(a, image, pixel, o, bias_of<T>(a, image, o), load(sums + j * kLanes));
       }
     }
   }

@@ -24,11 +24,12 @@ LDMFAST_INLINE VecF erf(VecF x) {
 }
 LDMFAST_INLINE VecF gelu(VecF x) { return 0.5f * x * (1.0f + erf(x * 0.70710678118654752f)); }
 
-template <class T> LDMFAST_INLINE VecF load_upto(const T* p, int64_t n) {
-  return n >= kLanes ? load(p) : load_first(p, n);
+// kLanes elements, or the n that remain; kFull: they do remain
+template <bool kFull = false, class T> LDMFAST_INLINE VecF load_upto(const T* p, int64_t n) {
+  return kFull || __builtin_expect(n >= kLanes, 1) ? load(p) : load_first(p, n);
 }
-template <class T> LDMFAST_INLINE void store_upto(T* p, VecF x, int64_t n) {
-  if (n >= kLanes) store(p, x);
+template <bool kFull = false, class T> LDMFAST_INLINE void store_upto(T* p, VecF x, int64_t n) {
+  if (kFull || __builtin_expect(n >= kLanes, 1)) store(p, x);
   else store_first(p, x, n);
 }
 

@@ -108,6 +108,12 @@ LDMFAST_INLINE void multiply_rows(int rows, const float* a, const float* b, int6
 
 // ---- packing ----
 
+// A store, and the line of one that follows soon: a store that misses the first-level cache holds up those behind it.
+LDMFAST_INLINE void store_ahead(float* p, int64_t ahead, VecF x) {
+  __builtin_prefetch(p + ahead, 1);
+  store(p, x);
+}
+
 LDMFAST_INLINE void transpose(VecF* x) {  // [kLanes, kLanes] in place
 #if defined(__AVX512F__)
   __m512d t[16];
@@ -162,11 +168,14 @@ LDMFAST_INLINE void transpose(VecF* x) {  // [kLanes, kLanes] in place
 #endif
 }
 
-// to[words, stride_to] = the words of kLanes rows of n elements each; rows from valid on are zero
+// to[words, stride_to] = the words of kLanes rows of n elements each; rows from valid on are zero. The kLanes rows after
+// them are likely to be next.
 template <class M, class T>
 void pack_transposed(const T* from, int64_t stride, int64_t valid, int64_t n, float* to, int64_t stride_to) {
   for (int64_t k = 0; k < n; k += kLanes * M::kPack, to += kLanes * stride_to) {
     VecF x[kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) __builtin_prefetch(from + (r + kLanes) * stride + k, 0, 2);
 #pragma GCC unroll 16
     for (int r = 0; r < kLanes; ++r) x[r] = r < valid ? M::words(from + r * stride + k, n - k) : VecF{};
     transpose(x);
@@ -183,9 +192,41 @@ void pack_transposed(const T* from, int64_t stride, int64_t valid, int64_t n, fl
 // Where word w of a panel's row is, from the row's first word.
 LDMFAST_INLINE int64_t panel_word(int64_t w) { return w / kPart * kPanelPart + w % kPart; }
 
-template <class M, class T> LDMFAST_INLINE void pack_row(const T* from, int64_t n, float* to) {
-  constexpr int64_t kStep = kLanes * M::kPack;
-  for (int64_t k = 0, w = 0; k < n; k += kStep, w += kLanes) store(to + panel_word(w), M::words(from + k, n - k));
+// The same as float32, one element a word; bfloat16 goes through the transposition two a word.
+template <class T> void pack_elements(const T* from, int64_t stride, int64_t valid, int64_t n, float* to) {
+  pack_transposed<Single>(from, stride, valid, n, to, kLanes);
+}
+template <> inline void pack_elements(const BFloat16* from, int64_t stride, int64_t valid, int64_t n, float* to) {
+  if (n % 2) return pack_transposed<Single>(from, stride, valid, n, to, kLanes);
+  for (int64_t k = 0; k < n; k += kPair, to += kPair * kLanes) {
+    VecF x[kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) {
+      const float* words = (const float*)(from + r * stride + k);
+      __builtin_prefetch(from + (r + kLanes) * stride + k, 0, 2);
+      x[r] = r < valid ? Single::words(words, (n - k) / 2) : VecF{};
+    }
+    transpose(x);
+    const int64_t count = min64(kLanes, (n - k) / 2);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < count; ++i) {
+      store(to + 2 * i * kLanes, (VecF)((VecU)x[i] << 16));
+      store(to + (2 * i + 1) * kLanes, (VecF)((VecU)x[i] & 0xffff0000u));
+    }
+  }
+}
+
+// A row of n elements into a panel; next: the row that will take its place
+template <class M, class T> LDMFAST_INLINE void pack_row(const T* from, int64_t n, const T* next, float* to) {
+  constexpr int64_t kStep = kLanes * M::kPack, kSteps = kPart / kLanes;
+  for (; n >= kSteps * kStep; n -= kSteps * kStep, to += kPanelPart) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kSteps; ++i, from += kStep, next += kStep) {
+      __builtin_prefetch(next, 0, 2);
+      store(to + i * kLanes, M::words(from, kStep));
+    }
+  }
+  for (; n > 0; n -= kStep, from += kStep, to += kLanes) store(to, M::words(from, n));
 }
 
 }  // namespace

@@ -38,9 +38,10 @@ template <class M, class T> struct Linear {
   }
 
   void rows(int64_t m, int count, int64_t i, float* to) const {
+    const T* x = (const T*)a.x + m * a.stride_x + from(i);
     for (int r = 0; r < count; ++r, to += kPart) {
       if (a.normalised) normalised_row(m + r, from(i), elements(i), to);
-      else pack_row<M>((const T*)a.x + (m + r) * a.stride_x + from(i), elements(i), to);
+      else pack_row<M>(x + r * a.stride_x, elements(i), x + (r + kRows) * a.stride_x, to);
     }
   }
 
@@ -53,30 +54,39 @@ template <class M, class T> struct Linear {
     }
   }
 
-  VecF biased(VecF sum, int64_t n, int64_t valid) const {
-    return a.bias ? sum + load_upto((const T*)a.bias + n, valid) : sum;
+  template <bool kFull> void write(int64_t m, int64_t n, VecF y) const {
+    if (a.residual) y += load_upto<kFull>((const T*)a.residual + m * a.stride_residual + n, a.N - n);
+    store_upto<kFull>((T*)a.out + m * a.stride_out + n, y * a.output_scale, a.N - n);
   }
-  void write(int64_t m, int64_t n, VecF y) const {
-    if (a.residual) y += load_upto((const T*)a.residual + m * a.stride_residual + n, a.N - n);
-    store_upto((T*)a.out + m * a.stride_out + n, y * a.output_scale, a.N - n);
+  template <bool kFull> void finish_gated(int64_t m, int count, int64_t n, const float* sums, int64_t stride) const {
+    const T* bias = (const T*)a.bias + n;
+    const VecF h = a.bias ? load_upto<kFull>(bias, a.N - n) : VecF{};
+    const VecF g = a.bias ? load_upto<kFull>(bias + a.N, a.N - n) : VecF{};
+    for (int r = 0; r < count; ++r, sums += stride) {
+      write<kFull>(m + r, n, (load(sums) + h) * gelu(load(sums + kLanes) + g));
+    }
+  }
+  template <bool kFull, class Act>
+  void finish_plain(int64_t m, int count, int64_t n, int64_t end, const float* sums, int64_t stride,
+                    const Act& act) const {
+    for (; n < end; n += kLanes, sums += kLanes) {
+      const VecF bias = a.bias ? load_upto<kFull>((const T*)a.bias + n, a.N - n) : VecF{};
+      for (int r = 0; r < count; ++r) write<kFull>(m + r, n, act(load(sums + r * stride) + bias));
+    }
+  }
+  template <bool kFull> void finish(int64_t m, int count, int64_t n, const float* sums, int64_t stride) const {
+    const int64_t end = min64(a.N, n + kTile);
+    switch (a.activation) {
+      case Activation::kGeglu: return finish_gated<kFull>(m, count, n / 2, sums, stride);
+      case Activation::kGelu: return finish_plain<kFull>(m, count, n, end, sums, stride, [](VecF y) { return gelu(y); });
+      case Activation::kSilu:
+        return finish_plain<kFull>(m, count, n, end, sums, stride, [](VecF y) { return silu<AccuracyOf<T>::value>(y); });
+      default: return finish_plain<kFull>(m, count, n, end, sums, stride, [](VecF y) { return y; });
+    }
   }
   void finish(int64_t m, int count, int64_t n, const float* sums, int64_t stride) const {
-    for (int r = 0; r < count; ++r, sums += stride) {
-      if (gated()) {
-        const int64_t c = n / 2;
-        const VecF h = biased(load(sums), c, a.N - c), g = biased(load(sums + kLanes), a.N + c, a.N - c);
-        write(m + r, c, h * gelu(g));
-        continue;
-      }
-      for (int j = 0; j < 2; ++j) {
-        const int64_t c = n + j * kLanes;
-        if (c >= a.N) break;
-        VecF y = biased(load(sums + j * kLanes), c, a.N - c);
-        if (a.activation == Activation::kSilu) y = silu<AccuracyOf<T>::value>(y);
-        if (a.activation == Activation::kGelu) y = gelu(y);
-        write(m + r, c, y);
-      }
-    }
+    const bool full = gated() ? a.N - n / 2 >= kLanes : a.N - n >= kTile;
+    return full ? finish<true>(m, count, n, sums, stride) : finish<false>(m, count, n, sums, stride);
   }
 };
 

@@ -9,7 +9,7 @@ namespace {
 // What a task of rows x columns costs beside its products, in products of a vector for each word and row or column:
 // measured on Zen 4, where a store of 16 floats takes two cycles.
 constexpr int64_t kRowCost = 4, kColumnCost = 8;
-constexpr int64_t kMaxRows = 36 * kRows, kMaxColumns = 320, kMaxWords = 384;
+constexpr int64_t kMaxRows = 72 * kRows, kMaxColumns = 320, kMaxWords = 384;
 
 struct Split {
   int64_t rows, columns;              // of a task; multiples of kRows and kTile, or all

@@ -24,12 +24,6 @@ constexpr int64_t kStripGroups = 4;         // groups of channels of a strip
 constexpr int64_t kBlockTiles = 256;        // tiles that share one transform of the weight
 constexpr int64_t kWeightFloats = 100 * 1024;  // of U at one time
 
-// A store, and the line of one that follows soon: a store that misses the first-level cache holds up those behind it.
-LDMFAST_INLINE void store_ahead(float* p, int64_t ahead, VecF x) {
-  __builtin_prefetch(p + ahead, 1);
-  store(p, x);
-}
-
 template <int kM> struct WinogradPlan {
   static constexpr int kSide = Winograd<kM>::kSide, kPlanes = kSide * kSide;
   int64_t across, down;          // tiles of an image
@@ -188,11 +182,19 @@ template <class M, class T, int kM> struct WinogradConv {
 
   void write_tile(int64_t row, int64_t column, int64_t o, const float* m) const {
     const int64_t n = row / p.down, y = row % p.down * kM, x = column * kM;
+    const bool whole = y + kM <= a.Ho && x + kM <= a.Wo && o + kTile <= a.Co;
     for (int64_t j = o; j < min64(o + kTile, a.Co); j += kLanes, m += kLanes) {
-      transform_output<kM>([=](int i, int k) { return load(m + (i * kSide + k) * p.plane_m); },
-                           [=](int i, int k, VecF sum) {
-                             if (y + i < a.Ho && x + k < a.Wo) write_output<T>(a, n, (y + i) * a.Wo + x + k, j, sum);
-                           });
+      const VecF bias = bias_of<T>(a, n, j);
+      const auto sums = [=](int i, int k) { return load(m + (i * kSide + k) * p.plane_m); };
+      if (whole) {
+        transform_output<kM>(sums, [=](int i, int k, VecF out) {
+          write_output<T, true>(a, n, (y + i) * a.Wo + x + k, j, bias, out);
+        });
+      } else {
+        transform_output<kM>(sums, [=](int i, int k, VecF out) {
+          if (y + i < a.Ho && x + k < a.Wo) write_output<T>(a, n, (y + i) * a.Wo + x + k, j, bias, out);
+        });
+      }
     }
   }
 
