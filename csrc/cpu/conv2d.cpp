@@ -24,11 +24,12 @@ template <class T> void run(const Conv2dArgs& a) {
   }
 }
 
-template <class M> size_t floats_of(const Conv2dArgs& a) {
+template <class T> size_t floats_of(const Conv2dArgs& a) {
+  using M = typename MathOf<T>::type;
   switch (form_of(a)) {
     case ConvForm::kF4: return winograd_plan<M, 4>(a).floats;
     case ConvForm::kF2: return winograd_plan<M, 2>(a).floats;
-    default: return direct_floats<M>(a);
+    default: return direct_floats<M, T>(a);
   }
 }
 
@@ -36,7 +37,8 @@ template <class M> size_t floats_of(const Conv2dArgs& a) {
 
 size_t conv2d_workspace(const Conv2dArgs& a) {
   if (a.N * a.Ho * a.Wo * a.Co == 0) return 0;
-  return 4 * (a.dtype == DType::kBFloat16 ? floats_of<MathOf<BFloat16>::type>(a) : floats_of<Single>(a));
+  if (a.dtype == DType::kFloat32) return 4 * floats_of<float>(a);
+  return 4 * (a.dtype == DType::kBFloat16 ? floats_of<BFloat16>(a) : floats_of<Half>(a));
 }
 
 void conv2d(const Conv2dArgs& a) {

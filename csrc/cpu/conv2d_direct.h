@@ -126,45 +126,41 @@ template <class M> Plan direct_plan(const Conv2dArgs& a, int64_t& block_groups) 
 
 inline bool normalises_first(const Conv2dArgs& a) { return a.norm_scale && a.kernel > 1; }
 
-template <class M> size_t direct_floats(const Conv2dArgs& a) {
+// The convolution of a normalised copy of the input, [N, H, W, C1 + C2].
+template <class T> Conv2dArgs of_copy(const Conv2dArgs& a, const T* copy) {
+  Conv2dArgs b = a;
+  b.x1 = copy, b.C1 = a.C1 + a.C2, b.x2 = nullptr, b.C2 = 0, b.norm_scale = b.norm_shift = nullptr;
+  b.stride_x1w = b.C1, b.stride_x1h = a.W * b.C1, b.stride_x1n = a.H * a.W * b.C1;
+  return b;
+}
+template <class T> void normalise(const Conv2dArgs& a, int64_t threads, T* copy) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < a.N * a.H * a.W; ++i) {
+    const int64_t n = i / (a.H * a.W), y = i / a.W % a.H, x = i % a.W;
+    for (int64_t g = 0; g < groups_of<Single>(a); ++g) {
+      const Group group = group_of<Single>(a, g);
+      const T* p = pixel_of<T>(a, group, n, y * a.upsample, x * a.upsample);
+      store_upto(copy + i * (a.C1 + a.C2) + group.channel, input_of<T>(a, group, n, p, 0), group.valid);
+    }
+  }
+}
+
+template <class M, class T> size_t direct_floats(const Conv2dArgs& a) {
+  const bool first = normalises_first(a);
   int64_t block_groups;
-  const Plan p = direct_plan<M>(a, block_groups);
-  const int64_t bytes = a.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t copy = normalises_first(a) ? ceil_div(a.N * a.H * a.W * (a.C1 + a.C2) * bytes, 4) : 0;
+  const Plan p = direct_plan<M>(first ? of_copy<T>(a, nullptr) : a, block_groups);
+  const int64_t copy = first ? ceil_div(a.N * a.H * a.W * (a.C1 + a.C2) * (int64_t)sizeof(T), 4) : 0;
   return (size_t)(p.split.threads * p.scratch + copy);
 }
 
-// The convolution of a normalised copy of the input, [N, H, W, C1 + C2].
-template <class M, class T> Conv2dArgs normalise(const Conv2dArgs& a, int64_t threads, T* to) {
-  const int64_t C = a.C1 + a.C2;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < a.N * a.H; ++i) {
-    for (int64_t x = 0; x < a.W; ++x) {
-      for (int64_t g = 0; g < groups_of<Single>(a); ++g) {
-        const Group group = group_of<Single>(a, g);
-        const T* p = pixel_of<T>(a, group, i / a.H, i % a.H * a.upsample, x * a.upsample);
-        store_upto(to + (i * a.W + x) * C + group.channel, input_of<T>(a, group, i / a.H, p, 0), group.valid);
-      }
-    }
-  }
-  Conv2dArgs b = a;
-  b.x1 = to, b.C1 = C, b.x2 = nullptr, b.C2 = 0, b.norm_scale = b.norm_shift = nullptr;
-  b.stride_x1n = a.H * a.W * C, b.stride_x1h = a.W * C, b.stride_x1w = C;
-  return b;
-}
-
-template <class M, class T> void run_direct(const Conv2dArgs& a) {
+template <class M, class T> void run_direct(const Conv2dArgs& args) {
+  const bool first = normalises_first(args);
   int64_t block_groups;
-  Plan p = direct_plan<M>(a, block_groups);
-  if (!normalises_first(a)) {
-    return run_product<M>(p, DirectConv<M, T>{a, block_groups, groups_of<M>(a)}, (float*)a.workspace);
-  }
-  T* copy = (T*)((float*)a.workspace + p.split.threads * p.scratch);
-  const Conv2dArgs b = normalise<M>(a, p.split.threads, copy);
-  const int64_t threads = p.split.threads, scratch = p.scratch;
-  p = direct_plan<M>(b, block_groups);
-  if (p.split.threads * p.scratch > threads * scratch) __builtin_trap();
-  run_product<M>(p, DirectConv<M, T>{b, block_groups, groups_of<M>(b)}, (float*)a.workspace);
+  const Plan p = direct_plan<M>(first ? of_copy<T>(args, nullptr) : args, block_groups);
+  T* copy = (T*)((float*)args.workspace + p.split.threads * p.scratch);
+  if (first) normalise<T>(args, p.split.threads, copy);
+  const Conv2dArgs a = first ? of_copy<T>(args, copy) : args;
+  run_product<M>(p, DirectConv<M, T>{a, block_groups, groups_of<M>(a)}, (float*)args.workspace);
 }
 
 }  // namespace
