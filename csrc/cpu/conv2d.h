@@ -28,7 +28,8 @@ template <class M> LDMFAST_INLINE Group group_of(const Conv2dArgs& a, int64_t g)
 // ---- input ----
 
 // A pixel's channels from group g on, or null outside. y and x are those of the enlarged picture.
-template <class T> LDMFAST_INLINE const T* pixel_of(const Conv2dArgs& a, const Group& g, int64_t n, int64_t y, int64_t x) {
+template <class T>
+LDMFAST_INLINE const T* pixel_of(const Conv2dArgs& a, const Group& g, int64_t n, int64_t y, int64_t x) {
   if (y < 0 || x < 0 || y >= a.H * a.upsample || x >= a.W * a.upsample) return nullptr;
   if (a.upsample == 2) y /= 2, x /= 2;
   if (g.second) return (const T*)a.x2 + n * a.stride_x2n + y * a.stride_x2h + x * a.stride_x2w + g.at;
@@ -53,8 +54,8 @@ LDMFAST_INLINE bool taps_together(const Conv2dArgs& a) {
   return a.stride_wi == a.kernel * a.kernel && (a.kernel == 1 || (a.stride_ww == 1 && a.stride_wh == a.kernel));
 }
 
-// to[kLanes words of input channels, taps, kLanes output channels], as float32: kPack channels a word stand one after the
-// other. step_i, step_tap: where it put them, in vectors.
+// to[kLanes words of input channels, taps, kLanes output channels], as float32: the kPack channels of a word stand one
+// after the other. step_i, step_tap: where it put them, in vectors.
 template <class T>
 void weight_block(const Conv2dArgs& a, int64_t o, const Group& g, int64_t channels, float* to, int64_t& step_i,
                   int64_t& step_tap) {

@@ -168,8 +168,8 @@ LDMFAST_INLINE void transpose(VecF* x) {  // [kLanes, kLanes] in place
 #endif
 }
 
-// to[words, stride_to] = the words of kLanes rows of n elements each; rows from valid on are zero. The kLanes rows after
-// them are likely to be next.
+// to[words, stride_to] = the words of kLanes rows of n elements each; rows from valid on are zero. The kLanes
+// rows after them are likely to be next.
 template <class M, class T>
 void pack_transposed(const T* from, int64_t stride, int64_t valid, int64_t n, float* to, int64_t stride_to) {
   for (int64_t k = 0; k < n; k += kLanes * M::kPack, to += kLanes * stride_to) {

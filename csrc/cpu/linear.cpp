@@ -76,11 +76,12 @@ template <class M, class T> struct Linear {
   }
   template <bool kFull> void finish(int64_t m, int count, int64_t n, const float* sums, int64_t stride) const {
     const int64_t end = min64(a.N, n + kTile);
+    const auto gelu_of = [](VecF y) { return gelu(y); };
+    const auto silu_of = [](VecF y) { return silu<AccuracyOf<T>::value>(y); };
     switch (a.activation) {
       case Activation::kGeglu: return finish_gated<kFull>(m, count, n / 2, sums, stride);
-      case Activation::kGelu: return finish_plain<kFull>(m, count, n, end, sums, stride, [](VecF y) { return gelu(y); });
-      case Activation::kSilu:
-        return finish_plain<kFull>(m, count, n, end, sums, stride, [](VecF y) { return silu<AccuracyOf<T>::value>(y); });
+      case Activation::kGelu: return finish_plain<kFull>(m, count, n, end, sums, stride, gelu_of);
+      case Activation::kSilu: return finish_plain<kFull>(m, count, n, end, sums, stride, silu_of);
       default: return finish_plain<kFull>(m, count, n, end, sums, stride, [](VecF y) { return y; });
     }
   }

@@ -6,8 +6,7 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-// What a task of rows x columns costs beside its products, in products of a vector for each word and row or column:
-// measured on Zen 4, where a store of 16 floats takes two cycles.
+// What packing costs a task beside its products, in multiply-adds for a vector of a row and a word of a column.
 constexpr int64_t kRowCost = 4, kColumnCost = 8;
 constexpr int64_t kMaxRows = 72 * kRows, kMaxColumns = 320, kMaxWords = 384;
 
@@ -54,7 +53,7 @@ struct Plan {
 Plan plan_of(int64_t M, int64_t N, int64_t blocks, int64_t block_words, int64_t depth) {
   Plan p = {M, N, blocks, block_words, split_of(M, N, depth), 0};
   const int64_t sums = blocks > 1 ? p.split.rows * p.split.columns : kRows * kTile;
-  p.scratch = ceil_div(block_words, kPart) * kPanelPart + block_words * p.split.columns + sums + 3 * kLanes;
+  p.scratch = ceil_div(block_words, kPart) * kPanelPart + block_words * p.split.columns + sums + 16;
   return p;
 }
 

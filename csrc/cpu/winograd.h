@@ -11,62 +11,11 @@
 //
 // The input goes through a strip of kSide rows in float32, where its norm is applied and its border is zero.
 #pragma once
-#include "conv2d.h"
-#include "winograd_transform.h"
+#include "winograd_plan.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
-
-constexpr int64_t kSkew = 5 * 16;           // floats between two planes, that they lie in different sets of a cache
-constexpr int64_t kStripTiles = 16;         // tiles of a strip
-constexpr int64_t kStripGroups = 4;         // groups of channels of a strip
-constexpr int64_t kBlockTiles = 256;        // tiles that share one transform of the weight
-constexpr int64_t kWeightFloats = 100 * 1024;  // of U at one time
-
-template <int kM> struct WinogradPlan {
-  static constexpr int kSide = Winograd<kM>::kSide, kPlanes = kSide * kSide;
-  int64_t across, down;          // tiles of an image
-  int64_t rows, row_blocks;      // rows of tiles of a block; blocks
-  int64_t strips, chunks;        // of a row of tiles; of the channels
-  int64_t tiles;                 // of a block
-  int64_t parts, words, depth;   // of kPart words; of a tile; of words in one U
-  int64_t range, ranges;         // tiles of a task; tasks of a block and kTile channels
-  int64_t plane_v, plane_u, plane_m;  // floats from one product to the next
-  int64_t floats_v;
-  int64_t threads, scratch;      // floats a thread
-  size_t floats;
-};
-
-template <class M, int kM> WinogradPlan<kM> winograd_plan(const Conv2dArgs& a) {
-  WinogradPlan<kM> p;
-  p.across = ceil_div(a.Wo, kM), p.down = ceil_div(a.Ho, kM);
-  const int64_t all = a.N * p.down;
-  p.rows = min64(all, ceil_div(kBlockTiles, p.across));
-  p.row_blocks = ceil_div(all, p.rows);
-  p.rows = ceil_div(all, p.row_blocks);
-  p.strips = ceil_div(p.across, kStripTiles);
-  p.tiles = p.rows * p.across;
-  p.words = groups_of<M>(a) * kLanes;
-  p.parts = ceil_div(p.words, kPart);
-  const int64_t most = max64(1, kWeightFloats / (p.kPlanes * kTile * kPart));
-  p.depth = ceil_div(p.parts, ceil_div(p.parts, most)) * kPart;
-  p.threads = max64(1, omp_get_max_threads());
-  const int64_t panels = ceil_div(p.tiles, kRows), columns = ceil_div(a.Co, kTile);
-  const int64_t wanted = max64(1, min64(panels / 4, ceil_div(4 * p.threads, columns) - 1));  // ranges of 4 panels or more
-  p.range = ceil_div(panels, wanted) * kRows;
-  p.ranges = ceil_div(p.tiles, p.range);
-  p.plane_v = panels * (p.depth / kPart) * kPanelPart + kSkew;
-  p.plane_u = p.depth * kTile + kSkew;
-  p.plane_m = p.range * kTile + kSkew;
-  p.floats_v = ceil_div(p.words, p.depth) * p.kPlanes * p.plane_v;
-  p.chunks = max64(1, min64(p.words / kLanes / kStripGroups, 4 * p.threads / (p.rows * p.strips)));
-  const int64_t strip = p.kSide * (kStripTiles * kM + 2) * kStripGroups * kLanes * M::kPack;
-  const int64_t block = kLanes * M::kPack * 9 * kLanes;
-  p.scratch = max64(strip, p.kPlanes * (p.plane_u + p.plane_m) + block) + 3 * kLanes;
-  p.floats = (size_t)(p.floats_v + p.threads * p.scratch + 4 * kLanes);
-  return p;
-}
 
 template <class M, class T, int kM> struct WinogradConv {
   static constexpr int kSide = Winograd<kM>::kSide, kPlanes = kSide * kSide;
@@ -116,13 +65,14 @@ template <class M, class T, int kM> struct WinogradConv {
       for (int64_t k = 0; k < groups; ++k) {
         const int64_t tile = (row - first_row) * p.across + column + t;
         const float* from = strip + (t * kM * groups + k) * kStep;
-        transform_tile(from, width * groups * kStep, groups * kStep, panel_of(tile, (g + k) * kLanes) + tile % kRows * kPart);
+        float* to = panel_of(tile, (g + k) * kLanes) + tile % kRows * kPart;
+        transform_tile(from, width * groups * kStep, groups * kStep, to);
       }
     }
   }
   // where the panel of a tile has a word: V is [depth blocks, P, panels, parts, kRows, kPart], as it is read
   float* panel_of(int64_t tile, int64_t word) const {
-    return v + word / p.depth * kPlanes * p.plane_v + tile / kRows * (p.depth / kPart) * kPanelPart +
+    return v + word / p.depth * kPlanes * p.plane_v + tile / kRows * p.depth * kRows +
            panel_word(word % p.depth);
   }
 
@@ -146,14 +96,17 @@ template <class M, class T, int kM> struct WinogradConv {
   void transform_word(const float* from, int64_t step_i, int64_t step_tap, float* to) const {
     const auto kernel = [=](int i, int j) { return load(from + (i * 3 + j) * step_tap); };
     if constexpr (M::kPack == 1) {
-      transform_weight<kM>(kernel, [=](int i, int j, VecF y) { store_ahead(to + (i * kSide + j) * p.plane_u, 2 * kTile, y); });
+      transform_weight<kM>(kernel, [=](int i, int j, VecF y) {
+        store_ahead(to + (i * kSide + j) * p.plane_u, 2 * kTile, y);
+      });
     } else {
       VecF even[kPlanes];
       transform_weight<kM>(kernel, [&](int i, int j, VecF y) { even[i * kSide + j] = y; });
-      transform_weight<kM>([=](int i, int j) { return load(from + step_i + (i * 3 + j) * step_tap); },
-                           [&](int i, int j, VecF y) {
-                             store_ahead(to + (i * kSide + j) * p.plane_u, kTile, M::interleave(even[i * kSide + j], y));
-                           });
+      const auto second = [=](int i, int j) { return load(from + step_i + (i * 3 + j) * step_tap); };
+      transform_weight<kM>(second, [&](int i, int j, VecF y) {
+        const int k = i * kSide + j;
+        store_ahead(to + k * p.plane_u, kTile, M::interleave(even[k], y));
+      });
     }
   }
 
@@ -172,10 +125,11 @@ template <class M, class T, int kM> struct WinogradConv {
   void multiply_planes(int64_t first, int64_t count, int64_t word, const float* u, float* m) const {
     const float* from = panel_of(first, word);
     const int64_t words = min64(p.depth, p.words - word);
-    for (int64_t k = 0; k < kPlanes; ++k) {
-      for (int64_t t = 0; t < count; t += kRows) {
-        multiply_rows<M>((int)min64(kRows, count - t), from + k * p.plane_v + t / kRows * (p.depth / kPart) * kPanelPart,
-                         u + k * p.plane_u, words, word > 0, m + k * p.plane_m + t * kTile, kTile);
+    for (int k = 0; k < kPlanes; ++k) {
+      const float* panel = from + k * p.plane_v;
+      for (int64_t t = 0; t < count; t += kRows, panel += p.depth * kRows) {
+        multiply_rows<M>((int)min64(kRows, count - t), panel, u + k * p.plane_u, words, word > 0,
+                         m + k * p.plane_m + t * kTile, kTile);
       }
     }
   }

@@ -69,8 +69,8 @@ template <> struct Winograd<4> {
   }
 };
 
-// What the three have in common: y(i, k) = sum over j of P(x)(i, j) P'(k, j), by columns, then by rows. load(row, column)
-// gives a vector, store(i, k, vector) takes one.
+// What the three have in common: y(i, k) = sum over j of P(x)(i, j) P'(k, j), by columns, then by rows. load(row,
+// column) gives a vector, store(i, k, vector) takes one.
 template <int kFrom, int kTo, class Load, class Step, class Store>
 LDMFAST_INLINE void transform(const Load& load, const Step& step, const Store& store) {
   VecF half[kTo][kFrom];

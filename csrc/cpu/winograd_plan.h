@@ -1,0 +1,61 @@
+// How winograd.h divides its work, and the memory that it needs.
+#pragma once
+#include "conv2d.h"
+#include "winograd_transform.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+constexpr int64_t kSkew = 5 * 16;              // floats between two planes, that they lie in different sets of a cache
+constexpr int64_t kStripTiles = 16;            // tiles of a strip
+constexpr int64_t kStripGroups = 4;            // groups of channels of a strip
+constexpr int64_t kBlockTiles = 256;           // tiles that share one transform of the weight
+constexpr int64_t kWeightFloats = 100 * 1024;  // of U at one time: it stays in a second-level cache of 1 MiB
+
+template <int kM> struct WinogradPlan {
+  static constexpr int kSide = Winograd<kM>::kSide, kPlanes = kSide * kSide;
+  int64_t across, down;          // tiles of an image
+  int64_t rows, row_blocks;      // rows of tiles of a block; blocks
+  int64_t strips, chunks;        // of a row of tiles; of the channels
+  int64_t tiles;                 // of a block
+  int64_t words, depth;          // of a tile; in one U
+  int64_t range;                 // tiles of a task
+  int64_t plane_v, plane_u, plane_m;  // floats from one product to the next
+  int64_t floats_v;              // of V
+  int64_t threads, scratch;      // floats a thread
+  size_t floats;
+};
+
+template <class M, int kM> WinogradPlan<kM> winograd_plan(const Conv2dArgs& a) {
+  WinogradPlan<kM> p;
+  p.across = ceil_div(a.Wo, kM), p.down = ceil_div(a.Ho, kM);
+  const int64_t all = a.N * p.down;
+  p.rows = min64(all, ceil_div(kBlockTiles, p.across));
+  p.row_blocks = ceil_div(all, p.rows);
+  p.rows = ceil_div(all, p.row_blocks);
+  p.strips = ceil_div(p.across, kStripTiles);
+  p.tiles = p.rows * p.across;
+  p.words = groups_of<M>(a) * kLanes;
+  const int64_t parts = ceil_div(p.words, kPart);
+  const int64_t most = max64(1, kWeightFloats / (p.kPlanes * kTile * kPart));
+  p.depth = ceil_div(parts, ceil_div(parts, most)) * kPart;
+  p.threads = max64(1, omp_get_max_threads());
+  const int64_t panels = ceil_div(p.tiles, kRows), columns = ceil_div(a.Co, kTile);
+  const int64_t ranges = max64(1, min64(panels / 4, ceil_div(4 * p.threads, columns) - 1));  // of 4 panels or more
+  p.range = ceil_div(panels, ranges) * kRows;
+  p.plane_v = panels * p.depth * kRows + kSkew;
+  p.plane_u = p.depth * kTile + kSkew;
+  p.plane_m = p.range * kTile + kSkew;
+  p.floats_v = ceil_div(p.words, p.depth) * p.kPlanes * p.plane_v;
+  p.chunks = max64(1, min64(p.words / kLanes / kStripGroups, 4 * p.threads / (p.rows * p.strips)));
+  const int64_t strip = p.kSide * (kStripTiles * kM + 2) * kStripGroups * kLanes * M::kPack;
+  const int64_t block = kLanes * M::kPack * 9 * kLanes;
+  p.scratch = max64(strip, p.kPlanes * (p.plane_u + p.plane_m) + block) + 16;
+  p.floats = (size_t)(p.floats_v + p.threads * p.scratch + 16);
+  return p;
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast
