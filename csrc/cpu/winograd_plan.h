@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t kSkew = 5 * 16;              // floats between two planes, that they lie in different sets of a cache
 constexpr int64_t kStripTiles = 16;            // tiles of a strip
 constexpr int64_t kStripGroups = 4;            // groups of channels of a strip
-constexpr int64_t kBlockTiles = 256;           // tiles that share one transform of the weight
+constexpr int64_t kTaskTiles = 256;            // tiles that share one transform of the weight
+constexpr int64_t kBlockFloats = 2 << 20;      // of V, if that many tiles need no more: all threads meet between blocks
 constexpr int64_t kWeightFloats = 100 * 1024;  // of U at one time: it stays in a second-level cache of 1 MiB
 
 template <int kM> struct WinogradPlan {
@@ -31,18 +32,20 @@ template <class M, int kM> WinogradPlan<kM> winograd_plan(const Conv2dArgs& a) {
   WinogradPlan<kM> p;
   p.across = ceil_div(a.Wo, kM), p.down = ceil_div(a.Ho, kM);
   const int64_t all = a.N * p.down;
-  p.rows = min64(all, ceil_div(kBlockTiles, p.across));
+  p.words = groups_of<M>(a) * kLanes;
+  const int64_t wanted = max64(kTaskTiles, kBlockFloats / (p.kPlanes * p.words));
+  p.rows = min64(all, ceil_div(wanted, p.across));
   p.row_blocks = ceil_div(all, p.rows);
   p.rows = ceil_div(all, p.row_blocks);
   p.strips = ceil_div(p.across, kStripTiles);
   p.tiles = p.rows * p.across;
-  p.words = groups_of<M>(a) * kLanes;
   const int64_t parts = ceil_div(p.words, kPart);
   const int64_t most = max64(1, kWeightFloats / (p.kPlanes * kTile * kPart));
   p.depth = ceil_div(parts, ceil_div(parts, most)) * kPart;
   p.threads = max64(1, omp_get_max_threads());
   const int64_t panels = ceil_div(p.tiles, kRows), columns = ceil_div(a.Co, kTile);
-  const int64_t ranges = max64(1, min64(panels / 4, ceil_div(4 * p.threads, columns) - 1));  // of 4 panels or more
+  const int64_t few = ceil_div(panels, ceil_div(kTaskTiles, kRows));
+  const int64_t ranges = max64(few, min64(panels / 4, ceil_div(4 * p.threads, columns) - 1));  // of 4 panels or more
   p.range = ceil_div(panels, ranges) * kRows;
   p.plane_v = panels * p.depth * kRows + kSkew;
   p.plane_u = p.depth * kTile + kSkew;
