@@ -46,12 +46,23 @@ void read(PyObject* value, bool& into) { into = PyObject_IsTrue(value) == 1; }
 const char* kind(float) { return "a number"; }
 void read(PyObject* value, float& into) { into = static_cast<float>(PyFloat_AsDouble(value)); }
 
-const char* kind(DType) { return "a code of native.DTYPES"; }
-void read(PyObject* value, DType& into) {
+// an enum's code, from 0 to its last
+template <class Enum> void read_code(PyObject* value, Enum last, Enum& into) {
   const long code = PyLong_AsLong(value);
-  if (code < 0 || code > static_cast<long>(DType::kBool)) PyErr_SetNone(PyExc_ValueError);
-  into = static_cast<DType>(code);
+  if (code < 0 || code > static_cast<long>(last)) PyErr_SetNone(PyExc_ValueError);
+  into = static_cast<Enum>(code);
 }
+
+const char* kind(DType) { return "a code of native.DTYPES"; }
+void read(PyObject* value, DType& into) { read_code(value, DType::kBool, into); }
+
+#ifdef LDMFAST_CPU
+const char* kind(Activation) { return "a code of linear.ACTIVATIONS"; }
+void read(PyObject* value, Activation& into) { read_code(value, Activation::kGeglu, into); }
+
+const char* kind(ConvForm) { return "a code of conv2d.FORMS"; }
+void read(PyObject* value, ConvForm& into) { read_code(value, ConvForm::kF4, into); }
+#endif
 
 const char* kind(const DdimCoefficients&) { return "seven numbers"; }
 void read(PyObject* value, DdimCoefficients& into) {
@@ -154,6 +165,9 @@ PYBIND11_MODULE(LDMFAST_MODULE, m) {
   });                                                                                                              \
   fields[#op] = kinds<Args>();
   LDMFAST_OPS(LDMFAST_BIND)
+#ifdef LDMFAST_CPU
+  LDMFAST_CPU_OPS(LDMFAST_BIND)
+#endif
   m.attr("fields") = fields;
 #ifdef LDMFAST_CPU
   m.def("compiled_isas", &compiled_isas);

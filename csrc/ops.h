@@ -209,28 +209,6 @@ struct DdimStepBackwardArgs {
 LDMFAST_FIELDS(DdimStepBackwardArgs, dprev, dx0, sample, model_output, dsample, dmodel_output, dnoise, N, M,
                coefficients, table, guidance, guided, clip, clipped, dtype)
 
-// Every op once: its launcher, its struct, and whether it has a workspace. The launchers' declarations, the choice of
-// an instruction set (cpu/dispatch.cpp) and the binding (bind.cpp) are made from this list.
-#define LDMFAST_OPS(OP)                                                   \
-  OP(group_norm_silu, GroupNormSiluArgs, WORKSPACE)                       \
-  OP(attention, AttentionArgs, WORKSPACE)                                 \
-  OP(timestep_mlp, TimestepMlpArgs, WORKSPACE)                            \
-  OP(ddim_step, DdimStepArgs, NO_WORKSPACE)                               \
-  OP(group_norm_silu_backward, GroupNormSiluBackwardArgs, WORKSPACE)      \
-  OP(attention_backward, AttentionBackwardArgs, WORKSPACE)                \
-  OP(timestep_mlp_backward, TimestepMlpBackwardArgs, WORKSPACE)           \
-  OP(ddim_step_backward, DdimStepBackwardArgs, NO_WORKSPACE)
-
-#define LDMFAST_IF_WORKSPACE(...) __VA_ARGS__
-#define LDMFAST_IF_NO_WORKSPACE(...)
-
-// void op(const Args&, const Launch&), and size_t op_workspace(const Args&): the bytes that args.workspace must have
-#define LDMFAST_DECLARE(op, Args, W)                    \
-  void op(const Args& args, const Launch& launch);      \
-  LDMFAST_IF_##W(size_t op##_workspace(const Args& args);)
-LDMFAST_OPS(LDMFAST_DECLARE)
-#undef LDMFAST_DECLARE
-
 enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kGeglu = 3 };
 
 // out = (act(norm(x) w^T + bias) + residual) * output_scale. With kGeglu, w has 2N rows: h = the first N, g = the
@@ -255,8 +233,8 @@ struct LinearArgs {
   DType dtype;                         // of every tensor
   void* workspace;                     // linear_workspace(args) bytes
 };
-size_t linear_workspace(const LinearArgs& args);
-void linear(const LinearArgs& args, const Launch& launch);
+LDMFAST_FIELDS(LinearArgs, x, stride_x, weight, stride_w, bias, residual, stride_residual, out, stride_out,
+               norm_weight, norm_bias, eps, normalised, M, N, K, activation, output_scale, dtype, workspace)
 
 // How a 3x3 convolution of stride 1 is computed. kAuto chooses by shape and dtype. kF4 keeps 16 bits of a transformed
 // operand too few: float32 only where accuracy counts.
@@ -287,7 +265,36 @@ struct Conv2dArgs {
   DType dtype;                         // of every tensor but norm_scale and norm_shift
   void* workspace;                     // conv2d_workspace(args) bytes
 };
-size_t conv2d_workspace(const Conv2dArgs& args);
-void conv2d(const Conv2dArgs& args, const Launch& launch);
+LDMFAST_FIELDS(Conv2dArgs, x1, stride_x1n, stride_x1h, stride_x1w, x2, stride_x2n, stride_x2h, stride_x2w, weight,
+               stride_wo, stride_wi, stride_wh, stride_ww, bias, add, stride_add, residual, norm_scale, norm_shift,
+               out, N, H, W, C1, C2, Co, Ho, Wo, kernel, stride, padding, upsample, output_scale, silu, form, dtype,
+               workspace)
+
+// Every op once: its launcher, its struct, and whether it has a workspace. The launchers' declarations, the choice of
+// an instruction set (cpu/dispatch.cpp) and the binding (bind.cpp) are made from these lists: those of every module, ...
+#define LDMFAST_OPS(OP)                                                   \
+  OP(group_norm_silu, GroupNormSiluArgs, WORKSPACE)                       \
+  OP(attention, AttentionArgs, WORKSPACE)                                 \
+  OP(timestep_mlp, TimestepMlpArgs, WORKSPACE)                            \
+  OP(ddim_step, DdimStepArgs, NO_WORKSPACE)                               \
+  OP(group_norm_silu_backward, GroupNormSiluBackwardArgs, WORKSPACE)      \
+  OP(attention_backward, AttentionBackwardArgs, WORKSPACE)                \
+  OP(timestep_mlp_backward, TimestepMlpBackwardArgs, WORKSPACE)           \
+  OP(ddim_step_backward, DdimStepBackwardArgs, NO_WORKSPACE)
+// ... and those that the CPU's module has alone; a GPU's libraries have them
+#define LDMFAST_CPU_OPS(OP)                                               \
+  OP(linear, LinearArgs, WORKSPACE)                                       \
+  OP(conv2d, Conv2dArgs, WORKSPACE)
+
+#define LDMFAST_IF_WORKSPACE(...) __VA_ARGS__
+#define LDMFAST_IF_NO_WORKSPACE(...)
+
+// void op(const Args&, const Launch&), and size_t op_workspace(const Args&): the bytes that args.workspace must have
+#define LDMFAST_DECLARE(op, Args, W)                    \
+  void op(const Args& args, const Launch& launch);      \
+  LDMFAST_IF_##W(size_t op##_workspace(const Args& args);)
+LDMFAST_OPS(LDMFAST_DECLARE)
+LDMFAST_CPU_OPS(LDMFAST_DECLARE)
+#undef LDMFAST_DECLARE
 
 }  // namespace ldmfast

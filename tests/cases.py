@@ -9,31 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+from case import Case, channels_last, randn
+from product_cases import convolution_cases, linear_cases
 
 from ldmfast import ops
 from ldmfast.ops.registry import BACKWARD_OPS, OPS, RANKS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    label: str
-    make: Callable[..., tuple[tuple, dict]]  # make(dtype, N=...) -> the public function's (args, kwargs)
-    big: bool = False  # too slow for interpreters
-
-
-def randn(*shape, dtype, mean=0.0, std=1.0):
-    return (torch.randn(*shape) * std + mean).to(dtype)
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def group_norm(
@@ -199,7 +184,7 @@ def _cases():
         yield Case(DD, prediction, latents(2, 4, 8, 8, prediction=prediction, noise=True))
 
 
-CASES = tuple(_cases())
+CASES = (*_cases(), *linear_cases(), *convolution_cases())
 
 # What the tests of the contract take: a small case of each op, with most of its optional arguments, ...
 SMALL_LABELS = {
@@ -207,6 +192,8 @@ SMALL_LABELS = {
     "attention": "mask-additive",
     "timestep_mlp": "odd",
     "ddim_step": "noise",
+    "linear": "everything-geglu",
+    "conv2d": "everything-13x7",
 }
 SMALL = {case.op: case for case in CASES if SMALL_LABELS.get(case.op) == case.label}
 # ... and for gradcheck, which differentiates by differences, a tiny one in float64
@@ -215,6 +202,8 @@ TINY: dict[str, Callable[[], tuple[tuple, dict]]] = {
     "attention": lambda: ((f64(1, 3, 2, 4), f64(1, 2, 2, 4), f64(1, 2, 2, 4)), {"mask": f64(3, 2)}),
     "timestep_mlp": lambda: ((f64(2), f64(4, 4), f64(4), f64(3, 4), f64(3)), {"dim": 4}),
     "ddim_step": lambda: ((f64(2, 3), f64(4, 3), 0.3, 0.6), {"guidance": 3.0, "noise": f64(2, 3), "sigma": 0.2}),
+    "linear": lambda: ((f64(3, 4), f64(2, 4), f64(2)), {"output_scale": 0.7}),
+    "conv2d": lambda: ((f64(2, 3, 4, 3), f64(2, 3, 3, 3), f64(2)), {"padding": 1, "stride": 2}),
 }
 # arguments, by their place, whose gradient the backward op does not give: the reference does
 WITHOUT_GRADIENT = {"attention": {4}, "timestep_mlp": {0}, "ddim_step": {3}}

@@ -7,6 +7,8 @@
 
 #include "../ops.h"
 
+#define LDMFAST_ALL_OPS(OP) LDMFAST_OPS(OP) LDMFAST_CPU_OPS(OP)
+
 namespace ldmfast {
 
 const char* compiled_isas();
@@ -21,7 +23,7 @@ struct Isa {
 #define LDMFAST_POINTER(op, Args, W) \
   void (*op)(const Args&);           \
   LDMFAST_IF_##W(size_t (*op##_workspace)(const Args&);)
-  LDMFAST_OPS(LDMFAST_POINTER)
+  LDMFAST_ALL_OPS(LDMFAST_POINTER)
 };
 
 #if defined(LDMFAST_X86)
@@ -46,8 +48,8 @@ bool always() { return true; }
 #define LDMFAST_ADDRESS(op, Args, W) op, LDMFAST_IF_##W(op##_workspace, )
 #define LDMFAST_ISA_ENTRY(isa, runs_here)                                      \
   namespace isa {                                                              \
-  LDMFAST_OPS(LDMFAST_KERNEL)                                                  \
-  static const Isa kernels = {#isa, runs_here, LDMFAST_OPS(LDMFAST_ADDRESS)};  \
+  LDMFAST_ALL_OPS(LDMFAST_KERNEL)                                                  \
+  static const Isa kernels = {#isa, runs_here, LDMFAST_ALL_OPS(LDMFAST_ADDRESS)};  \
   }
 LDMFAST_ISA_ENTRY(generic, always)
 #if defined(LDMFAST_X86)
@@ -97,6 +99,6 @@ const char* active_isa() { return active().name; }
 #define LDMFAST_LAUNCHER(op, Args, W)                              \
   void op(const Args& args, const Launch&) { active().op(args); }  \
   LDMFAST_IF_##W(size_t op##_workspace(const Args& args) { return active().op##_workspace(args); })
-LDMFAST_OPS(LDMFAST_LAUNCHER)
+LDMFAST_ALL_OPS(LDMFAST_LAUNCHER)
 
 }  // namespace ldmfast

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
@@ -56,6 +56,12 @@ def lacks(backend: str, op: str) -> str | None:
     return None if built else f"was built without {op} (build it again: {HOW[backend]})"
 
 
+@functools.cache
+def lanes() -> int:
+    """Floats in a vector of the CPU module's instruction set, which decides what is faster; speeds.py bounds it."""
+    return {"generic": 4, "avx2": 8}.get(module("cpu").active_isa(), 16)
+
+
 def place(tensor: torch.Tensor) -> tuple[int, int, Callable[[int], torch.Tensor]]:
     """Where a launcher runs: the device's index, the raw stream, and what allocates bytes there for its workspace.
 
@@ -74,16 +80,17 @@ def _bytes(count: int, device: torch.device | str = "cpu") -> torch.Tensor:
 _HOST = (-1, 0, _bytes)
 
 
-def register(op: Choice, function: Callable, lead: int = 0) -> None:
-    """Registers `function(extension, *args)` as the op's three native backends, which refuse what was not built.
+def register(op: Choice, function: Callable, lead: int = 0, modules: Iterable[str] = MODULES) -> None:
+    """Registers `function(extension, *args)` as the op's native backends, which refuse what was not built.
 
-    lead  the argument whose dtype the kernel computes in
+    lead     the argument whose dtype the kernel computes in
+    modules  those that have the op: all of MODULES, or "cpu" alone (LDMFAST_CPU_OPS of csrc/ops.h)
     """
 
     def float64(*args):
         return "float64 is not compiled" if args[lead].dtype is torch.float64 else None
 
-    for name in MODULES:
+    for name in modules:
 
         def run(*args, _name=name):
             return function(module(_name), *args)

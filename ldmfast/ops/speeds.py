@@ -51,6 +51,9 @@ class Slower:
 _WIDE = "H100, float16, L = S = 4096, one head of 512: 5-7 ms against 0.4-0.6 ms of SDPA"
 _NARROW = "H100, float16, L = S = 4096, 20 heads of 64: {} us against 155-170 us of SDPA"
 _SELF = ("S", 256, ANY)  # not the few keys of a prompt
+_ZEN = "Zen 4, 2 cores, {}: {} of the speed of oneDNN with the weight packed before"
+_CONVOLUTIONS = frozenset({torch.float32, torch.bfloat16})  # oneDNN's here; its float16 wants AVX512-FP16
+_GENERIC = (("lanes", 0, 4),)  # compiled without vectors of this processor, where oneDNN has them
 SLOWER = (
     # the kernel without tensor cores, which computes the scores D / 64 times
     Slower("attention", "cuda", "torch", _WIDE, (("D", 257, ANY),), SIXTEEN),
@@ -59,6 +62,27 @@ SLOWER = (
         for backend, time in (("cuda", "190-215"), ("triton", "170-200"))
         for D in (64, 128)
     ),
+    *(
+        Slower("conv2d", "cpu", "torch", _ZEN.format(*figures), (bound,), dtypes, measured=True)
+        for *figures, bound, dtypes in (
+            ("1x1", "0.87-0.95", ("k", 1, 1), _CONVOLUTIONS),
+            ("stride 2", "0.80-0.95", ("stride", 2, ANY), _CONVOLUTIONS),
+            ("fewer than 32 channels in", "0.25-0.7", ("Ci", 0, 31), _CONVOLUTIONS),
+            ("fewer than 32 channels out", "0.25-0.7 (float32 320 to 4: 1.2)", ("Co", 0, 31), _CONVOLUTIONS),
+            ("bfloat16 3x3 at 8x8", "0.87-1.14", ("pixels", 0, 64), frozenset({torch.bfloat16})),
+        )
+    ),
+    Slower(
+        "conv2d",
+        "cpu",
+        "torch",
+        _ZEN.format("float32 3x3 at 8x8 with AVX2 alone", "0.90-1.05"),
+        (("pixels", 0, 64), ("lanes", 8, 8)),
+        frozenset({torch.float32}),
+        measured=True,
+    ),
+    Slower("conv2d", "cpu", "torch", "oneDNN has this processor's vectors", _GENERIC, _CONVOLUTIONS),
+    Slower("linear", "cpu", "torch", "oneDNN has this processor's vectors", _GENERIC, _CONVOLUTIONS),
     Slower("group_norm_silu_backward", "cuda", "triton", "H100, [2, 320, 64, 64] float16: 25-35 us against 15 us"),
 )
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ldmfast.ops import native
+from ldmfast.ops.registry import OPS
 
 CSRC = Path(__file__).parents[2] / "csrc"
 ATTENTION = importlib.import_module("ldmfast.ops.attention")  # the package has the function under this name
@@ -36,11 +37,19 @@ def structs() -> dict[str, dict[str, str]]:
     return found
 
 
+def of_the_cpu() -> set[str]:
+    """The ops that the CPU's module has alone."""
+    rows = re.search(r"#define LDMFAST_CPU_OPS\(OP\)((?:.*\\\n)+.*)", (CSRC / "ops.h").read_text())[1]
+    return set(re.findall(r"OP\((\w+),", rows))
+
+
 KINDS = {
     "int64_t": "an integer of 64 bits",
     "float": "a number",
     "bool": "a truth value",
     "DType": "a code of native.DTYPES",
+    "Activation": "a code of linear.ACTIVATIONS",
+    "ConvForm": "a code of conv2d.FORMS",
     "DdimCoefficients": "seven numbers",
 }
 
@@ -49,8 +58,28 @@ def test_the_modules_have_the_structs_as_they_are_written(extension):
     written = {
         op: {field: "a tensor or None" if "*" in kind else KINDS[kind] for field, kind in fields.items()}
         for op, fields in structs().items()
+        if extension is native.module("cpu") or op not in of_the_cpu()
     }
     assert extension.fields == written
+
+
+def test_an_op_of_the_cpu_alone_has_no_other_native_backend():
+    assert of_the_cpu() == {op.name for op in OPS.values() if "cuda" not in op.backends} == {"linear", "conv2d"}
+
+
+@pytest.mark.parametrize(
+    ("op", "field", "code", "reason"),
+    [
+        ("linear", "activation", 4, "expected a code of linear.ACTIVATIONS"),
+        ("conv2d", "form", -1, "expected a code of conv2d.FORMS"),
+    ],
+)
+def test_a_code_that_no_enum_has_is_refused(op, field, code, reason):
+    extension = native.module("cpu")
+    fields = {name: None if kind == "a tensor or None" else 0 for name, kind in extension.fields[op].items()}
+    fields.pop("workspace")
+    with pytest.raises(TypeError, match=f"^{op}: {field} is int, {reason}$"):
+        getattr(extension, op)({**fields, field: code}, *native.place(torch.empty(0)))
 
 
 def attention_fields():

@@ -28,6 +28,7 @@ def x(*shape, **kwargs):
 
 
 gn, at, tm, dd = ops.group_norm_silu, ops.attention, ops.timestep_mlp, ops.ddim_step
+li, cv = ops.linear, ops.conv2d
 w1, w2 = torch.zeros(64, 32), torch.zeros(16, 64)
 
 WRONG = [
@@ -70,6 +71,36 @@ WRONG = [
     (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, clip=-1.0), ValueError, "clip is -1.0"),
     (lambda: dd(x(2, 4).long(), x(2, 4), 0.5, 0.6), ValueError, "sample is int64, expected float32"),
     (lambda: dd(x(2, 4), x(2, 4, device="meta"), 0.5, 0.6), ValueError, "model_output is on meta, expected cpu"),
+    (lambda: li([1.0], w1), TypeError, "linear: x is list, expected a tensor"),
+    (lambda: li(x(2, 30), w1), ValueError, r"linear: weight has shape \[64, 32\], expected \[N, K\] = \[N, 30\]"),
+    (lambda: li(x(2, 32).int(), w1), ValueError, "linear: x is int32, expected float32"),
+    (lambda: li(x(2, 32), w1.half()), ValueError, "linear: weight is float16, expected float32"),
+    (lambda: li(x(2, 32), w1, x(32), activation="geglu"), ValueError, r"bias has shape \[32\], expected .* = \[64\]"),
+    (lambda: li(x(2, 32), w1, activation="relu"), ValueError, "activation is 'relu', expected none, silu, gelu, geglu"),
+    (lambda: li(x(2, 32), w1[:5], activation="geglu"), ValueError, "weight has 5 rows, expected an even number"),
+    (lambda: li(x(2, 32), w1, residual=x(2, 32)), ValueError, r"residual has shape.*\[..., N\] = \[2, 64\]"),
+    (lambda: li(x(2, 32), w1, layer_norm=1e-5), TypeError, r"layer_norm is 1e-05, expected \(weight, bias, eps\)"),
+    (lambda: li(x(2, 32), w1, layer_norm=(x(3), None, 1e-5)), ValueError, r"norm_weight has shape \[3\]"),
+    (lambda: li(x(2, 32), w1, layer_norm=(None, None, 0.0)), ValueError, "layer_norm's eps is 0.0"),
+    (lambda: li(x(2, 32), w1, layer_norm=(None, x(32), None)), ValueError, "eps is None beside norm_weight"),
+    (lambda: li(x(2, 32), x(4, 32, device="meta")), ValueError, "weight is on meta, expected cpu as x"),
+    (lambda: li(x(2, 32).double(), w1.double(), backend="cpu"), NotImplementedError, "float64 is not compiled"),
+    (lambda: li(x(2, 0), x(3, 0), backend="cpu"), NotImplementedError, "K is 0"),
+    (lambda: cv(x(4, 8, 8), x(4, 4, 3, 3)), ValueError, r"conv2d: x has shape.*expected \[N, C1, H, W\]"),
+    (lambda: cv(x(1, 4, 8, 8), x(4, 5, 3, 3)), ValueError, r"weight has shape.*\[Co, Ci, k, k\] = \[Co, 4, k, k\]"),
+    (lambda: cv(x(1, 4, 8, 8), x(4, 4, 3, 1)), ValueError, r"weight has shape \[4, 4, 3, 1\], expected"),
+    (lambda: cv(x(1, 4, 8, 8), x(4, 4, 3, 3).half()), ValueError, "weight is float16, expected float32"),
+    (lambda: cv(x(1, 4, 2, 2), x(4, 4, 3, 3)), ValueError, r"x has shape \[1, 4, 2, 2\], too small for weight"),
+    (lambda: cv(x(1, 4, 8, 8), x(4, 4, 3, 3), stride=0), ValueError, "stride is 0, expected at least 1"),
+    (lambda: cv(x(1, 4, 8, 8), x(4, 4, 3, 3), padding=-1), ValueError, "padding is -1, expected at least 0"),
+    (lambda: cv(x(1, 4, 8, 8), x(4, 4, 3, 3), upsample=3), ValueError, "upsample is 3, expected 1 or 2"),
+    (lambda: cv(x(1, 4, 8, 8), x(4, 6, 3, 3), x2=x(1, 2, 8, 4)), ValueError, r"x2 has shape.*\[1, C2, 8, 8\]"),
+    (lambda: cv(x(1, 4, 8, 8), x(5, 4, 1, 1), add=x(5)), ValueError, r"add has shape \[5\], expected \[N, Co\]"),
+    (lambda: cv(x(1, 4, 8, 8), x(5, 4, 3, 3), residual=x(1, 5, 8, 8)), ValueError, r"residual has.*\[1, 5, 6, 6\]"),
+    (lambda: cv(x(1, 4, 8, 8), x(5, 4, 1, 1), norm_scale=x(1, 4)), ValueError, "one of norm_scale and norm_shift is"),
+    (lambda: cv(x(1, 4, 8, 8), x(5, 4, 1, 1), norm_silu=True), ValueError, "norm_silu is True beside norm_scale None"),
+    (lambda: cv(x(1, 4, 8, 8), x(5, 4, 5, 5), backend="cpu"), NotImplementedError, "weight is 5x5; the kernel takes"),
+    (lambda: cv(x(1, 4, 8, 8), x(5, 4, 1, 1), backend="cuda"), NotImplementedError, "it has no such kernel"),
 ]
 
 
@@ -89,7 +120,8 @@ def test_unknown_backend(name):
 @pytest.mark.parametrize("name", OPS)
 def test_a_named_backend_never_falls_back(name):
     function, args, kwargs = small(name)
-    with pytest.raises(NotImplementedError, match=f"{name}: backend cuda refuses: runs on cuda tensors, not cpu"):
+    reason = "runs on cuda tensors, not cpu" if "cuda" in OPS[name].backends else "it has no such kernel"
+    with pytest.raises(NotImplementedError, match=f"{name}: backend cuda refuses: {reason}"):
         function(*args, **kwargs, backend="cuda")
     with ops.use_backend("cuda"), pytest.raises(NotImplementedError, match="backend cuda refuses"):
         function(*args, **kwargs)
@@ -211,6 +243,9 @@ def test_autocast(dtype):
         assert gn(x(1, 8, 2, 2).to(dtype), w, w, 2).dtype is dtype  # 16-bit x beside float32 parameters
         assert gn(x(1, 8, 2, 2), w, w, 2).dtype is torch.float32
         assert dd(x(1, 4), x(1, 4), 0.5, 0.6)[0].dtype is torch.float32
+        assert li(x(2, 32), w1, layer_norm=(x(32), None, 1e-5)).dtype is dtype
+        norm = {"norm_scale": x(1, 4), "norm_shift": x(1, 4)}
+        assert cv(x(1, 4, 5, 5), x(3, 4, 3, 3), x(3), **norm).dtype is dtype
     out.sum().backward()
     assert q.grad.dtype is torch.float32 and q.grad.isfinite().all()
 

@@ -6,7 +6,7 @@
 // Source: Lavin & Gray 2016, "Fast algorithms for convolutional neural networks"; the points: Barabasz et al. 2020,
 // "Error analysis and improving the accuracy of Winograd convolution".
 #pragma once
-#include "simd.h"
+#include "../simd.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {

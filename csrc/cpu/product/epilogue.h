@@ -1,6 +1,6 @@
 // What a product's sums go through before they are written: bias, activation, residual, scale.
 #pragma once
-#include "exponential.h"
+#include "../exponential.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {

@@ -14,7 +14,7 @@
 #pragma once
 #include <omp.h>
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {

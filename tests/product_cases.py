@@ -1,0 +1,107 @@
+"""The cases of the products, linear and conv2d, for tests/cases.py."""
+
+from __future__ import annotations
+
+import torch
+from case import Case, channels_last, randn
+
+LI, CV = "linear", "conv2d"
+
+
+def layer(*rows, K, N, activation="none", plain=False, norm=False, affine=True, sliced=False, **kwargs):
+    """rows, K -> N; sliced: rows that lie further apart than they are long, and a weight the other way round"""
+    width, outputs, apart = N, 2 * N if activation == "geglu" else N, 3 if sliced else 0
+
+    def make(dtype, N=rows[0]):
+        leading = (N, *rows[1:])
+        x = randn(*leading, K + apart, dtype=dtype)[..., :K]
+        weight = randn(outputs, K, dtype=dtype, std=K**-0.5)
+        weight = weight.mT.contiguous().mT if sliced else weight
+        named = {"activation": activation, **kwargs}
+        if norm:
+            named["layer_norm"] = (*(randn(K, dtype=dtype) if affine else None for _ in "wb"), 1e-5)
+        if not plain:
+            named["residual"] = randn(*leading, width + apart, dtype=dtype)[..., :width]
+        return (x, weight, None if plain else randn(outputs, dtype=dtype)), named
+
+    return make
+
+
+def convolution(
+    C, Co, H, W, *, N=1, k=3, C2=0, plain=True, norm=None, layout=channels_last, weights=None, sliced=False, **kwargs
+):
+    """plain: no add, no residual, no scale; sliced: pictures cut out of larger ones, in channels and in width"""
+
+    def make(dtype, N=N):
+        def picture(C, H, W):
+            x = randn(N, C + 3, H, W + 2, dtype=dtype) if sliced else randn(N, C, H, W, dtype=dtype)
+            x = layout(x) if layout else x
+            return x[:, 1 : C + 1, :, 1 : W + 1] if sliced else x
+
+        Ci, named = C + C2, {"padding": k // 2, **kwargs}
+        weight = randn(Co, Ci, k, k, dtype=dtype, std=(Ci * k * k) ** -0.5)
+        if C2:
+            named["x2"] = picture(C2, H, W)
+        if norm:
+            named |= {"norm_scale": 1 + randn(N, Ci, dtype=torch.float32, std=0.3), "norm_silu": norm == "silu"}
+            named["norm_shift"] = randn(N, Ci, dtype=torch.float32)
+        if not plain:
+            enlarged, around = named.get("upsample", 1), 2 * named["padding"] - k
+            out = [(enlarged * side + around) // named.get("stride", 1) + 1 for side in (H, W)]
+            named |= {"add": randn(N, 2 * Co, dtype=dtype)[:, Co:], "residual": picture(Co, *out), "output_scale": 0.7}
+        return (picture(C, H, W), weights(weight) if weights else weight, randn(Co, dtype=dtype)), named
+
+    return make
+
+
+def linear_cases():
+    feed_forward = layer(2, 128, K=320, N=1280, activation="geglu", plain=True, norm=True)
+    yield Case(LI, "to-out-1024x320", layer(1024, K=320, N=320), big=True)
+    yield Case(LI, "geglu-256x320x1280", feed_forward, big=True)
+    yield Case(LI, "prompt-77x768x320", layer(2, 77, K=768, N=320, plain=True))
+    yield Case(LI, "one-row-1280x320", layer(1, K=1280, N=320, activation="silu"))
+    yield Case(LI, "vector", lambda dtype, N=1: ((randn(40, dtype=dtype), randn(24, 40, dtype=dtype)), {}))
+    yield Case(LI, "empty", layer(0, 7, K=40, N=24))
+    yield Case(LI, "one-output", layer(5, K=9, N=1))
+    yield Case(LI, "one-input", layer(5, K=1, N=9, plain=True))
+    yield Case(LI, "normed-no-affine", layer(9, K=100, N=20, norm=True, affine=False))
+    for activation in ("none", "silu", "gelu", "geglu"):
+        everything = layer(2, 9, K=45, N=33, activation=activation, sliced=True, norm=True, output_scale=-1.5)
+        yield Case(LI, f"odd-{activation}", layer(3, 11, K=37, N=29, activation=activation))
+        yield Case(LI, f"scaled-{activation}", layer(17, K=64, N=48, activation=activation, output_scale=0.7))
+        yield Case(LI, f"normed-{activation}", layer(2, 13, K=96, N=80, activation=activation, norm=True))
+        yield Case(LI, f"everything-{activation}", everything)
+
+
+def convolution_cases():
+    yield Case(CV, "C320-16x16", convolution(320, 320, 16, 16, plain=False), big=True)
+    yield Case(CV, "up-block-8x8", convolution(320, 320, 8, 8, C2=320, norm="silu", plain=False), big=True)
+    yield Case(CV, "decoder-64x48", convolution(64, 64, 64, 48, norm="silu"), big=True)
+    yield Case(CV, "in-4-to-320", convolution(4, 320, 8, 8))
+    yield Case(CV, "out-320-to-4", convolution(320, 4, 8, 8, norm="silu"))
+    yield Case(CV, "1280-2x2", convolution(1280, 32, 2, 2))
+    # from direct over F(2x2, 3x3) to F(4x4, 3x3), as the pictures grow
+    for name, exact in (("", False), ("-exact", True)):
+        for H, W in ((1, 1), (4, 4), (8, 8), (13, 7), (9, 22), (20, 33)):
+            everything = convolution(40, 35, H, W, C2=24, plain=False, norm="silu", exact=exact)
+            yield Case(CV, f"odd-{H}x{W}{name}", convolution(37, 41, H, W, N=2, exact=exact))
+            yield Case(CV, f"everything-{H}x{W}{name}", everything)
+    for k in (1, 3):
+        yield from _of_kernel(k)
+
+
+def _of_kernel(k):
+    for name, weights in (("stock", None), ("last", channels_last), ("other", lambda w: w.mT.contiguous().mT)):
+        yield Case(CV, f"weight-{name}-{k}x{k}", convolution(33, 48, 9, 10, k=k, weights=weights, C2=7, plain=False))
+    for stride in (2, 3):
+        yield Case(CV, f"stride-{stride}-{k}x{k}", convolution(48, 40, 11, 14, k=k, stride=stride, plain=False))
+    for padding in (0, 1, 2):
+        yield Case(CV, f"padding-{padding}-{k}x{k}", convolution(32, 40, 7, 12, k=k, padding=padding))
+    enlarged = convolution(40, 33, 6, 7, k=k, upsample=2, C2=24, norm="affine", plain=False)
+    yield Case(CV, f"upsample-{k}x{k}", enlarged)
+    yield Case(CV, f"upsample-stride-2-{k}x{k}", convolution(32, 32, 5, 6, k=k, upsample=2, stride=2, norm="silu"))
+    yield Case(CV, f"norm-{k}x{k}", convolution(64, 48, 8, 9, N=2, k=k, norm="affine"))
+    yield Case(CV, f"slices-{k}x{k}", convolution(35, 37, 9, 8, N=2, k=k, C2=5, sliced=True, plain=False))
+    yield Case(CV, f"contiguous-{k}x{k}", convolution(35, 37, 9, 8, N=2, k=k, C2=5, layout=None, plain=False))
+    yield Case(CV, f"one-channel-{k}x{k}", convolution(1, 1, 9, 8, k=k, C2=1, plain=False))
+    yield Case(CV, f"empty-{k}x{k}", convolution(16, 8, 4, 4, N=0, k=k, plain=False, norm="silu"))
