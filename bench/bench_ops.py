@@ -113,6 +113,26 @@ def ddim(N, size) -> Case:
     )
 
 
+def linear(M, K, N, dtypes=(BF16, FP32)) -> Case:
+    def make(dtype):
+        return (randn(M, K, dtype=dtype), randn(N, K, dtype=dtype) / K**0.5, randn(N, dtype=dtype)), {}
+
+    return Case("linear", f"{M}x{K}-{N}", make, F.linear, lambda dtype: 2 * M * K * N, "TFLOP/s", dtypes)
+
+
+def conv2d(Ci, Co, size, k=3, dtypes=(BF16, FP32)) -> Case:
+    """layers.py has every shape of the U-Net."""
+
+    def make(dtype):
+        x = randn(1, Ci, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight = randn(Co, Ci, k, k, dtype=dtype) / (Ci * k * k) ** 0.5
+        return (x, weight, randn(Co, dtype=dtype)), {"padding": k // 2}
+
+    amount = 2 * size * size * Ci * Co * k * k
+    shape = f"{Ci}-{Co} {k}x{k} {size}x{size}"
+    return Case("conv2d", shape, make, F.conv2d, lambda dtype: amount, "TFLOP/s", dtypes)
+
+
 CASES = (
     group_norm(2, 320, 64, "contiguous"),
     group_norm(2, 320, 64, "last"),
@@ -133,6 +153,12 @@ CASES = (
     ddim(1, 64),
     ddim(8, 64),
     ddim(1, 128),
+    linear(1024, 640, 640),
+    linear(256, 1280, 10240, (BF16,)),
+    conv2d(320, 320, 64),
+    conv2d(640, 640, 32),
+    conv2d(1280, 1280, 16, dtypes=(BF16,)),
+    conv2d(640, 320, 64, 1, (BF16,)),
 )
 PARAMS = [
     pytest.param(case, dtype, backend, id=f"{case.label}-{name_of(dtype)}-{backend}")
