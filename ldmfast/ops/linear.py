@@ -175,7 +175,7 @@ def _native(extension, x, weight, bias, residual, activation, output_scale, norm
 
 native.register(op, _native, modules=("cpu",))
 op.backends["cpu"].refuses(lambda x, *others: "K is 0: there is nothing to sum" if x.shape[-1] == 0 else None)
-speeds.register(op, lambda *args: {"lanes": native.lanes()})
+speeds.register(op, lambda x, *others: {"M": x.shape[:-1].numel(), "lanes": native.lanes()})
 
 
 @op.gradient()

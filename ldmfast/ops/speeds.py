@@ -1,7 +1,8 @@
 """Where a backend is slower than another one, which the automatic choice then prefers.
 
 One frozen row for each region of shapes, dtypes and architectures. A row says whether it was measured; one that was
-not is an estimate, to be replaced by the figures of bench/bench_ops.py on that GPU.
+not is an estimate, to be replaced by the figures of bench/bench_ops.py on that GPU. Products on a CPU are measured by
+bench/layers.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Slower:
     bounds   (name, least, most) of the sizes that the op gives to `register`
     dtypes   of the tensor that the kernel computes in; None: any
     archs    compute capabilities, 90 for sm_90; None: any
-    figures  both times, with the shape and the GPU
+    figures  both times or their ratio, with the shape and the machine
     """
 
     op: str
@@ -51,9 +52,18 @@ class Slower:
 _WIDE = "H100, float16, L = S = 4096, one head of 512: 5-7 ms against 0.4-0.6 ms of SDPA"
 _NARROW = "H100, float16, L = S = 4096, 20 heads of 64: {} us against 155-170 us of SDPA"
 _SELF = ("S", 256, ANY)  # not the few keys of a prompt
-_ZEN = "Zen 4, 2 cores, {}: {} of the speed of oneDNN with the weight packed before"
-_CONVOLUTIONS = frozenset({torch.float32, torch.bfloat16})  # oneDNN's here; its float16 wants AVX512-FP16
-_GENERIC = (("lanes", 0, 4),)  # compiled without vectors of this processor, where oneDNN has them
+# Products on a CPU, against the reference: oneDNN, which lays the weight out anew in every call. `lanes`: floats in a
+# vector of our instruction set. Without AVX-512 oneDNN has no bfloat16 here, and without AVX512-FP16 no float16: ours is faster then.
+_ZEN = "Zen 4, 2 cores, {} {}: {} of the reference's speed"
+_FLOAT32, _BFLOAT16 = (torch.float32, ()), (torch.bfloat16, (("lanes", 16, 16),))
+_PRODUCTS = (
+    ("conv2d", "1x1 at 32x32 and more", (("k", 1, 1), ("pixels", 1024, ANY)), ("0.77-0.95", "0.89-0.94")),
+    ("conv2d", "stride 2 to 32x32", (("stride", 2, ANY), ("pixels", 1024, ANY)), ("0.83", "0.89")),
+    ("conv2d", "4 channels in", (("Ci", 0, 31),), ("0.56-0.70", "0.29-0.87")),
+    ("conv2d", "3 to 16 channels out", (("Co", 0, 31),), ("0.73-1.01", "0.46-0.76")),
+    ("linear", "one or two rows", (("M", 0, 2),), ("0.27-0.90", None)),
+)
+_GENERIC = (("lanes", 0, 4),)
 SLOWER = (
     # the kernel without tensor cores, which computes the scores D / 64 times
     Slower("attention", "cuda", "torch", _WIDE, (("D", 257, ANY),), SIXTEEN),
@@ -63,26 +73,19 @@ SLOWER = (
         for D in (64, 128)
     ),
     *(
-        Slower("conv2d", "cpu", "torch", _ZEN.format(*figures), (bound,), dtypes, measured=True)
-        for *figures, bound, dtypes in (
-            ("1x1", "0.87-0.95", ("k", 1, 1), _CONVOLUTIONS),
-            ("stride 2", "0.80-0.95", ("stride", 2, ANY), _CONVOLUTIONS),
-            ("fewer than 32 channels in", "0.25-0.7", ("Ci", 0, 31), _CONVOLUTIONS),
-            ("fewer than 32 channels out", "0.25-0.7 (float32 320 to 4: 1.2)", ("Co", 0, 31), _CONVOLUTIONS),
-            ("bfloat16 3x3 at 8x8", "0.87-1.14", ("pixels", 0, 64), frozenset({torch.bfloat16})),
+        Slower(op, "cpu", "torch", _ZEN.format(what, kind, ratio), bounds + lanes, frozenset({dtype}), measured=True)
+        for op, what, bounds, ratios in _PRODUCTS
+        for (dtype, lanes), kind, ratio in zip((_FLOAT32, _BFLOAT16), ("float32", "bfloat16"), ratios, strict=True)
+        if ratio
+    ),
+    *(
+        Slower(op, "cpu", "torch", _ZEN.format("no vectors", kind, ratio), _GENERIC, frozenset({dtype}), measured=True)
+        for op, kind, dtype, ratio in (
+            ("conv2d", "bfloat16", torch.bfloat16, "0.15-1.37"),
+            ("linear", "float32", torch.float32, "0.13-0.38"),
+            ("linear", "bfloat16", torch.bfloat16, "0.12-0.49"),
         )
     ),
-    Slower(
-        "conv2d",
-        "cpu",
-        "torch",
-        _ZEN.format("float32 3x3 at 8x8 with AVX2 alone", "0.90-1.05"),
-        (("pixels", 0, 64), ("lanes", 8, 8)),
-        frozenset({torch.float32}),
-        measured=True,
-    ),
-    Slower("conv2d", "cpu", "torch", "oneDNN has this processor's vectors", _GENERIC, _CONVOLUTIONS),
-    Slower("linear", "cpu", "torch", "oneDNN has this processor's vectors", _GENERIC, _CONVOLUTIONS),
     Slower("group_norm_silu_backward", "cuda", "triton", "H100, [2, 320, 64, 64] float16: 25-35 us against 15 us"),
 )
 

@@ -355,6 +355,39 @@ def test_attention_leaves_to_sdpa_what_it_does_faster(arch, D, S, dtype, runs, m
     assert ("cuda       runs (asked for), slower here" in asked) == (runs == "torch")
 
 
+@pytest.mark.parametrize(
+    "shape, named, dtype, lanes, runs",
+    [
+        ((64, 64, 3), {"padding": 1}, torch.float32, 16, "cpu"),
+        ((64, 64, 3), {"padding": 1}, torch.bfloat16, 16, "cpu"),
+        ((64, 64, 1), {}, torch.float32, 8, "torch"),
+        ((64, 64, 1), {}, torch.bfloat16, 16, "torch"),
+        ((64, 64, 1), {}, torch.bfloat16, 8, "cpu"),  # oneDNN has no bfloat16 there
+        ((64, 64, 1), {}, torch.float16, 16, "cpu"),
+        ((64, 64, 1), {"stride": 2}, torch.float32, 16, "cpu"),  # 16x16: laying the weight out costs oneDNN more
+        ((64, 64, 3), {"padding": 1, "stride": 2, "upsample": 2}, torch.float32, 16, "torch"),
+        ((4, 64, 3), {"padding": 1}, torch.float32, 16, "torch"),
+        ((64, 4, 3), {"padding": 1}, torch.bfloat16, 16, "torch"),
+        ((64, 64, 3), {"padding": 1}, torch.bfloat16, 4, "torch"),
+        ((64, 64, 3), {"padding": 1}, torch.float32, 4, "cpu"),
+    ],
+)
+def test_a_convolution_is_left_to_onednn_where_it_is_faster(shape, named, dtype, lanes, runs, monkeypatch):
+    monkeypatch.setattr("ldmfast.ops.native.lanes", lambda: lanes)
+    Ci, Co, k = shape
+    args = OPS["conv2d"].normalise(x(1, Ci, 32, 32).to(dtype), x(Co, Ci, k, k).to(dtype), **named)
+    assert OPS["conv2d"].select(args).name == runs
+    said = ops.explain(cv, *args[:2], **named)
+    assert ("slower here: torch is faster (measured: Zen 4" in said) == (runs == "torch")
+
+
+def test_a_row_of_a_linear_layer_is_left_to_blas(monkeypatch):
+    monkeypatch.setattr("ldmfast.ops.native.lanes", lambda: 16)
+    for rows, dtype, runs in ((1, torch.float32, "torch"), (77, torch.float32, "cpu"), (1, torch.float16, "cpu")):
+        args = OPS["linear"].normalise(x(rows, 32).to(dtype), w1.to(dtype))
+        assert OPS["linear"].select(args).name == runs
+
+
 def test_group_norms_gradient_is_tritons_where_triton_runs(monkeypatch):
     op = registry.BACKWARD_OPS["group_norm_silu_backward"]
     on_a_gpu(op, monkeypatch, 90)
