@@ -1,4 +1,8 @@
-"""The cases of the products, linear and conv2d, for tests/cases.py."""
+"""The cases of the products, linear and conv2d, for tests/cases.py.
+
+They have the budget of all ops. The nearest to it is F(2x2, 3x3) in bfloat16 on AVX512-BF16, which rounds transformed
+operands: 3.3e-3 of 5.3e-3, twice direct's 1.7e-3. In float32 F(4x4, 3x3) has at most 6.2e-7 of 1.9e-6.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ _WIDE = "H100, float16, L = S = 4096, one head of 512: 5-7 ms against 0.4-0.6 ms
 _NARROW = "H100, float16, L = S = 4096, 20 heads of 64: {} us against 155-170 us of SDPA"
 _SELF = ("S", 256, ANY)  # not the few keys of a prompt
 # Products on a CPU, against the reference: oneDNN, which lays the weight out anew in every call. `lanes`: floats in a
-# vector of our instruction set. Without AVX-512 oneDNN has no bfloat16 here, and without AVX512-FP16 no float16: ours is faster then.
+# vector of our instruction set. torch has oneDNN's bfloat16 with AVX-512 only and its float16 with AVX512-FP16 only:
+# without them ours is faster.
 _ZEN = "Zen 4, 2 cores, {} {}: {} of the reference's speed"
 _FLOAT32, _BFLOAT16 = (torch.float32, ()), (torch.bfloat16, (("lanes", 16, 16),))
 _PRODUCTS = (
