@@ -25,7 +25,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from conftest import machine  # noqa: E402
 
 from ldmfast import ops  # noqa: E402
 from ldmfast.ops.registry import OPS  # noqa: E402
@@ -167,10 +166,10 @@ def turns(calls: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
     return times
 
 
-def peak(dtype, size: int) -> float:
-    """Operations a second of the fastest product of two square matrices in a second."""
+def peak(dtype, size: int, seconds: float) -> float:
+    """Operations a second of the fastest product of two square matrices."""
     a, b = torch.randn(2, size, size).to(dtype)
-    return 2 * size**3 / min(turns({"product": lambda: torch.mm(a, b)}, 1.0)["product"])
+    return 2 * size**3 / min(turns({"product": lambda: torch.mm(a, b)}, seconds)["product"])
 
 
 def packs(dtype) -> bool:
@@ -226,13 +225,15 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a few small shapes instead")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows that have all these words")
     options = parser.parse_args()
+    from conftest import machine  # here, since tests/ has a conftest, too
+
     layers = [*small()] if options.small else [*unet(), *decoder()]
     found = {"machine": machine(), "peak_gflops": {}, "rows": []}
     print(f"{'':52} {'ours ms':>9} {'GFLOP/s':>8} {'of peak':>8} {'x eager':>8} {'x packed':>8}  chosen")
     for name in options.dtype:
         dtype = getattr(torch, name)
         wanted = [layer for layer in layers if all(word in f"{layer.label} {name}".split() for word in options.only)]
-        roof = peak(dtype, 256 if options.small else 2048) if wanted else 0.0
+        roof = peak(dtype, 256 if options.small else 2048, options.seconds) if wanted else 0.0
         found["peak_gflops"][name] = round(roof / 1e9, 1)
         for layer in wanted:
             now = row(layer, dtype, roof, options.seconds)

@@ -66,6 +66,7 @@ def linear_cases():
     yield Case(LI, "one-row-1280x320", layer(1, K=1280, N=320, activation="silu"))
     yield Case(LI, "vector", lambda dtype, N=1: ((randn(40, dtype=dtype), randn(24, 40, dtype=dtype)), {}))
     yield Case(LI, "empty", layer(0, 7, K=40, N=24))
+    yield Case(LI, "no-outputs", layer(3, K=4, N=0))
     yield Case(LI, "one-output", layer(5, K=9, N=1))
     yield Case(LI, "one-input", layer(5, K=1, N=9, plain=True))
     yield Case(LI, "normed-no-affine", layer(9, K=100, N=20, norm=True, affine=False))

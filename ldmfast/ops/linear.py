@@ -185,7 +185,7 @@ def _gradient(grads, args, outputs, needed, backend):
     if activation != "none" or eps is not None or residual is not None:
         return None
     g = grads[0] if output_scale == 1.0 else grads[0] * output_scale
-    rows = g.reshape(-1, weight.shape[0])
+    rows = g.reshape(x.shape[:-1].numel(), weight.shape[0])
     dx = g @ weight if needed[0] else None
     dweight = rows.mT @ x.reshape(rows.shape[0], weight.shape[1]) if needed[1] else None
     return dx, dweight, rows.sum(0) if needed[2] else None, *[None] * 6
