@@ -1,6 +1,6 @@
 """Every convolution and linear layer of the SD1.5 U-Net at 64x64 and of its decoder: ours, eager, oneDNN prepacked.
 
-    python bench/layers.py --json layers.json            about five minutes on two cores
+    python bench/layers.py --json layers.json            some minutes on two cores
     python bench/layers.py --small                       a few small shapes, some seconds
     python bench/layers.py --only unet 3x3 bfloat16      the rows that have all these words
 

@@ -55,7 +55,7 @@ _SELF = ("S", 256, ANY)  # not the few keys of a prompt
 # Products on a CPU, against the reference: oneDNN, which lays the weight out anew in every call. `lanes`: floats in a
 # vector of our instruction set. torch has oneDNN's bfloat16 with AVX-512 only and its float16 with AVX512-FP16 only:
 # without them ours is faster.
-_ZEN = "Zen 4, 2 cores, {} {}: {} of the reference's speed"
+_ZEN = "Zen 4, 2 cores, {}, {}: {} of the reference's speed"
 _FLOAT32, _BFLOAT16 = (torch.float32, ()), (torch.bfloat16, (("lanes", 16, 16),))
 _PRODUCTS = (
     ("conv2d", "1x1 at 32x32 and more", (("k", 1, 1), ("pixels", 1024, ANY)), ("0.77-0.95", "0.89-0.94")),
@@ -74,13 +74,13 @@ SLOWER = (
         for D in (64, 128)
     ),
     *(
-        Slower(op, "cpu", "torch", _ZEN.format(what, kind, ratio), bounds + lanes, frozenset({dtype}), measured=True)
+        Slower(op, "cpu", "torch", _ZEN.format(kind, what, ratio), bounds + lanes, frozenset({dtype}), measured=True)
         for op, what, bounds, ratios in _PRODUCTS
         for (dtype, lanes), kind, ratio in zip((_FLOAT32, _BFLOAT16), ("float32", "bfloat16"), ratios, strict=True)
         if ratio
     ),
     *(
-        Slower(op, "cpu", "torch", _ZEN.format("no vectors", kind, ratio), _GENERIC, frozenset({dtype}), measured=True)
+        Slower(op, "cpu", "torch", _ZEN.format(kind, "no vectors", ratio), _GENERIC, frozenset({dtype}), measured=True)
         for op, kind, dtype, ratio in (
             ("conv2d", "bfloat16", torch.bfloat16, "0.15-1.37"),
             ("linear", "float32", torch.float32, "0.13-0.38"),
