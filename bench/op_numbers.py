@@ -51,10 +51,7 @@ def print_lines(name: str, backends: list[str]) -> None:
     test_backward.Op.fused = lambda op, args, backend: True  # `torch` is the closed form, as in the tests
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    kinds = [(test_ops_numbers, "forward")]
-    if name in test_backward.WITH_GRADIENT:  # a kernel of its own
-        kinds.append((test_backward, "gradient"))
-    for tests, what in kinds:
+    for tests, what in ((test_ops_numbers, "forward"), (test_backward, "gradient")):
         until = time.process_time() + LIMIT
         turns = [(backend, dtype) for backend in backends for dtype in DTYPES]
         for i, (backend, dtype) in enumerate(turns):
