@@ -16,15 +16,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from ldmfast.ops.operator import Op
-
-OPS: dict[str, Op] = {}  # what a user calls, by name
-BACKWARD_OPS: dict[str, Op] = {}  # what autograd calls, by its own name
+# each an Op of operator.py, which stands on this file
+OPS: dict[str, Choice] = {}  # what a user calls, by name
+BACKWARD_OPS: dict[str, Choice] = {}  # what autograd calls, by its own name
 RANKS = {"cuda": 3, "triton": 2, "cpu": 2, "torch": 0, "cuda-host": -1}  # below 0: only when named, in tests
 BACKENDS = tuple(name for name, rank in RANKS.items() if rank >= 0)  # what a user may name
 
