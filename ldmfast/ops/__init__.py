@@ -5,13 +5,7 @@
 >>> print(ops.explain(ops.attention, q, k, v))
 """
 
-# their gradients are ops too, which only autograd calls: importing registers them
-from ldmfast.ops import (  # noqa: F401, I001
-    attention_backward,
-    ddim_step_backward,
-    group_norm_silu_backward,
-    timestep_mlp_backward,
-)
+from ldmfast.ops import gradients  # noqa: F401, I001
 from ldmfast.ops.attention import attention
 from ldmfast.ops.conv2d import conv2d
 from ldmfast.ops.ddim_step import ddim_step

@@ -17,9 +17,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ldmfast.kernels import attention_backward, group_norm_silu_backward  # noqa: E402
 from ldmfast.ops.attention import op as attention_op  # noqa: E402
-from ldmfast.ops.attention_backward import op as attention_backward_op  # noqa: E402
+from ldmfast.ops.gradients.attention_backward import op as attention_backward_op  # noqa: E402
+from ldmfast.ops.gradients.group_norm_silu_backward import op as group_norm_silu_backward_op  # noqa: E402
 from ldmfast.ops.group_norm_silu import as_ncp  # noqa: E402
-from ldmfast.ops.group_norm_silu_backward import op as group_norm_silu_backward_op  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(

@@ -1,6 +1,6 @@
 // What both layouts of group_norm_silu.cpp share: moments, and the affine map that a channel ends in.
 #pragma once
-#include "exponential.h"
+#include "../exponential.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {

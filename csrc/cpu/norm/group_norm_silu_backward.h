@@ -1,6 +1,6 @@
 // What both layouts of group_norm_silu_backward.cpp share, and the channels_last one.
 #pragma once
-#include "exponential.h"
+#include "../exponential.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
