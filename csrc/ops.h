@@ -209,6 +209,44 @@ struct DdimStepBackwardArgs {
 LDMFAST_FIELDS(DdimStepBackwardArgs, dprev, dx0, sample, model_output, dsample, dmodel_output, dnoise, N, M,
                coefficients, table, guidance, guided, clip, clipped, dtype)
 
+// norm_scale = rstd * weight * (1 + scale), norm_shift = (bias - mean * rstd * weight) * (1 + scale) + shift: GroupNorm
+// of [x1, x2] by channels, as conv2d applies it.
+struct GroupNormAffineArgs {
+  const void* x1;                      // [N, P, C1], unit stride in C
+  int64_t stride_x1n, stride_x1p;
+  const void* x2;                      // [N, P, C2] likewise, or null where C2 == 0
+  int64_t stride_x2n, stride_x2p;
+  const void* weight;                  // [C1 + C2] or null
+  const void* bias;                    // [C1 + C2] or null
+  const void* scale;                   // [N, C1 + C2], unit stride in C, or null
+  const void* shift;                   // [N, C1 + C2], unit stride in C, or null
+  int64_t stride_scale, stride_shift;  // one row to the next
+  float* norm_scale;                   // [N, C1 + C2], dense
+  float* norm_shift;                   // [N, C1 + C2], dense
+  int64_t N, C1, C2, P, groups;
+  float eps;
+  DType dtype;                         // of x1 and x2
+  DType param_dtype;                   // of weight and bias: dtype or kFloat32
+  DType mod_dtype;                     // of scale and shift: dtype or kFloat32
+  float* workspace;                    // group_norm_affine_workspace(args) bytes
+};
+LDMFAST_FIELDS(GroupNormAffineArgs, x1, stride_x1n, stride_x1p, x2, stride_x2n, stride_x2p, weight, bias, scale, shift,
+               stride_scale, stride_shift, norm_scale, norm_shift, N, C1, C2, P, groups, eps, dtype, param_dtype,
+               mod_dtype, workspace)
+
+// y = (x - mean) * rstd * weight + bias over K
+struct LayerNormArgs {
+  const void* x;                       // [M, K], unit stride in K
+  int64_t stride_x;
+  void* y;                             // [M, K], dense
+  const void* weight;                  // [K] or null
+  const void* bias;                    // [K] or null
+  int64_t M, K;
+  float eps;
+  DType dtype;                         // of every tensor
+};
+LDMFAST_FIELDS(LayerNormArgs, x, stride_x, y, weight, bias, M, K, eps, dtype)
+
 enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kGeglu = 3 };
 
 // out = (act(norm(x) w^T + bias) + residual) * output_scale. With kGeglu, w has 2N rows: h = the first N, g = the
@@ -283,6 +321,8 @@ LDMFAST_FIELDS(Conv2dArgs, x1, stride_x1n, stride_x1h, stride_x1w, x2, stride_x2
   OP(ddim_step_backward, DdimStepBackwardArgs, NO_WORKSPACE)
 // ... and those that the CPU's module has alone; a GPU's libraries have them
 #define LDMFAST_CPU_OPS(OP)                                               \
+  OP(group_norm_affine, GroupNormAffineArgs, WORKSPACE)                   \
+  OP(layer_norm, LayerNormArgs, NO_WORKSPACE)                             \
   OP(linear, LinearArgs, WORKSPACE)                                       \
   OP(conv2d, Conv2dArgs, WORKSPACE)
 

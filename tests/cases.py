@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from case import Case, channels_last, randn
+from norm_cases import norm_cases
 from product_cases import convolution_cases, linear_cases
 
 from ldmfast import ops
@@ -19,52 +20,6 @@ from ldmfast.ops.registry import BACKWARD_OPS, OPS, RANKS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
-
-
-def group_norm(
-    C,
-    H,
-    W,
-    *,
-    N=2,
-    groups=32,
-    layout=None,
-    mean=0.0,
-    add=False,
-    modulate=False,
-    float_params=False,
-    affine=True,
-    silu=True,
-    sliced=None,
-    eps=1e-5,
-    outlier=None,
-):
-    def make(dtype, N=N):
-        x = randn(N, C, H, W, dtype=dtype, mean=mean)
-        if sliced == "channels":
-            wide = randn(N, 2 * C, H, W, dtype=dtype, mean=mean)
-            x = (layout(wide) if layout else wide)[:, C // 2 : C // 2 + C]
-        elif sliced == "odd":  # channels that begin where no access of 4 or 16 bytes can
-            wide = randn(N, C + 2, H, W, dtype=dtype, mean=mean)
-            x = (layout(wide) if layout else wide)[:, 1 : C + 1]
-        elif sliced == "batch":
-            x = randn(2 * N, C, H, W, dtype=dtype, mean=mean)[::2]
-        elif sliced == "width":
-            x = randn(N, C, H, W + 3, dtype=dtype, mean=mean)[..., 1 : W + 1]
-        elif layout:
-            x = layout(x)
-        if outlier:  # in each first pixel, about which a kernel might sum
-            x[:, :, 0, 0] *= outlier
-        param = torch.float32 if float_params else dtype
-        weight, bias = (randn(C, dtype=param), randn(C, dtype=param)) if affine else (None, None)
-        kwargs = {"silu": silu, "eps": eps}
-        if add:
-            kwargs["add"] = randn(N, C, dtype=dtype)
-        if modulate:  # as chunk(2, dim=1) of one projection gives them
-            kwargs["scale"], kwargs["shift"] = randn(N, 2 * C, dtype=dtype).chunk(2, dim=1)
-        return (x, weight, bias, groups), kwargs
-
-    return make
 
 
 def heads(N, L, S, H, D, *, mask=None, fused=False, scale=None, spread=1.0):
@@ -118,33 +73,7 @@ def latents(*shape, guided=True, layout=None, alphas=(0.3, 0.5), noise=False, **
 
 
 def _cases():
-    GN, AT, TM, DD = "group_norm_silu", "attention", "timestep_mlp", "ddim_step"
-    for C, size in ((320, 64), (640, 32), (960, 32), (1280, 16), (1920, 16), (2560, 8)):
-        for name, layout in (("contiguous", None), ("channels_last", channels_last)):
-            yield Case(GN, f"C{C}-{size}x{size}-{name}", group_norm(C, size, size, layout=layout), big=size > 8)
-            small = 8 if C <= 640 else 4
-            yield Case(GN, f"C{C}-{small}x{small}-{name}", group_norm(C, small, small, layout=layout))
-    for name, layout in (("contiguous", None), ("channels_last", channels_last)):
-        yield Case(GN, f"odd-13x7-{name}", group_norm(320, 13, 7, layout=layout))
-        yield Case(GN, f"1x1-{name}", group_norm(320, 1, 1, layout=layout))
-        yield Case(GN, f"off-centre-{name}", group_norm(320, 8, 8, layout=layout, mean=300.0))
-        yield Case(GN, f"off-centre-large-{name}", group_norm(320, 64, 64, layout=layout, mean=300.0), big=True)
-        yield Case(GN, f"outlier-{name}", group_norm(320, 12, 13, layout=layout, outlier=1000.0))
-        yield Case(GN, f"add-{name}", group_norm(640, 5, 5, layout=layout, add=True))
-        yield Case(GN, f"modulated-{name}", group_norm(320, 6, 7, layout=layout, modulate=True))
-        yield Case(GN, f"everything-{name}", group_norm(96, 9, 5, layout=layout, add=True, modulate=True, eps=1e-6))
-        yield Case(GN, f"float-params-{name}", group_norm(320, 8, 8, layout=layout, float_params=True))
-        yield Case(GN, f"no-affine-no-silu-{name}", group_norm(64, 8, 8, layout=layout, affine=False, silu=False))
-        yield Case(GN, f"channel-slice-{name}", group_norm(320, 7, 9, layout=layout, sliced="channels"))
-        yield Case(GN, f"empty-{name}", group_norm(320, 8, 8, N=0, layout=layout))
-        yield Case(GN, f"odd-group-{name}", group_norm(21, 5, 3, groups=7, layout=layout))
-        yield Case(GN, f"one-group-{name}", group_norm(24, 5, 3, groups=1, layout=layout))
-        for side in (4, 13):
-            wide = group_norm(1280, side, side, groups=1, layout=layout, sliced="odd")
-            yield Case(GN, f"one-group-odd-slice-{side}x{side}-{name}", wide)
-    yield Case(GN, "batch-slice", group_norm(320, 8, 8, sliced="batch"))
-    yield Case(GN, "width-slice", group_norm(320, 8, 8, sliced="width"))
-
+    AT, TM, DD = "attention", "timestep_mlp", "ddim_step"
     yield Case(AT, "self-4096x40", heads(1, 4096, 4096, 2, 40), big=True)
     yield Case(AT, "self-1024x80", heads(2, 1024, 1024, 2, 80), big=True)
     yield Case(AT, "cross-4096x77x40", heads(2, 4096, 77, 2, 40), big=True)
@@ -184,7 +113,7 @@ def _cases():
         yield Case(DD, prediction, latents(2, 4, 8, 8, prediction=prediction, noise=True))
 
 
-CASES = (*_cases(), *linear_cases(), *convolution_cases())
+CASES = (*norm_cases(), *_cases(), *linear_cases(), *convolution_cases())
 
 # What the tests of the contract take: a small case of each op, with most of its optional arguments, ...
 SMALL_LABELS = {
@@ -192,6 +121,8 @@ SMALL_LABELS = {
     "attention": "mask-additive",
     "timestep_mlp": "odd",
     "ddim_step": "noise",
+    "group_norm_affine": "slices",
+    "layer_norm": "odd",
     "linear": "everything-geglu",
     "conv2d": "everything-13x7",
 }
@@ -202,6 +133,8 @@ TINY: dict[str, Callable[[], tuple[tuple, dict]]] = {
     "attention": lambda: ((f64(1, 3, 2, 4), f64(1, 2, 2, 4), f64(1, 2, 2, 4)), {"mask": f64(3, 2)}),
     "timestep_mlp": lambda: ((f64(2), f64(4, 4), f64(4), f64(3, 4), f64(3)), {"dim": 4}),
     "ddim_step": lambda: ((f64(2, 3), f64(4, 3), 0.3, 0.6), {"guidance": 3.0, "noise": f64(2, 3), "sigma": 0.2}),
+    "group_norm_affine": lambda: ((f64(2, 3, 2, 2), f64(4), f64(4), 2), {"x2": f64(2, 1, 2, 2), "scale": f64(2, 4)}),
+    "layer_norm": lambda: ((f64(3, 4), f64(4), f64(4)), {}),
     "linear": lambda: ((f64(3, 4), f64(2, 4), f64(2)), {"output_scale": 0.7}),
     "conv2d": lambda: ((f64(2, 3, 4, 3), f64(2, 3, 3, 3), f64(2)), {"padding": 1, "stride": 2}),
 }
@@ -266,7 +199,7 @@ def errors(case: Case, dtype: torch.dtype, backend: str) -> tuple[float, float]:
     outputs = tuples(getattr(ops, case.op)(*args, **kwargs, backend=backend))
     worst = (0.0, 1.0)
     for y, same, true in zip(outputs, wanted, exact, strict=True):
-        assert y.shape == true.shape and y.dtype == dtype, (y.shape, y.dtype)
+        assert y.shape == true.shape and y.dtype == same.dtype, (y.shape, y.dtype)
         assert y.stride() == same.stride() or y.numel() < 2, f"strides {y.stride()}, expected {same.stride()}"
         pair = relative_error(y, true), 2 * relative_error(same, true) + FLOOR[dtype]
         worst = max(worst, pair, key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else float("inf"))

@@ -9,9 +9,22 @@ from ldmfast.ops import gradients  # noqa: F401, I001
 from ldmfast.ops.attention import attention
 from ldmfast.ops.conv2d import conv2d
 from ldmfast.ops.ddim_step import ddim_step
+from ldmfast.ops.group_norm_affine import group_norm_affine
 from ldmfast.ops.group_norm_silu import group_norm_silu
+from ldmfast.ops.layer_norm import layer_norm
 from ldmfast.ops.linear import linear
 from ldmfast.ops.registry import explain, use_backend
 from ldmfast.ops.timestep_mlp import timestep_mlp
 
-__all__ = ["attention", "conv2d", "ddim_step", "explain", "group_norm_silu", "linear", "timestep_mlp", "use_backend"]
+__all__ = [
+    "attention",
+    "conv2d",
+    "ddim_step",
+    "explain",
+    "group_norm_affine",
+    "group_norm_silu",
+    "layer_norm",
+    "linear",
+    "timestep_mlp",
+    "use_backend",
+]

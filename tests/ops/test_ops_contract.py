@@ -28,7 +28,7 @@ def x(*shape, **kwargs):
 
 
 gn, at, tm, dd = ops.group_norm_silu, ops.attention, ops.timestep_mlp, ops.ddim_step
-li, cv = ops.linear, ops.conv2d
+li, cv, ln, ga = ops.linear, ops.conv2d, ops.layer_norm, ops.group_norm_affine
 w1, w2 = torch.zeros(64, 32), torch.zeros(16, 64)
 
 WRONG = [
@@ -71,6 +71,16 @@ WRONG = [
     (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, clip=-1.0), ValueError, "clip is -1.0"),
     (lambda: dd(x(2, 4).long(), x(2, 4), 0.5, 0.6), ValueError, "sample is int64, expected float32"),
     (lambda: dd(x(2, 4), x(2, 4, device="meta"), 0.5, 0.6), ValueError, "model_output is on meta, expected cpu"),
+    (lambda: ln(3, None, None), TypeError, "layer_norm: x is int, expected a tensor"),
+    (lambda: ln(x(2, 8), x(7), None), ValueError, r"layer_norm: weight has shape \[7\], expected \[K\] = \[8\]"),
+    (lambda: ln(x(2, 8), x(8).half(), None), ValueError, "layer_norm: weight is float16, expected float32"),
+    (lambda: ln(x(2, 8), None, None, -1.0), ValueError, "layer_norm: eps is -1.0, expected more than 0"),
+    (lambda: ga(x(2, 8), None, None, 2), ValueError, r"x has shape \[2, 8\], expected \[N, C1, H, W\]"),
+    (lambda: ga(x(2, 8, 3, 3), None, None, 3), ValueError, "group_norm_affine: C=8 is not divisible by groups=3"),
+    (lambda: ga(x(2, 8, 3, 3), x(8), None, 2, x2=x(2, 4, 3, 3)), ValueError, r"weight has.*\[C\] = \[12\]"),
+    (lambda: ga(x(2, 8, 3, 3), None, None, 2, x2=x(2, 4, 3, 2)), ValueError, r"x2 has shape.*\[2, C2, 3, 3\]"),
+    (lambda: ga(x(2, 8, 3, 3), None, None, 2, scale=x(8)), ValueError, r"scale has shape \[8\], expected \[N, C\]"),
+    (lambda: ga(x(2, 8, 3, 3), None, None, 2, 0.0), ValueError, "eps is 0.0, expected more than 0"),
     (lambda: li([1.0], w1), TypeError, "linear: x is list, expected a tensor"),
     (lambda: li(x(2, 30), w1), ValueError, r"linear: weight has shape \[64, 32\], expected \[N, K\] = \[N, 30\]"),
     (lambda: li(x(2, 32).int(), w1), ValueError, "linear: x is int32, expected float32"),
@@ -403,6 +413,6 @@ def test_the_example_is_one_of_the_ops_inputs(name):
     for dtype in (torch.float32, torch.bfloat16):
         args = op.example(dtype, "cpu")
         op.check(*args)
-        outputs = op.reference(*args)
-        for out in outputs if isinstance(outputs, tuple) else (outputs,):
-            assert out.dtype is dtype and out.isfinite().all()
+        outputs, fakes = (run(*args) for run in (op.reference, op.fake))
+        for out, fake in zip(outputs, fakes, strict=True) if isinstance(outputs, tuple) else ((outputs, fakes),):
+            assert out.dtype is fake.dtype and out.isfinite().all()

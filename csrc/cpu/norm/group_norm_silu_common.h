@@ -40,8 +40,9 @@ float added(const GroupNormSiluArgs& g, int64_t n, int64_t c) {
 
 float plain_nan(double x) { return x == x ? (float)x : __builtin_nanf(""); }  // as store_pair_near wants it
 
-template <bool kExponent>
-Affine affine(const GroupNormSiluArgs& g, double group_mean, double group_rstd, int64_t n, int64_t c) {
+// What a channel ends in after the mean was taken from it: z = (x + add - mean) * a + b.
+struct Modulation { double a, b; };
+template <class Args> Modulation modulation(const Args& g, double group_rstd, int64_t n, int64_t c) {
   double a = group_rstd, b = 0.0;
   if (g.weight) a *= load_scalar(g.weight, g.param_dtype, c);
   if (g.bias) b = load_scalar(g.bias, g.param_dtype, c);
@@ -51,6 +52,12 @@ Affine affine(const GroupNormSiluArgs& g, double group_mean, double group_rstd, 
     b *= scale;
   }
   if (g.shift) b += load_scalar(g.shift, g.mod_dtype, n * g.stride_shift + c);
+  return {a, b};
+}
+
+template <bool kExponent>
+Affine affine(const GroupNormSiluArgs& g, double group_mean, double group_rstd, int64_t n, int64_t c) {
+  const auto [a, b] = modulation(g, group_rstd, n, c);
   const double mean = group_mean - added(g, n, c);
   if (kExponent) return {0.0f, plain_nan(-kLog2e * a), plain_nan(-kLog2e * (b - mean * a))};
   return {(float)mean, (float)a, (float)(b - (mean - (float)mean) * a)};
