@@ -7,9 +7,7 @@ pipe.vae = AutoencoderKL.adopt(pipe.vae)
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
-from typing import Any
 
 import diffusers
 import torch
@@ -19,7 +17,7 @@ from torch import nn
 from ldmfast.models.blocks import BlockInputs, downsample, image_attention, mid_block, resnet, upsample
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.guard import obstacle, obstacles
-from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of, weights_channels_last
+from ldmfast.models.layers import channels_last, conv2d, in_layout_of
 
 
 class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
@@ -31,11 +29,6 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
     """
 
     stock = diffusers.AutoencoderKL
-
-    @functools.wraps(diffusers.AutoencoderKL.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        weights_channels_last(self)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         if self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size:
@@ -109,7 +102,7 @@ def _level(m: nn.Module, x: torch.Tensor, cond: BlockInputs, resample, name: str
 
 
 def _out(m: Encoder | Decoder, x: torch.Tensor) -> torch.Tensor:
-    return conv2d(m.conv_out, group_norm(m.conv_norm_out, x, silu=True))
+    return conv2d(m.conv_out, x, norm=m.conv_norm_out, silu=True)
 
 
 def _overflowed(x: torch.Tensor) -> bool:

@@ -25,7 +25,19 @@ from torch import nn
 
 from ldmfast import ops
 from ldmfast.models.guard import obstacle
-from ldmfast.models.layers import conv2d, group_norm, image, linear, pointwise, tokens
+from ldmfast.models.layers import (
+    added,
+    conv2d,
+    enlarged,
+    folds,
+    group_norm,
+    image,
+    joined,
+    layer_norm,
+    linear,
+    projected,
+    tokens,
+)
 
 
 @dataclass
@@ -54,22 +66,41 @@ def recomputed(m: nn.Module, function: Callable[..., torch.Tensor], *args: Any) 
     return function(*args)
 
 
-def resnet(m: ResnetBlock2D, x: torch.Tensor, cond: BlockInputs, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """GroupNorm, SiLU, conv; time; GroupNorm, SiLU, conv; plus the input. One that resamples does so to both, first."""
+def resnet(
+    m: ResnetBlock2D,
+    x: torch.Tensor,
+    cond: BlockInputs,
+    size: tuple[int, int] | None = None,
+    skip: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """GroupNorm, SiLU, conv; time; GroupNorm, SiLU, conv; plus the input, which is [x, skip] by channels.
+
+    One that resamples does so to both, first.
+    """
     if obstacle(m):
-        return m(x, cond.temb)
+        return m(joined(x, skip), cond.temb)
+    time = _time(m, cond)
+    if m.upsample is not None or m.downsample is not None:
+        x, h = _resampled(m, joined(x, skip), size)
+        skip = None
+        h = conv2d(m.conv1, h)
+    else:
+        # folded, the time joins the first convolution's output; else the second norm's input
+        h = conv2d(m.conv1, x, skip=skip, norm=m.norm1, silu=True, add=time.pop("add", None) if folds(x) else None)
+    x = joined(x, skip) if m.conv_shortcut is None else conv2d(m.conv_shortcut, x, skip=skip)
+    around = {"residual": x, "output_scale": 1 / m.output_scale_factor}
+    if "add" in time or obstacle(m.dropout):
+        h = m.dropout(group_norm(m.norm2, h, silu=True, **time))
+        return conv2d(m.conv2, h, **around)
+    return conv2d(m.conv2, h, norm=m.norm2, silu=True, **time, **around)
+
+
+def _resampled(m: ResnetBlock2D, x: torch.Tensor, size: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, SiLU(GroupNorm(x))), both at the next level's size"""
     h = group_norm(m.norm1, x, silu=True)
     if m.upsample is not None:
-        x, h = upsample(m.upsample, x, size), upsample(m.upsample, h, size)
-    elif m.downsample is not None:
-        x, h = downsample(m.downsample, x), downsample(m.downsample, h)
-    h = conv2d(m.conv1, h)
-    h = group_norm(m.norm2, h, silu=True, **_time(m, cond))
-    h = conv2d(m.conv2, m.dropout(h))
-    if m.conv_shortcut is not None:
-        x = conv2d(m.conv_shortcut, x)
-    x = x + h
-    return x if m.output_scale_factor == 1 else x / m.output_scale_factor
+        return upsample(m.upsample, x, size), upsample(m.upsample, h, size)
+    return downsample(m.downsample, x), downsample(m.downsample, h)
 
 
 def _time(m: ResnetBlock2D, cond: BlockInputs) -> dict[str, torch.Tensor]:
@@ -83,12 +114,18 @@ def _time(m: ResnetBlock2D, cond: BlockInputs) -> dict[str, torch.Tensor]:
     return {"scale": scale, "shift": shift}
 
 
-def attention(m: Attention, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v. x [N, L, C]; context [N, S, C'] or None (then x); mask [N, 1, S] additive."""
+def attention(
+    m: Attention, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None, norm: nn.LayerNorm
+) -> torch.Tensor:
+    """x + softmax(q k^T / sqrt(D) + mask) v, q from norm(x) [N, L, C], k and v from context [N, S, C'] or norm(x).
+
+    mask [N, 1, S] additive
+    """
     if obstacle(m) or m.group_norm is not None:
-        return m(x, encoder_hidden_states=context, attention_mask=mask)
-    h = _attend(m, x, x if context is None else context, None if mask is None else mask[:, None])
-    return _add_input(m, h, x)
+        return x + m(norm(x), encoder_hidden_states=context, attention_mask=mask)
+    h = layer_norm(norm, x)
+    y = _attend(m, h, h if context is None else context, None if mask is None else mask[:, None])
+    return _attended(m, y, h if m.residual_connection else None, x)
 
 
 def image_attention(m: Attention, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
@@ -96,42 +133,47 @@ def image_attention(m: Attention, x: torch.Tensor, cond: BlockInputs) -> torch.T
     if obstacle(m) or m.group_norm is None:
         return m(x, temb=cond.temb)
     h = tokens(group_norm(m.group_norm, x, silu=False))  # [N, HW, C]
-    return _add_input(m, image(_attend(m, h, h), x.shape[2:]), x)
+    return image(_attended(m, _attend(m, h, h), tokens(x) if m.residual_connection else None, None), x.shape[2:])
 
 
 def _attend(m: Attention, x: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Project, attend, project: x [N, L, C], keys [N, S, C'] -> [N, L, C]. Heads are views; nothing is transposed."""
+    """Project and attend: x [N, L, C], keys [N, S, C'] -> [N, L, H D]. Heads are views; nothing is transposed."""
     q, k, v = linear(m.to_q, x), linear(m.to_k, keys), linear(m.to_v, keys)  # [N, L, H D], [N, S, H D] twice
     q, k, v = (t.unflatten(-1, (m.heads, -1)) for t in (q, k, v))  # [N, L, H, D], [N, S, H, D] twice
-    h = ops.attention(q, k, v, mask=mask)  # [N, L, H, D]
-    return m.to_out[1](linear(m.to_out[0], h.flatten(2)))  # [N, L, C]
+    return ops.attention(q, k, v, mask=mask).flatten(2)
 
 
-def _add_input(m: Attention, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The block's residual: what it computed plus what came in."""
-    h = h + x if m.residual_connection else h
-    return h if m.rescale_output_factor == 1 else h / m.rescale_output_factor
+def _attended(m: Attention, h: torch.Tensor, inner: torch.Tensor | None, outer: torch.Tensor | None) -> torch.Tensor:
+    """(m.to_out(h) + inner) / rescale_output_factor + outer: inner the module's own residual, outer the block's."""
+    scale = 1 / m.rescale_output_factor
+    if obstacle(m.to_out[1]):
+        h = m.to_out[1](linear(m.to_out[0], h))
+        return added(added(h, inner, scale), outer, 1.0)
+    if outer is None or (inner is None and scale == 1):
+        return linear(m.to_out[0], h, residual=inner if outer is None else outer, output_scale=scale)
+    return linear(m.to_out[0], h, residual=inner, output_scale=scale) + outer
 
 
-def feed_forward(m: FeedForward, x: torch.Tensor) -> torch.Tensor:
-    """GEGLU and a linear layer: (a * gelu(b)) W, [a, b] = x V."""
+def feed_forward(m: FeedForward, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    """x + GEGLU and a linear layer of norm(x): x + (a * gelu(b)) W, [a, b] = norm(x) V."""
     if obstacle(m) or type(m.net[0]) is not GEGLU or obstacle(m.net[0]):
-        return m(x)
-    a, b = linear(m.net[0].proj, x).chunk(2, dim=-1)  # [N, L, 4C] each
-    x = a * F.gelu(b)
-    for layer in m.net[1:]:  # dropout, linear, sometimes dropout
-        x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
-    return x
+        return x + m(norm(x))
+    h = linear(m.net[0].proj, x, norm=norm, activation="geglu")  # [N, L, 4C]
+    if len(m.net) == 3 and not obstacle(m.net[1]):  # dropout, linear
+        return linear(m.net[2], h, residual=x)
+    for layer in m.net[1:]:
+        h = linear(layer, h) if isinstance(layer, nn.Linear) else layer(h)
+    return x + h
 
 
 def transformer_block(m: BasicTransformerBlock, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and added to x [N, L, C]."""
     if obstacle(m):
         return m(x, **cond.for_attention())
-    x = x + attention(m.attn1, m.norm1(x), cond.context if m.only_cross_attention else None, cond.self_mask)
+    x = attention(m.attn1, x, cond.context if m.only_cross_attention else None, cond.self_mask, m.norm1)
     if m.attn2 is not None:
-        x = x + attention(m.attn2, m.norm2(x), cond.context, cond.context_mask)
-    return x + feed_forward(m.ff, m.norm3(x))
+        x = attention(m.attn2, x, cond.context, cond.context_mask, m.norm2)
+    return feed_forward(m.ff, x, m.norm3)
 
 
 def transformer(m: Transformer2DModel, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
@@ -139,12 +181,12 @@ def transformer(m: Transformer2DModel, x: torch.Tensor, cond: BlockInputs) -> to
     if obstacle(m):
         return m(x, **cond.for_attention(), return_dict=False)[0]
     size = x.shape[2:]
-    h = tokens(group_norm(m.norm, x, silu=False))  # [N, HW, C]
-    h = linear(m.proj_in, h) if m.use_linear_projection else pointwise(m.proj_in, h, size)
+    h = projected(m.proj_in, x, m.norm, is_linear=m.use_linear_projection)  # [N, HW, C]
     for block in m.transformer_blocks:
         h = recomputed(m, transformer_block, block, h, cond)
-    h = linear(m.proj_out, h) if m.use_linear_projection else pointwise(m.proj_out, h, size)
-    return image(h, size) + x
+    if m.use_linear_projection:
+        return image(linear(m.proj_out, h, residual=tokens(x)), size)
+    return conv2d(m.proj_out, image(h, size), residual=x)
 
 
 def resample(m: nn.Module, x: torch.Tensor, cond: BlockInputs, size: tuple[int, int] | None = None) -> torch.Tensor:
@@ -167,10 +209,10 @@ def upsample(m: Upsample2D, x: torch.Tensor, size: tuple[int, int] | None = None
     """Twice the size, or `size`: each pixel repeated, then a convolution."""
     if obstacle(m):
         return m(x, size)
-    if m.interpolate:
-        if x.is_cuda and (len(x) >= 64 or 4 * x.numel() >= 2**31):
-            x = x.contiguous()  # torch's channels_last kernel counts in 32 bits (pytorch#141831, diffusers#984)
-        x = F.interpolate(x, size=size, scale_factor=2.0 if size is None else None, mode="nearest")
+    twice = size is None or tuple(size) == (2 * x.shape[2], 2 * x.shape[3])
+    if m.interpolate and m.use_conv and twice:
+        return conv2d(m.conv, x, upsample=2)
+    x = enlarged(x, size) if m.interpolate else x
     return conv2d(m.conv, x) if m.use_conv else x
 
 
@@ -223,7 +265,7 @@ def up_block(
         extra = cond.for_attention() if crosses else {}
         return m(hidden_states=x, temb=cond.temb, res_hidden_states_tuple=skips, upsample_size=size, **extra)
     for i, layer in enumerate(m.resnets):
-        x = recomputed(m, resnet, layer, torch.cat([x, skips[-1 - i]], dim=1), cond)
+        x = recomputed(m, resnet, layer, x, cond, None, skips[-1 - i])
         if crosses:
             x = transformer(m.attentions[i], x, cond)  # recomputes each of its blocks
         elif type(m) is AttnUpBlock2D:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ldmfast.models import guard
-from ldmfast.models.layers import weights_channels_last
 from ldmfast.models.weight_files import check_folder, check_loaded
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ class DropIn:
     def adopt(cls, model: nn.Module) -> Self:
         """A live stock model under our forward: its very parameters, submodules and configuration, nothing copied.
 
-        The convolutions' weights are laid out channels_last in place, which changes no value.
         Raises TypeError for another class, ValueError for a model whose forward is already wrapped.
         """
         if type(model) is cls:
@@ -37,15 +35,7 @@ class DropIn:
             raise ValueError(f"this {cls.stock.__name__}'s forward is wrapped: take it over first, then offload it")
         new = cls.__new__(cls)
         new.__dict__.update(model.__dict__)
-        weights_channels_last(new)
         return new
-
-    @classmethod
-    def from_single_file(cls, *args: Any, **kwargs: Any) -> Self:
-        """As diffusers' from_single_file: a checkpoint in the released layout, such as SD1.5's one file."""
-        model = super().from_single_file(*args, **kwargs)
-        weights_channels_last(model)
-        return model
 
     @classmethod
     def from_pretrained(
@@ -61,7 +51,6 @@ class DropIn:
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         if not allow_missing:
             check_loaded(cls.stock.__name__, source, info)
-        weights_channels_last(model)
         return (model, info) if output_loading_info else model
 
     def stock_reason(self, *arguments: Any, **named: Any) -> str | None:

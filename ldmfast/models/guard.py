@@ -39,7 +39,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARAMETRIC = (nn.Linear, nn.Conv2d, nn.GroupNorm)
+_PARAMETRIC = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
 def _no_limit(m) -> str | None:
@@ -48,6 +48,10 @@ def _no_limit(m) -> str | None:
 
 def _checkpointed(m) -> str | None:
     return "gradient checkpointing is on" if m.gradient_checkpointing and torch.is_grad_enabled() else None
+
+
+def _dropout(m: nn.Dropout) -> str | None:
+    return "it drops values" if m.training and m.p > 0 else None
 
 
 def _timesteps(m: Timesteps) -> str | None:
@@ -101,6 +105,8 @@ _LIMITS: dict[type, Callable] = {
     nn.Linear: _no_limit,
     nn.Conv2d: _no_limit,
     nn.GroupNorm: _no_limit,
+    nn.LayerNorm: _no_limit,
+    nn.Dropout: _dropout,
     GEGLU: _no_limit,
     FeedForward: _no_limit,
     Timesteps: _timesteps,

@@ -1,6 +1,8 @@
-"""The leaf layers: each function does what one plain module's `forward` does, over `ldmfast.ops`.
+"""The leaf layers over `ldmfast.ops`: each function does what a module's `forward` does, with what surrounds it.
 
-Activations are channels_last, so an image [N, C, H, W] and its tokens [N, HW, C] are two views of the same memory.
+On a CPU, where no gradient is asked for, the norm of a product's input, its activation and its residual are folded
+into the product (`folds`); elsewhere they are done in turn. Activations are channels_last, so an image [N, C, H, W]
+and its tokens [N, HW, C] are two views of the same memory.
 """
 
 from __future__ import annotations
@@ -12,18 +14,11 @@ from torch import nn
 
 from ldmfast import ops
 from ldmfast.models.guard import plain
+from ldmfast.ops import native
+from ldmfast.ops.registry import chosen_backend
 
-# 16-bit types that oneDNN does not multiply on this processor. torch's own loops then do, many times slower than
-# float32 products: one thread of Zen 3 (AVX2), 320 -> 320 at 32x32 twice, 365 ms in bfloat16 and 43 ms in float32;
-# a linear layer 320 -> 2560 of 2048 tokens 393 and 51 ms.
-SLOW = tuple(
-    dtype
-    for dtype, native in (
-        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
-    )
-    if not native
-)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BUILT = native.missing("cpu") is None
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
@@ -47,17 +42,6 @@ def in_layout_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return x.contiguous()
 
 
-def weights_channels_last(model: nn.Module) -> None:
-    """Lay every convolution's weight out channels_last, in place: the same Parameter and the same values.
-
-    Kernels for channels_last images re-order a contiguous weight at every call; for the 1280-channel convolutions
-    that costs more than the convolution (2560 -> 1280 at 8x8, bfloat16: 55 ms against 32 ms on two Zen 4 cores).
-    """
-    for module in model.modules():
-        if plain(module) and isinstance(module, nn.Conv2d) and not module.weight.is_meta:
-            module.weight.data = channels_last(module.weight.data)
-
-
 def group_norm(
     m: nn.GroupNorm,
     x: torch.Tensor,
@@ -78,78 +62,150 @@ def group_norm(
     return F.silu(x) if silu else x
 
 
-def linear(m: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """x [..., I] -> [..., O]; the product in float32 where the processor is slow at x's type."""
-    if _slow(m, x):
-        return F.linear(*_in_float32(x, m.weight, m.bias)).to(x.dtype)
+def _taken(x: torch.Tensor) -> bool:
+    """Whether products of x go through our kernels, where they can: on a CPU, if no other backend was named."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _DTYPES
+        and chosen_backend() in (None, "cpu")
+        and _BUILT
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def folds(x: torch.Tensor) -> bool:
+    """Whether a product of x takes what surrounds it. The gradient of such a form would compute it twice."""
+    return not torch.is_grad_enabled() and _taken(x)
+
+
+def _kernel_takes(m: nn.Linear | nn.Conv2d, x: torch.Tensor) -> bool:
+    if not plain(m) or m.weight.dtype != x.dtype or not _taken(x):
+        return False
+    if type(m) is nn.Linear:
+        return True
+    (k, _), (stride, _), (padding, _) = m.kernel_size, m.stride, m.padding
+    square = (m.kernel_size, m.stride, m.padding) == ((k, k), (stride, stride), (padding, padding))
+    return k in (1, 3) and square and m.groups == 1 and m.dilation == (1, 1) and m.padding_mode == "zeros"
+
+
+def layer_norm(m: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    """x [..., C], normalised over C."""
+    if folds(x) and _folds_norm(m, x):
+        return ops.layer_norm(x, m.weight, m.bias, m.eps)
     return m(x)
 
 
-def conv2d(m: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """A convolution on [N, C, H, W]; a small image under a 3x3 kernel as one matrix product over its patches. In
-    float32 where the processor is slow at x's type."""
-    dtype, slow, few = x.dtype, _slow(m, x), _few_pixels(m, x)
-    if not slow and not few:
-        return m(x)
-    x, weight, bias = _in_float32(x, m.weight, m.bias) if slow else (x, m.weight, m.bias)
-    if not few:
-        return m._conv_forward(x, weight, bias).to(dtype)
-    n, _, h, w = x.shape
-    y = F.linear(_patches(x), weight.permute(0, 2, 3, 1).flatten(1), bias).to(dtype)
-    return y.view(n, h, w, m.out_channels).permute(0, 3, 1, 2)
+def _folds_norm(m: nn.LayerNorm, x: torch.Tensor) -> bool:
+    return plain(m) and m.normalized_shape == x.shape[-1:] and (m.weight is None or m.weight.dtype == x.dtype)
 
 
-def _slow(m: nn.Module, x: torch.Tensor) -> bool:
-    """Whether the layer's product is to be made in float32: exact products and sums, rounded once, as ever."""
-    return (
-        x.dtype in SLOW
-        and x.device.type == "cpu"
-        and isinstance(m, nn.Linear | nn.Conv2d)
-        and m.weight.dtype == x.dtype
-        and not torch.is_autocast_enabled("cpu")
-        and plain(m)
-    )
+def linear(
+    m: nn.Linear,
+    x: torch.Tensor,
+    *,
+    norm: nn.LayerNorm | None = None,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    output_scale: float = 1.0,
+) -> torch.Tensor:
+    """(activation(m(norm(x))) + residual) * output_scale; x [..., I] -> [..., O]. activation: none or geglu."""
+    taken = _kernel_takes(m, x)
+    if taken and not torch.is_grad_enabled():
+        if norm is not None and not _folds_norm(norm, x):
+            x, norm = norm(x), None
+        layer_norm = None if norm is None else (norm.weight, norm.bias, norm.eps)
+        around = {"activation": activation, "residual": residual, "output_scale": output_scale}
+        return ops.linear(x, m.weight, m.bias, layer_norm=layer_norm, **around)
+    h = x if norm is None else norm(x)
+    y = ops.linear(h, m.weight, m.bias) if taken else m(h)
+    if activation == "geglu":
+        a, b = y.chunk(2, dim=-1)
+        y = a * F.gelu(b)
+    return added(y, residual, output_scale)
 
 
-def _in_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple:
-    return x.float(), weight.float(), None if bias is None else bias.float()
+def added(y: torch.Tensor, residual: torch.Tensor | None, output_scale: float) -> torch.Tensor:
+    """(y + residual) * output_scale, a step at a time."""
+    y = y if residual is None else y + residual
+    return y if output_scale == 1.0 else y * output_scale
 
 
-def _few_pixels(m: nn.Conv2d, x: torch.Tensor) -> bool:
-    """Whether oneDNN's convolution would spend its time re-ordering the weight, which its matrix product does not.
+def conv2d(
+    m: nn.Conv2d,
+    x: torch.Tensor,
+    *,
+    skip: torch.Tensor | None = None,
+    norm: nn.GroupNorm | None = None,
+    silu: bool = False,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    output_scale: float = 1.0,
+    upsample: int = 1,
+) -> torch.Tensor:
+    """(m(up(silu(norm([x, skip]) * (1 + scale) + shift))) + add + residual) * output_scale.
 
-    One thread of Zen 4, 2560 -> 1280 at 8x8: 54 -> 21 ms in bfloat16, 103 -> 54 ms in float32; at 16x16 100 -> 75 and
-    239 -> 163 ms; at 32x32 the convolution wins. Nothing is kept, so nothing can go stale.
+    x, skip [N, C, H, W] of half the input's channels each, or of others; scale, shift, add [N, C]; silu, scale and
+    shift belong to the norm; upsample 2: each pixel is repeated.
     """
-    return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and x.numel() <= 256 * x.shape[1]
-        and plain(m)
-        and (m.kernel_size, m.stride, m.padding, m.dilation, m.groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-        and m.padding_mode == "zeros"
-        and m.weight.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
-    )
+    taken = _kernel_takes(m, x)
+    if taken and not torch.is_grad_enabled() and (norm is None or plain(norm)):
+        named = {}
+        if norm is not None:
+            named = dict(zip(("norm_scale", "norm_shift"), _affine(norm, x, skip, scale, shift), strict=True))
+            named["norm_silu"] = silu
+        around = {"x2": skip, "add": add, "residual": residual, "output_scale": output_scale, "upsample": upsample}
+        return ops.conv2d(x, m.weight, m.bias, stride=m.stride[0], padding=m.padding[0], **named, **around)
+    h = joined(x, skip)
+    h = h if norm is None else group_norm(norm, h, silu=silu, scale=scale, shift=shift)
+    h = h if upsample == 1 else enlarged(h)
+    y = ops.conv2d(h, m.weight, m.bias, stride=m.stride[0], padding=m.padding[0]) if taken else _module(m, h)
+    y = y if add is None else y + add[:, :, None, None]
+    return added(y, residual, output_scale)
 
 
-def _patches(x: torch.Tensor) -> torch.Tensor:
-    """[N, C, H, W] -> [N H W, 9 C]: each pixel's 3x3 neighbourhood, in the order of a channels_last weight."""
-    n, c, h, w = x.shape
-    padded = x.new_zeros(n, h + 2, w + 2, c)
-    padded[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
-    by_n, by_h, by_w, by_c = padded.stride()
-    return padded.as_strided((n, h, w, 3, 3, c), (by_n, by_h, by_w, by_h, by_w, by_c)).reshape(n * h * w, 9 * c)
+def _affine(m, x, skip, scale, shift):
+    return ops.group_norm_affine(x, m.weight, m.bias, m.num_groups, m.eps, x2=skip, scale=scale, shift=shift)
 
 
-def pointwise(m: nn.Conv2d, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A 1x1 convolution on tokens: [N, HW, C] -> [N, HW, O]."""
-    if plain(m) and m.kernel_size == m.stride == (1, 1) and m.padding == (0, 0) and m.groups == 1:
-        if _slow(m, x):
-            x32, weight, bias = _in_float32(x, m.weight.flatten(1), m.bias)
-            return F.linear(x32, weight, bias).to(x.dtype)
-        return F.linear(x, m.weight.flatten(1), m.bias)
-    return tokens(m(image(x, size)))
+def joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """[x, skip] by channels."""
+    return x if skip is None else torch.cat([x, skip], dim=1)
+
+
+def enlarged(x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """Each pixel of x [N, C, H, W] repeated: twice the size, or `size`."""
+    if x.is_cuda and (len(x) >= 64 or 4 * x.numel() >= 2**31):
+        x = x.contiguous()  # torch's channels_last kernel counts in 32 bits (pytorch#141831, diffusers#984)
+    return F.interpolate(x, size=size, scale_factor=2.0 if size is None else None, mode="nearest")
+
+
+def _module(m: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """m(x); a 1x1 convolution as one product over the pixels.
+
+    On a GPU the weight is laid out channels_last for good: the same Parameter and the same values. cuDNN's kernels for
+    channels_last images take such a weight; another is laid out anew at every call.
+    """
+    if not plain(m):
+        return m(x)
+    if m.kernel_size == m.stride == (1, 1) and m.padding == (0, 0) and m.groups == 1:
+        return image(F.linear(tokens(x), m.weight.flatten(1), m.bias), x.shape[2:])
+    if x.is_cuda and not torch.compiler.is_compiling():
+        if not m.weight.is_contiguous(memory_format=torch.channels_last):
+            m.weight.data = channels_last(m.weight.data)
+    return m(x)
+
+
+def projected(m: nn.Module, x: torch.Tensor, norm: nn.GroupNorm, *, is_linear: bool) -> torch.Tensor:
+    """A 1x1 convolution, or a linear layer over the pixels, of norm(x): [N, C, H, W] -> tokens [N, HW, O]."""
+    if not is_linear:
+        return tokens(conv2d(m, x, norm=norm))
+    if _kernel_takes(m, x) and not torch.is_grad_enabled() and plain(norm):
+        norm_scale, norm_shift = _affine(norm, x, None, None, None)
+        weight = m.weight[:, :, None, None]
+        return tokens(ops.conv2d(x, weight, m.bias, norm_scale=norm_scale, norm_shift=norm_shift))
+    return linear(m, tokens(group_norm(norm, x, silu=False)))
 
 
 def timestep_embedding(

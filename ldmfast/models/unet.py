@@ -10,7 +10,6 @@ the network is ours (blocks.py), and whatever was attached to a part of it is st
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,14 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ldmfast.models.blocks import BlockInputs, down_block, has_cross_attention, mid_block, up_block
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.input_checks import add_residual, add_residuals, check_inputs, timestep_tensor
-from ldmfast.models.layers import (
-    channels_last,
-    conv2d,
-    group_norm,
-    in_layout_of,
-    timestep_embedding,
-    weights_channels_last,
-)
+from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of, timestep_embedding
 
 
 class UNet(DropIn, UNet2DConditionModel):
@@ -44,11 +36,6 @@ class UNet(DropIn, UNet2DConditionModel):
     """
 
     stock = UNet2DConditionModel
-
-    @functools.wraps(UNet2DConditionModel.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        weights_channels_last(self)
 
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
@@ -118,10 +105,11 @@ class UNet(DropIn, UNet2DConditionModel):
             x = up_block(block, x, used, cond, size=skips[-1].shape[2:] if skips else None)
 
         # out, in the layout that came in
-        if self.conv_norm_out is not None:
-            x = group_norm(self.conv_norm_out, x, silu=type(self.conv_act) is nn.SiLU)
-            x = x if type(self.conv_act) is nn.SiLU else self.conv_act(x)
-        x = in_layout_of(sample, conv2d(self.conv_out, x))  # [N, C', H, W]
+        if self.conv_norm_out is None or type(self.conv_act) is nn.SiLU:
+            x = conv2d(self.conv_out, x, norm=self.conv_norm_out, silu=True)  # [N, C', H, W]
+        else:
+            x = conv2d(self.conv_out, self.conv_act(group_norm(self.conv_norm_out, x, silu=False)))
+        x = in_layout_of(sample, x)
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
     def _time(self, sample, timestep, timestep_cond, class_labels) -> torch.Tensor:

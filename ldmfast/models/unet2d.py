@@ -21,14 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ldmfast.models.blocks import BlockInputs, down_block, mid_block, up_block
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.input_checks import check_sample, timestep_tensor
-from ldmfast.models.layers import (
-    channels_last,
-    conv2d,
-    group_norm,
-    in_layout_of,
-    timestep_embedding,
-    weights_channels_last,
-)
+from ldmfast.models.layers import channels_last, conv2d, in_layout_of, timestep_embedding
 
 
 class UNet2D(DropIn, UNet2DModel):
@@ -49,7 +42,6 @@ class UNet2D(DropIn, UNet2DModel):
         super().__init__(*args, **({**kwargs, "attention_head_dim": None} if several else kwargs))
         if several:
             self._set_head_widths(list(widths))
-        weights_channels_last(self)
 
     def _set_head_widths(self, widths: list[int]) -> None:
         """Each level's attention with heads of its own width. Raises ValueError where they do not divide."""
@@ -103,7 +95,7 @@ class UNet2D(DropIn, UNet2DModel):
             used, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
             x = up_block(block, x, used, cond, size=skips[-1].shape[2:] if skips else None)
 
-        x = conv2d(self.conv_out, group_norm(self.conv_norm_out, x, silu=True))
+        x = conv2d(self.conv_out, x, norm=self.conv_norm_out, silu=True)
         if self.config.time_embedding_type == "fourier":
             x = x / t[:, None, None, None]
         x = in_layout_of(sample, x)

@@ -6,9 +6,6 @@ pipe.vqvae = VQModel.adopt(pipe.vqvae)
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import diffusers
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -17,7 +14,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ldmfast.models.autoencoder import decode, encode
 from ldmfast.models.drop_in import DropIn
-from ldmfast.models.layers import channels_last, conv2d, in_layout_of, weights_channels_last
+from ldmfast.models.layers import channels_last, conv2d, in_layout_of
 
 
 class VQModel(DropIn, diffusers.VQModel):
@@ -29,11 +26,6 @@ class VQModel(DropIn, diffusers.VQModel):
     """
 
     stock = diffusers.VQModel
-
-    @functools.wraps(diffusers.VQModel.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        weights_channels_last(self)
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ldmfast.ops import native, speeds
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.gradients.products import convolution_gradients
 from ldmfast.ops.operator import Op
 
 NAME = "conv2d"
@@ -252,6 +253,9 @@ def _gradient(grads, args, outputs, needed, backend):
     x, weight, bias, *fused, norm_silu, stride, padding, upsample, output_scale, exact = args
     if any(tensor is not None for tensor in fused) or upsample != 1 or output_scale != 1.0:
         return None
-    sizes, pair = [weight.shape[0]], ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
-    found = torch.ops.aten.convolution_backward(grads[0], x, weight, sizes, *pair, list(needed[:3]))
+
+    def convolve(g, turned, padding):
+        return op(*_arguments(g, turned, padding=padding, exact=exact), backend)
+
+    found = convolution_gradients(grads[0], x, weight, stride, padding, needed, convolve)
     return *found, *[None] * 11

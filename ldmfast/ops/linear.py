@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ldmfast.ops import native, speeds
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.gradients.products import linear_gradients
 from ldmfast.ops.operator import Op
 
 NAME = "linear"
@@ -185,7 +186,4 @@ def _gradient(grads, args, outputs, needed, backend):
     if activation != "none" or eps is not None or residual is not None:
         return None
     g = grads[0] if output_scale == 1.0 else grads[0] * output_scale
-    rows = g.reshape(x.shape[:-1].numel(), weight.shape[0])
-    dx = g @ weight if needed[0] else None
-    dweight = rows.mT @ x.reshape(rows.shape[0], weight.shape[1]) if needed[1] else None
-    return dx, dweight, rows.sum(0) if needed[2] else None, *[None] * 6
+    return *linear_gradients(g, x, weight, needed), *[None] * 6

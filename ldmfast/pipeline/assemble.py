@@ -20,7 +20,6 @@ from ldmfast import files, shipped
 from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.text import TextEncoder
 from ldmfast.diffusion import catalogue
-from ldmfast.models.layers import weights_channels_last
 from ldmfast.pipeline.folder import load_parts
 from ldmfast.pipeline.text_towers import join_text_towers, text_tower
 from ldmfast.released.conditioner_parts import make_conditioner
@@ -134,7 +133,6 @@ def network(part: Part, dtype: torch.dtype | None = None) -> nn.Module:
     with torch.device("meta" if part.complete else "cpu"):
         made = kind.from_config(part.config)
     made.load_state_dict(part.tensors, assign=True, strict=part.complete)
-    weights_channels_last(made)
     return (made if dtype is None else nn.Module.to(made, dtype)).eval()
 
 
