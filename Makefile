@@ -1,5 +1,6 @@
 # make demo PROMPT="..."   draw a picture          make test   every check that needs no GPU
 # make bench               the CPU benchmarks      make lint   ruff
+# make bench-peers         beside stock, torch.compile and OpenVINO; PEERS="--help" says what else
 # make try OP=attention    build what changed, then that op's numbers, and its speed against the last run
 # Each target prepares .venv by itself. PYTHON names the interpreter (3.10 to 3.13).
 
@@ -8,6 +9,8 @@ PROMPT ?= a red apple on a yellow background
 OUT ?= demo.png
 SEED ?= 0
 OP ?=
+PEERS ?= --json build/peers.json
+OPENVINO ?= 2026.4.1 2026.3.0
 BIN := .venv/bin
 
 # Without an NVIDIA driver a CUDA build of torch would be gigabytes of no use, and so would be CUDA kernels.
@@ -29,7 +32,7 @@ endef
 # they build in the same folder
 .NOTPARALLEL:
 
-.PHONY: demo test interpreted nvcc try cpu host-kernels bench lint resources clean
+.PHONY: demo test interpreted nvcc try cpu host-kernels bench bench-peers lint resources clean
 
 demo: .venv/built .venv/installed
 	$(call step,drawing,$(BIN)/ldmfast sample "$(PROMPT)" -o "$(OUT)" --seed $(SEED))
@@ -69,6 +72,13 @@ host-kernels: .venv/installed
 
 bench: .venv/built .venv/tools
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+# OpenVINO by itself: it brings a numpy and a telemetry client that ldmfast does not want. Where it cannot be had, the
+# comparison says so.
+bench-peers: .venv/built .venv/tools
+	@for version in $(OPENVINO); do [ -d build/peers/openvino-$$version ] || \
+		$(PIP) --no-deps --target build/peers/openvino-$$version openvino==$$version openvino-telemetry || true; done
+	$(BIN)/python bench/peers/compare.py $(PEERS)
 
 lint: .venv/tools
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -31,6 +31,32 @@ def sd15(dtype: torch.dtype, device: str = "cpu") -> UNet2DConditionModel:
     return randomise(empty(UNet2DConditionModel, dtype, device, sample_size=64, cross_attention_dim=768))
 
 
+def sdxl(dtype: torch.dtype, device: str = "cpu") -> UNet2DConditionModel:
+    """2567 M parameters: SDXL's U-Net."""
+    config = {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    return randomise(empty(UNet2DConditionModel, dtype, device, **config))
+
+
+def sdxl_added(batch: int, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """SDXL's text_embeds [N, 1280] and time_ids [N, 6]."""
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randn(batch, 1280, generator=generator)
+    ids = torch.tensor([[512.0, 512, 0, 0, 512, 512]]).expand(batch, -1)
+    return text.to(device, dtype), ids.to(device, dtype)
+
+
 def sd15_vae(dtype: torch.dtype, device: str = "cpu") -> AutoencoderKL:
     """83.7 M parameters."""
     config = {
@@ -43,11 +69,11 @@ def sd15_vae(dtype: torch.dtype, device: str = "cpu") -> AutoencoderKL:
     return randomise(empty(AutoencoderKL, dtype, device, **config))
 
 
-def inputs(batch: int, dtype: torch.dtype, device: str = "cpu", size: int = 64) -> dict:
+def inputs(batch: int, dtype: torch.dtype, device: str = "cpu", size: int = 64, width: int = 768) -> dict:
     """Arguments of the U-Net's forward."""
     generator = torch.Generator().manual_seed(1)
     sample = torch.randn(batch, 4, size, size, generator=generator)
-    context = torch.randn(batch, 77, 768, generator=generator)
+    context = torch.randn(batch, 77, width, generator=generator)
     return {
         "sample": sample.to(device, dtype),
         "timestep": torch.tensor(501, device=device),
