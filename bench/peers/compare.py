@@ -155,7 +155,7 @@ def available() -> float:
 
 
 def groups(names: list[str], job: dict, memory: float) -> list[list[str]]:
-    """Engines that fit into memory (GiB) together, stock first and ldmfast in each; one weight twice, and activations."""
+    """Engines that fit into memory (GiB) together, stock and ldmfast in each group: weights twice, and activations."""
     weights = PARAMETERS[job["work"]] * (4 if job["dtype"] == "float32" else 2) / 2**30
     one = (
         2.1 * weights

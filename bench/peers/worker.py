@@ -2,8 +2,9 @@
 
 bench/peers/compare.py starts it and writes a line of JSON for each wish, and reads a line back:
 
-    {"prepare": {"work": "unet", "dtype": "bfloat16", "size": 64, "batch": 1, "cache": "build/peers"}}  -> {"output": ...}
-    {"run": true}                                                                                 -> {"seconds": ...}
+    {"prepare": {"work": "unet", "dtype": "bfloat16", "size": 64, "batch": 1, "cache": "build/peers"}}
+                     -> {"output": the file with what it computed, "prepare_s": ..., "first_s": ...}
+    {"run": true}    -> {"seconds": ...}
 
 Memory is the most that the process has held, in MiB, weights included. Networks have random weights of one seed.
 """

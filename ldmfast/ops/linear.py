@@ -176,7 +176,14 @@ def _native(extension, x, weight, bias, residual, activation, output_scale, norm
 
 native.register(op, _native, modules=("cpu",))
 op.backends["cpu"].refuses(lambda x, *others: "K is 0: there is nothing to sum" if x.shape[-1] == 0 else None)
-speeds.register(op, lambda x, *others: {"M": x.shape[:-1].numel(), "lanes": native.lanes()})
+
+
+def _sizes(x, weight, bias, residual, activation, output_scale, norm_weight, norm_bias, eps):
+    folded = (residual is not None) + (activation != "none") + (eps is not None)
+    return {"M": x.shape[:-1].numel(), "lanes": native.lanes(), "folded": folded}
+
+
+speeds.register(op, _sizes)
 
 
 @op.gradient()
