@@ -223,6 +223,7 @@ struct GroupNormAffineArgs {
   int64_t stride_scale, stride_shift;  // one row to the next
   float* norm_scale;                   // [N, C1 + C2], dense
   float* norm_shift;                   // [N, C1 + C2], dense
+  double* moments;                     // [N, groups, 2], dense: mean and variance
   int64_t N, C1, C2, P, groups;
   float eps;
   DType dtype;                         // of x1 and x2
@@ -231,8 +232,8 @@ struct GroupNormAffineArgs {
   float* workspace;                    // group_norm_affine_workspace(args) bytes
 };
 LDMFAST_FIELDS(GroupNormAffineArgs, x1, stride_x1n, stride_x1p, x2, stride_x2n, stride_x2p, weight, bias, scale, shift,
-               stride_scale, stride_shift, norm_scale, norm_shift, N, C1, C2, P, groups, eps, dtype, param_dtype,
-               mod_dtype, workspace)
+               stride_scale, stride_shift, norm_scale, norm_shift, moments, N, C1, C2, P, groups, eps, dtype,
+               param_dtype, mod_dtype, workspace)
 
 // y = (x - mean) * rstd * weight + bias over K
 struct LayerNormArgs {

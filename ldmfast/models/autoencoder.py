@@ -12,12 +12,14 @@ import warnings
 import diffusers
 import torch
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ldmfast.models.blocks import BlockInputs, downsample, image_attention, mid_block, resnet, upsample
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.guard import obstacle, obstacles
 from ldmfast.models.layers import channels_last, conv2d, in_layout_of
+from ldmfast.models.tiled_decode import decode_in_strips
 
 
 class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
@@ -37,20 +39,44 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
         h = h if self.quant_conv is None else conv2d(self.quant_conv, h)
         return in_layout_of(x, h)
 
-    def _decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
-        x = self._decode_as_it_is(z)
-        if _overflowed(x):
-            x = self._decode_in_float32(z)
+    @apply_forward_hook
+    def decode(
+        self,
+        z: torch.Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        *,
+        tile: int | None = None,
+    ) -> DecoderOutput | tuple:
+        """Latents [N, c, h, w], unscaled, to pictures [N, 3, f h, f w], as AutoencoderKL.decode.
+
+        tile  rows of latents that are decoded at a time, 1 or more: the same picture, to rounding, with less memory
+              and in longer time (tiled_decode.py); no gradient. None: all at once.
+        Raises ValueError for a tile below 1, or for a decoder that something is attached to.
+        """
+        if tile is None:
+            return super().decode(z, return_dict, generator)
+        if tile < 1:
+            raise ValueError(f"decode: tile is {tile}, expected 1 or more rows of latents")
+        with torch.no_grad():
+            parts = z.split(1) if self.use_slicing else (z,)
+            x = torch.cat([self._decode(part, return_dict=False, tile=tile)[0] for part in parts])
         return DecoderOutput(sample=x) if return_dict else (x,)
 
-    def _decode_as_it_is(self, z: torch.Tensor) -> torch.Tensor:
-        if self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size:
+    def _decode(self, z: torch.Tensor, return_dict: bool = True, tile: int | None = None) -> DecoderOutput | tuple:
+        x = self._decode_as_it_is(z, tile)
+        if _overflowed(x):
+            x = self._decode_in_float32(z, tile)
+        return DecoderOutput(sample=x) if return_dict else (x,)
+
+    def _decode_as_it_is(self, z: torch.Tensor, tile: int | None) -> torch.Tensor:
+        if tile is None and self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size:
             return super()._decode(z).sample
         h = channels_last(z)
         h = h if self.post_quant_conv is None else conv2d(self.post_quant_conv, h)
-        return in_layout_of(z, decode(self.decoder, h))
+        return in_layout_of(z, decode(self.decoder, h) if tile is None else decode_in_strips(self.decoder, h, tile))
 
-    def _decode_in_float32(self, z: torch.Tensor) -> torch.Tensor:
+    def _decode_in_float32(self, z: torch.Tensor, tile: int | None) -> torch.Tensor:
         """Again, with the decoder in float32 for this call. Where its weights are managed by others, only a warning."""
         managed = next(obstacles(self), None)
         again = "decoded again in float32" if managed is None else f"left so, because of {managed[0]}: {managed[1]}"
@@ -58,9 +84,9 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
             self._overflow_warned = True
             warnings.warn(f"the float16 autoencoder overflowed; {again}", stacklevel=2)
         if managed is not None:
-            return self._decode_as_it_is(z)
+            return self._decode_as_it_is(z, tile)
         with _in_float32(self):
-            return self._decode_as_it_is(z.float()).to(z.dtype)
+            return self._decode_as_it_is(z.float(), tile).to(z.dtype)
 
     def remarks(self) -> list[str]:
         return ["Pictures larger than a tile run as diffusers' AutoencoderKL: tiling is on."] if self.use_tiling else []

@@ -136,6 +136,7 @@ def conv2d(
     *,
     skip: torch.Tensor | None = None,
     norm: nn.GroupNorm | None = None,
+    table: tuple[torch.Tensor, torch.Tensor] | None = None,
     silu: bool = False,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
@@ -146,19 +147,20 @@ def conv2d(
 ) -> torch.Tensor:
     """(m(up(silu(norm([x, skip]) * (1 + scale) + shift))) + add + residual) * output_scale.
 
-    x, skip [N, C, H, W] of half the input's channels each, or of others; scale, shift, add [N, C]; silu, scale and
-    shift belong to the norm; upsample 2: each pixel is repeated.
+    x, skip [N, C, H, W], the input's channels; scale, shift, add [N, C]; silu, scale and shift belong to the norm, in
+    whose place table has it as ops.group_norm_affine leaves it; upsample 2: each pixel is repeated.
     """
     taken = _kernel_takes(m, x)
     if taken and not torch.is_grad_enabled() and (norm is None or plain(norm)):
-        named = {}
-        if norm is not None:
-            named = dict(zip(("norm_scale", "norm_shift"), _affine(norm, x, skip, scale, shift), strict=True))
-            named["norm_silu"] = silu
+        table = table if norm is None else _affine(norm, x, skip, scale, shift)
+        named = {} if table is None else {"norm_scale": table[0], "norm_shift": table[1], "norm_silu": silu}
         around = {"x2": skip, "add": add, "residual": residual, "output_scale": output_scale, "upsample": upsample}
         return ops.conv2d(x, m.weight, m.bias, stride=m.stride[0], padding=m.padding[0], **named, **around)
     h = joined(x, skip)
     h = h if norm is None else group_norm(norm, h, silu=silu, scale=scale, shift=shift)
+    if table is not None:
+        h = (h * table[0][:, :, None, None] + table[1][:, :, None, None]).to(h.dtype)
+        h = F.silu(h) if silu else h
     h = h if upsample == 1 else enlarged(h)
     y = ops.conv2d(h, m.weight, m.bias, stride=m.stride[0], padding=m.padding[0]) if taken else _module(m, h)
     y = y if add is None else y + add[:, :, None, None]
@@ -166,7 +168,7 @@ def conv2d(
 
 
 def _affine(m, x, skip, scale, shift):
-    return ops.group_norm_affine(x, m.weight, m.bias, m.num_groups, m.eps, x2=skip, scale=scale, shift=shift)
+    return ops.group_norm_affine(x, m.weight, m.bias, m.num_groups, m.eps, x2=skip, scale=scale, shift=shift)[:2]
 
 
 def joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:

@@ -23,7 +23,7 @@ def group_norm_affine(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The norm_scale and norm_shift of `ops.conv2d`: x * norm_scale + norm_shift is GroupNorm(x) * (1 + scale) + shift.
 
     x             [N, C1, H, W]  float16 | bfloat16 | float32 (float64: the reference); the kernel takes channels_last
@@ -32,7 +32,8 @@ def group_norm_affine(
     weight, bias  [C]            C = C1 + C2; dtype of x, or float32; None: 1 and 0
     groups        channels are normalised in this many groups, which may lie in both
     scale, shift  [N, C]         modulate after the affine; dtype of x, or float32
-    returns       ([N, C], [N, C])  float32 (float64 for a float64 x)
+    returns       (norm_scale [N, C], norm_shift [N, C], moments [N, groups, 2]): the first two float32 (float64 for a
+                  float64 x), the moments float64, mean and variance of each group
 
     Raises TypeError for what is no tensor; ValueError naming the argument for a wrong shape, dtype or device, for
     C % groups, or an unknown backend; NotImplementedError with the reason of each backend that refuses.
@@ -67,14 +68,15 @@ def _check(x, weight, bias, groups, eps, x2, scale, shift):
         require_shape(NAME, name, tensor, (N, C), "[N, C]")
 
 
-def _empty(x, x2):
-    C = x.shape[1] + (0 if x2 is None else x2.shape[1])
+def _empty(x, x2, groups):
+    N, C = x.shape[0], x.shape[1] + (0 if x2 is None else x2.shape[1])
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return tuple(torch.empty(x.shape[0], C, dtype=dtype, device=x.device) for _ in range(2))
+    tables = (torch.empty(N, C, dtype=dtype, device=x.device) for _ in range(2))
+    return *tables, torch.empty(N, groups, 2, dtype=torch.float64, device=x.device)
 
 
 def _fake(x, weight, bias, groups, eps, x2, *others):
-    return _empty(x, x2)
+    return _empty(x, x2, groups)
 
 
 def _autocast(dtype, *args):
@@ -93,7 +95,7 @@ def _example(dtype, device):
 op = Op(
     NAME,
     "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, Tensor? x2, Tensor? scale, Tensor? shift) "
-    "-> (Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     check=_check,
     fake=_fake,
     autocast=_autocast,
@@ -111,14 +113,16 @@ def _reference(x, weight, bias, groups, eps, x2, scale, shift):
     h = wide(x if x2 is None else torch.cat([x, x2], dim=1))
     N, C = h.shape[:2]
     if h.numel() == 0:
-        return tuple(found.copy_(h.sum((2, 3))) for found in _empty(x, x2))  # keeps autograd's way back
+        zeros = h.sum((2, 3))  # keeps autograd's way back
+        return zeros, zeros.clone(), zeros.new_zeros(N, groups, 2, dtype=torch.float64)
     variance, mean = torch.var_mean(h.reshape(N, groups, -1), dim=2, correction=0)  # [N, groups]
+    moments = torch.stack([mean, variance], dim=2).double()
     mean, rstd = (s.repeat_interleave(C // groups, 1) for s in (mean, torch.rsqrt(variance + eps)))  # [N, C]
     factor = rstd if weight is None else rstd * wide(weight)
     offset = -mean * factor if bias is None else wide(bias) - mean * factor
     if scale is not None:
         factor, offset = factor * (1 + wide(scale)), offset * (1 + wide(scale))
-    return factor, offset if shift is None else offset + wide(shift)
+    return factor, offset if shift is None else offset + wide(shift), moments
 
 
 def _pixels(x, name):
@@ -133,9 +137,9 @@ def _pixels(x, name):
 
 
 def _native(extension, x, weight, bias, groups, eps, x2, scale, shift):
-    norm_scale, norm_shift = _empty(x, x2)
+    norm_scale, norm_shift, moments = _empty(x, x2, groups)
     if x.shape[0] * norm_scale.shape[1] * x.shape[2:].numel() == 0:
-        return norm_scale.zero_(), norm_shift.zero_()
+        return norm_scale.zero_(), norm_shift.zero_(), moments.zero_()
     (weight, bias), param_dtype = in_one_dtype(x, weight, bias)
     (scale, shift), mod_dtype = in_one_dtype(x, scale, shift)
     fields = {
@@ -149,6 +153,7 @@ def _native(extension, x, weight, bias, groups, eps, x2, scale, shift):
         "stride_shift": 0 if shift is None else shift.stride(0),
         "norm_scale": norm_scale,
         "norm_shift": norm_shift,
+        "moments": moments,
         "N": x.shape[0],
         "C1": x.shape[1],
         "C2": norm_scale.shape[1] - x.shape[1],
@@ -160,7 +165,7 @@ def _native(extension, x, weight, bias, groups, eps, x2, scale, shift):
         "mod_dtype": native.DTYPES[mod_dtype],
     }
     extension.group_norm_affine(fields, *native.place(x))
-    return norm_scale, norm_shift
+    return norm_scale, norm_shift, moments
 
 
 native.register(op, _native, modules=("cpu",))

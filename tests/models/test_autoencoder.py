@@ -10,6 +10,8 @@ import pytest
 import tiny
 import torch
 
+from ldmfast import ops
+from ldmfast.models import tiled_decode
 from ldmfast.models.autoencoder import AutoencoderKL
 
 CLOSE = 1e-5  # norm of the difference over norm, float32
@@ -125,3 +127,60 @@ def test_saved_files_are_stock(tmp_path):
         assert torch.equal(value, stock.state_dict()[name])
     again = AutoencoderKL.from_pretrained(tmp_path)
     assert type(again) is AutoencoderKL and again.config.scaling_factor == stock.config.scaling_factor
+
+
+# --- a strip at a time ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [1, 5, 16, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(48, 32), (37, 16), (33, 7)])
+@torch.no_grad()
+def test_strips_give_the_whole_pictures_answer(size, dtype, tile):
+    ours = pair()[1].to(dtype)
+    z = torch.randn(2, 4, *size).to(dtype)
+    wanted, got = ours.decode(z).sample, ours.decode(z, tile=tile).sample
+    assert got.shape == wanted.shape and got.dtype == dtype and got.is_contiguous()
+    assert tiny.error(got, wanted) <= (1e-6 if size[1] % 4 == 0 else 5e-6 if dtype is torch.float32 else 2e-2)
+
+
+@torch.no_grad()
+def test_strips_where_nothing_is_folded():
+    ours, z = pair()[1], torch.randn(1, 4, 24, 16)
+    wanted = ours.decode(z).sample
+    with ops.use_backend("torch"):
+        assert tiny.error(ours.decode(z, tile=4).sample, wanted) <= CLOSE
+
+
+def test_strips_need_no_whole_picture_between_levels(monkeypatch):
+    """What a convolution leaves has at most the rows of a strip and of its surroundings."""
+    ours, heights = pair()[1], []
+    original = tiled_decode.conv2d
+
+    def noted(m, x, **around):
+        y = original(m, x, **around)
+        heights.append(y.shape[2] / (2 if around.get("upsample") else 1))
+        return y
+
+    monkeypatch.setattr(tiled_decode, "conv2d", noted)
+    levels = 2 ** (len(ours.config.block_out_channels) - 1)
+    ours.decode(torch.randn(1, 4, 64, 32), tile=8)
+    inside = [height for height in heights[1:]]  # but for the first, at the latents' size
+    assert max(inside) <= 8 * levels + 4 * tiled_decode.REACH < 64 * levels
+
+
+def test_a_wrong_tile_is_refused():
+    ours, z = pair()[1], torch.randn(1, 4, 8, 8)
+    with pytest.raises(ValueError, match="decode: tile is 0, expected 1 or more rows"):
+        ours.decode(z, tile=0)
+    ours.decoder.up_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="up_blocks.0.resnets.0.conv1 cannot be run in strips, because it has hooks"):
+        ours.decode(z, tile=4)
+
+
+@torch.no_grad()
+def test_an_overflow_in_strips_is_decoded_again():
+    ours, z = overflowing(), torch.randn(1, 4, 8, 8).half()
+    with pytest.warns(UserWarning, match="overflowed; decoded again in float32"):
+        got = ours.decode(z, tile=4).sample
+    assert torch.isfinite(got).all() and got.dtype == torch.float16

@@ -3,8 +3,11 @@
 //
 //   for n, chunk of pixels, slab of channels of x1, then of x2:
 //     sums[n][chunk][c] = sum, squares about the chunk's mean             # as group_norm_silu's, channels_last
-//   for n, vector of channels: merge its chunks
-//   for n, group: merge its channels, which may lie in both; norm_scale[c], norm_shift[c]
+//   for n, channel: merge its chunks; for n, group: merge its channels, which may lie in both; all in double
+//     norm_scale[c], norm_shift[c] for its channels
+//
+// Chunks take the first of their own pixels as pivot and are merged in double, so that a picture that comes in strips
+// of whole chunks has the same moments, to the last bit of float32.
 #include "group_norm_silu_channels_last.h"
 
 namespace ldmfast {
@@ -26,7 +29,6 @@ struct Part {
   GroupNormSiluArgs g;
   Plan plan;
   int64_t sums() const { return g.C ? plan.chunks * plan.slabs : 0; }  // tasks of a sample
-  int64_t merges() const { return ceil_div(g.C, kLanes); }
   size_t floats() const { return g.C ? plan.bytes / 4 : 0; }
 };
 Part part(const GroupNormAffineArgs& a, bool second, float* workspace) {
@@ -38,11 +40,22 @@ Part part(const GroupNormAffineArgs& a, bool second, float* workspace) {
 
 // the moments of one channel over the pixels
 template <class T> void merge_channel(const Part& p, int64_t n, int64_t c, Moments& all) {
-  const float* sum = p.plan.sums + n * p.plan.chunks * 2 * p.g.C;
-  const int64_t at = slot<T>(c, p.g.C);
-  const T* pivot = (const T*)p.g.x + n * p.g.stride_xn;
-  const double offset = kPivot<T> ? (double)to_float(pivot[c]) : 0.0;
-  all.merge((double)p.g.P, sum[at] / (double)p.g.P + offset, sum[p.g.C + at]);
+  const GroupNormSiluArgs& g = p.g;
+  const float* sums = p.plan.sums + n * p.plan.chunks * 2 * g.C + slot<T>(c, g.C);
+  const T* x = (const T*)g.x + n * g.stride_xn + c;
+  const auto pixels = [&](int64_t i) { return (double)min64(kPixels, g.P - i * kPixels); };
+  const auto mean_of = [&](int64_t i) {
+    const double pivot = kPivot<T> ? (double)to_float(x[i * kPixels * g.stride_xp]) : 0.0;
+    return pivot + sums[i * 2 * g.C] / pixels(i);
+  };
+  double total = 0, squares = 0;
+  for (int64_t i = 0; i < p.plan.chunks; ++i) total += pixels(i) * mean_of(i);
+  const double mean = total / (double)g.P;
+  for (int64_t i = 0; i < p.plan.chunks; ++i) {
+    const double delta = mean_of(i) - mean;
+    squares += sums[(2 * i + 1) * g.C] + pixels(i) * delta * delta;
+  }
+  all.merge((double)g.P, mean, squares);
 }
 
 template <class T> void write_group(const GroupNormAffineArgs& a, const Part& x1, const Part& x2, int64_t i) {
@@ -52,6 +65,7 @@ template <class T> void write_group(const GroupNormAffineArgs& a, const Part& x1
     if (c < a.C1) merge_channel<T>(x1, n, c, all);
     else merge_channel<T>(x2, n, c - a.C1, all);
   }
+  a.moments[2 * i] = all.mean, a.moments[2 * i + 1] = all.m2 / all.count;
   const double scale = rstd(all, a.eps);
   for (int64_t c = first; c < first + D; ++c) {
     const auto [factor, shift] = modulation(a, scale, n, c);
@@ -63,7 +77,7 @@ template <class T> void write_group(const GroupNormAffineArgs& a, const Part& x1
 template <class T> void run(const GroupNormAffineArgs& a) {
   const Part x1 = part(a, false, a.workspace), x2 = part(a, true, a.workspace + x1.floats());
   const int64_t threads = a.N * (a.C1 + a.C2) * a.P > kSerial ? omp_get_max_threads() : 1;
-  const int64_t sums = x1.sums() + x2.sums(), merges = x1.merges() + x2.merges();
+  const int64_t sums = x1.sums() + x2.sums();
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
@@ -71,13 +85,7 @@ template <class T> void run(const GroupNormAffineArgs& a) {
       const bool second = i % sums >= x1.sums();
       const Part& p = second ? x2 : x1;
       const int64_t task = i % sums - (second ? x1.sums() : 0);
-      slab_sums<T>(p.g, p.plan, i / sums, task / p.plan.slabs, task % p.plan.slabs);
-    }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < a.N * merges; ++i) {
-      const bool second = i % merges >= x1.merges();
-      const Part& p = second ? x2 : x1;
-      merge_chunks(p.g, p.plan, i / merges, (i % merges - (second ? x1.merges() : 0)) * kLanes);
+      slab_sums<T>(p.g, p.plan, i / sums, task / p.plan.slabs, task % p.plan.slabs, true);
     }
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < a.N * a.groups; ++i) write_group<T>(a, x1, x2, i);

@@ -112,10 +112,12 @@ void channel_sums(const T* x, const T* pivot, int64_t pixels, int64_t stride, fl
 }
 
 template <class T>
-void slab_sums(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t chunk, int64_t slab) {
+void slab_sums(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t chunk, int64_t slab,
+               bool own_pivot = false) {
   const int64_t first = chunk * kPixels, pixels = min64(kPixels, g.P - first), end = min64(g.C, (slab + 1) * kSlab);
-  const T* pivot = (const T*)g.x + n * g.stride_xn;  // [C]
-  const T* x = pivot + first * g.stride_xp;          // [pixels, C]
+  const T* sample = (const T*)g.x + n * g.stride_xn;
+  const T* x = sample + first * g.stride_xp;   // [pixels, C]
+  const T* pivot = own_pivot ? x : sample;     // [C]
   float *sum = plan.sums + (n * plan.chunks + chunk) * 2 * g.C, *square = sum + g.C;
   int64_t c = slab * kSlab;
   for (; c + 2 * kPair <= end; c += 2 * kPair) {
