@@ -15,6 +15,7 @@ from torch import nn
 from ldmfast import ops
 from ldmfast.models.guard import plain
 from ldmfast.ops import native
+from ldmfast.ops.gradients.products import SLOW
 from ldmfast.ops.registry import chosen_backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,9 +80,17 @@ def folds(x: torch.Tensor) -> bool:
 
 
 def _kernel_takes(m: nn.Linear | nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether our kernel computes m(x), surroundings apart.
+
+    With gradients, a linear layer and a 1x1 convolution are torch's, where it multiplies the type: unfolded they gain
+    nothing (a denoiser's step in float32, two Zen 4 cores, medians of 8 in turn: 0.392 s so, 0.425 s with ours).
+    """
     if not plain(m) or m.weight.dtype != x.dtype or not _taken(x):
         return False
-    if type(m) is nn.Linear:
+    is_linear = type(m) is nn.Linear
+    if torch.is_grad_enabled() and x.dtype not in SLOW and (is_linear or m.kernel_size == (1, 1)):
+        return False
+    if is_linear:
         return True
     (k, _), (stride, _), (padding, _) = m.kernel_size, m.stride, m.padding
     square = (m.kernel_size, m.stride, m.padding) == ((k, k), (stride, stride), (padding, padding))

@@ -26,7 +26,8 @@ def pair():
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
 def slow(request, monkeypatch):
     """A dtype that torch is slow at, as on a processor with vectors of 8."""
-    monkeypatch.setattr(products, "SLOW", (request.param,))
+    for module in (products, layers):
+        monkeypatch.setattr(module, "SLOW", (request.param,))
     monkeypatch.setattr(native, "lanes", lambda: 8)
     return request.param
 
