@@ -91,6 +91,9 @@ def convolution_cases():
             everything = convolution(40, 35, H, W, C2=24, plain=False, norm="silu", exact=exact)
             yield Case(CV, f"odd-{H}x{W}{name}", convolution(37, 41, H, W, N=2, exact=exact))
             yield Case(CV, f"everything-{H}x{W}{name}", everything)
+    for sliced in (False, True):  # a 1x1 with nothing folded into it is a linear layer where pixels lie close
+        pixels = convolution(40, 35, 9, 7, N=2, k=1, output_scale=0.7, sliced=sliced)
+        yield Case(CV, f"pixels-{'sliced' if sliced else 'dense'}", pixels)
     for k in (1, 3):
         yield from _of_kernel(k)
 

@@ -1,12 +1,17 @@
 // out = (conv(act(norm(x))) + bias + add + residual) * output_scale, channels_last: the choice of its form.
 //
-//   1x1, stride 2, small pictures: direct (conv2d_direct.h)
+//   1x1 of stride 1 with nothing before it: linear (linear.cpp), a pixel a row
+//   other 1x1, stride 2, small pictures: direct (conv2d_direct.h)
 //   3x3 of stride 1: F(4x4, 3x3) or F(2x2, 3x3) (winograd.h)
 #include "winograd.h"
 #include "conv2d_direct.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
+
+size_t linear_workspace(const LinearArgs& a);
+void linear(const LinearArgs& a);
+
 namespace {
 
 // The form with the least vector operations for a pair of a vector of output channels and a word of input channels, the
@@ -19,6 +24,22 @@ template <class M> ConvForm form_of(const Conv2dArgs& a) {
   const int64_t four = 36 * a.N * ceil_div(a.Ho, 4) * ceil_div(a.Wo, 4) + 160;
   if (a.dtype == DType::kFloat32 && four < two && four < direct) return ConvForm::kF4;
   return two < direct ? ConvForm::kF2 : ConvForm::kDirect;
+}
+
+// Whether it is a product of the pixels as they lie.
+bool is_linear(const Conv2dArgs& a) {
+  const bool plain = a.kernel == 1 && a.stride == 1 && a.padding == 0 && a.upsample == 1;
+  const bool alone = a.C2 == 0 && !a.add && !a.norm_scale && (a.stride_wi == 1 || a.C1 == 1);
+  const bool rows = a.H == 1 || a.stride_x1h == a.W * a.stride_x1w;
+  return plain && alone && rows && (a.N == 1 || a.stride_x1n == a.H * a.W * a.stride_x1w);
+}
+LinearArgs linear_of(const Conv2dArgs& a) {
+  LinearArgs b = {};
+  b.x = a.x1, b.stride_x = a.stride_x1w, b.weight = a.weight, b.stride_w = a.stride_wo, b.bias = a.bias;
+  b.residual = a.residual, b.stride_residual = a.Co, b.out = a.out, b.stride_out = a.Co;
+  b.M = a.N * a.H * a.W, b.N = a.Co, b.K = a.C1;
+  b.activation = Activation::kNone, b.output_scale = a.output_scale, b.dtype = a.dtype, b.workspace = a.workspace;
+  return b;
 }
 
 template <class T> void run(const Conv2dArgs& a) {
@@ -43,12 +64,14 @@ template <class T> size_t floats_of(const Conv2dArgs& a) {
 
 size_t conv2d_workspace(const Conv2dArgs& a) {
   if (a.N * a.Ho * a.Wo * a.Co == 0) return 0;
+  if (is_linear(a)) return LDMFAST_ISA::linear_workspace(linear_of(a));
   if (a.dtype == DType::kFloat32) return 4 * floats_of<float>(a);
   return 4 * (a.dtype == DType::kBFloat16 ? floats_of<BFloat16>(a) : floats_of<Half>(a));
 }
 
 void conv2d(const Conv2dArgs& a) {
   if (a.N * a.Ho * a.Wo * a.Co == 0) return;
+  if (is_linear(a)) return LDMFAST_ISA::linear(linear_of(a));
   if (a.dtype == DType::kFloat32) return run<float>(a);
   if (a.dtype == DType::kBFloat16) return run<BFloat16>(a);
   return run<Half>(a);

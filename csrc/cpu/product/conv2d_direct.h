@@ -106,13 +106,23 @@ template <class M, class T> struct DirectConv {
     }
   }
 
-  void finish(int64_t m, int count, int64_t n, const float* sums, int64_t stride) const {
-    for (int r = 0; r < count; ++r, sums += stride) {
-      const int64_t image = (m + r) / (a.Ho * a.Wo), pixel = (m + r) % (a.Ho * a.Wo);
-      for (int j = 0; j < 2 && n + j * kLanes < a.Co; ++j) {
-        const int64_t o = n + j * kLanes;
-        write_output<T>(a, image, pixel, o, bias_of<T>(a, image, o), load(sums + j * kLanes));
+  template <bool kFull>
+  void finish(int64_t image, int64_t pixel, int64_t count, int64_t n, const float* sums, int64_t stride) const {
+    for (int j = 0; j < 2 && n + j * kLanes < a.Co; ++j) {
+      const int64_t o = n + j * kLanes;
+      const VecF bias = bias_of<T>(a, image, o);
+      for (int64_t r = 0; r < count; ++r) {
+        write_output<T, kFull>(a, image, pixel + r, o, bias, load(sums + r * stride + j * kLanes));
       }
+    }
+  }
+  void finish(int64_t m, int count, int64_t n, const float* sums, int64_t stride) const {
+    const int64_t pixels = a.Ho * a.Wo, end = m + count;
+    while (m < end) {  // an image at a time
+      const int64_t image = m / pixels, pixel = m % pixels, some = min64(end - m, pixels - pixel);
+      if (a.Co - n >= kTile) finish<true>(image, pixel, some, n, sums, stride);
+      else finish<false>(image, pixel, some, n, sums, stride);
+      m += some, sums += some * stride;
     }
   }
 };
