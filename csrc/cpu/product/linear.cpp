@@ -1,6 +1,7 @@
 // out = (act(norm(x) w^T + bias) + residual) * output_scale; see gemm.h for the product.
 //
 //   rows of the product: tokens; columns: output channels; depth: input channels, two a word where M::kPack is 2
+//   up to 4 rows: scalar products instead, without packing
 //   GEGLU: a tile of columns is kLanes of h beside kLanes of g, so that finish has both
 //   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed
 #include "epilogue.h"
@@ -106,6 +107,42 @@ template <class T> void row_statistics(const LinearArgs& a, int64_t m, float* to
   to[1] = 1.0f / __builtin_sqrtf(reduce_add(squares) / a.K + a.eps);
 }
 
+// A few rows: each output is a scalar product of two rows as they lie, so that the weight is read once and not packed.
+constexpr int kFewRows = 4;
+
+template <class M, class T, int kR> void few_rows_tile(const Linear<M, T>& source, int64_t n) {
+  constexpr int kAbreast = 4;
+  constexpr int64_t kStep = kLanes * M::kPack;
+  const LinearArgs& a = source.a;
+  const T* x = (const T*)a.x;
+  float sums[kR * kTile] = {};
+  for (int64_t j = 0; j < kTile && n + j < a.N; j += kAbreast) {
+    VecF sum[kR][kAbreast] = {};
+    const T* w[kAbreast];
+    for (int i = 0; i < kAbreast; ++i) w[i] = (const T*)a.weight + min64(n + j + i, a.N - 1) * a.stride_w;
+    const auto step = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+      for (int r = 0; r < kR; ++r) {
+        const VecF y = M::words(x + r * a.stride_x + k, count);
+        for (int i = 0; i < kAbreast; ++i) sum[r][i] = M::dot(sum[r][i], y, M::words(w[i] + k, count));
+      }
+    };
+    int64_t k = 0;
+    for (; k + kStep <= a.K; k += kStep) step(k, kStep);
+    if (k < a.K) step(k, a.K - k);
+    for (int r = 0; r < kR; ++r) for (int i = 0; i < kAbreast; ++i) sums[r * kTile + j + i] = reduce_add(sum[r][i]);
+  }
+  source.finish(0, kR, n, sums, kTile);
+}
+template <class M, class T, int kR = kFewRows> void few_rows(const Linear<M, T>& source, int64_t threads) {
+  const LinearArgs& a = source.a;
+  if (a.M == kR) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t n = 0; n < a.N; n += kTile) few_rows_tile<M, T, kR>(source, n);
+  } else if constexpr (kR > 1) {
+    few_rows<M, T, kR - 1>(source, threads);
+  }
+}
+
 Plan linear_plan(const LinearArgs& a, int pack) {
   const int64_t words = ceil_div(a.K, pack), block = even_block(words);
   const int64_t columns = a.activation == Activation::kGeglu ? ceil_div(a.N, kLanes) * kTile : a.N;
@@ -115,6 +152,9 @@ Plan linear_plan(const LinearArgs& a, int pack) {
 template <class T> void run(const LinearArgs& a) {
   using M = typename MathOf<T>::type;
   const Plan p = linear_plan(a, M::kPack);
+  if (a.M <= kFewRows && !a.normalised && a.activation != Activation::kGeglu) {
+    return few_rows(Linear<M, T>{a, 0, nullptr}, p.split.threads);
+  }
   float* stats = (float*)a.workspace + p.split.threads * p.scratch;
   if (a.normalised) {
 #pragma omp parallel for num_threads(p.split.threads) if (p.split.threads > 1)
