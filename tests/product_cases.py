@@ -66,6 +66,7 @@ def linear_cases():
     yield Case(LI, "one-row-1280x320", layer(1, K=1280, N=320, activation="silu"))
     for M in (1, 2, 3, 4):
         yield Case(LI, f"{M}-rows", layer(M, K=75, N=45, activation="silu", output_scale=0.7))
+    yield Case(LI, "long-rows", layer(2, 19, K=1300, N=70, activation="gelu"))
     yield Case(LI, "vector", lambda dtype, N=1: ((randn(40, dtype=dtype), randn(24, 40, dtype=dtype)), {}))
     yield Case(LI, "empty", layer(0, 7, K=40, N=24))
     yield Case(LI, "no-outputs", layer(3, K=4, N=0))

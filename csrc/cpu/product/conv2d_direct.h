@@ -37,6 +37,7 @@ template <class M, class T> struct DirectConv {
     return M::join(input_of<T>(a, run, n, p, i), M::kPack == 2 ? input_of<T>(a, run, n, p, i + kLanes) : VecF{});
   }
 
+  const float* rows_in_place(int64_t, int64_t, int64_t&) const { return nullptr; }
   // a panel of output pixels, each [taps, groups of the block] words
   void rows(int64_t m, int rows, int64_t block, float* to) const {
     const int64_t begin = first(block), all = count(block), inside = groups_of<M>(a.C1) - begin;

@@ -38,6 +38,17 @@ template <class M, class T> struct Linear {
     }
   }
 
+  // Where they are words as they stand, with AVX-512: 1 to 3 % faster on Zen 4. Not where rows would put each other out
+  // of the first-level cache (64 sets of 8 lines); a copy is by 2 to 5 % faster for 4096 x 320, by 1 to 2 % with AVX2.
+  const float* rows_in_place(int64_t m, int64_t i, int64_t& stride) const {
+    constexpr bool kWords = kLanes == 16 && sizeof(T) * M::kPack == 4;
+    if (!kWords || a.normalised || a.K <= 320 * M::kPack || a.K % M::kPack || a.stride_x % M::kPack) return nullptr;
+    stride = a.stride_x / M::kPack;
+    int64_t sets = 64;
+    for (int64_t lines = stride / 16; sets > 1 && lines % 2 == 0; lines /= 2) sets /= 2;
+    if (stride % 16 == 0 && ceil_div(kRows, sets) > 4) return nullptr;
+    return (const float*)((const T*)a.x + m * a.stride_x + from(i));
+  }
   void rows(int64_t m, int count, int64_t i, float* to) const {
     const T* x = (const T*)a.x + m * a.stride_x + from(i);
     for (int r = 0; r < count; ++r, to += kPart) {

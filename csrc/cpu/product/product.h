@@ -1,6 +1,6 @@
 // The loops around gemm.h's kernel: tasks, blocks, panels, tiles.
 #pragma once
-#include "gemm.h"
+#include "in_place.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -67,6 +67,7 @@ LDMFAST_INLINE float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) / 
 
 // Source has:
 //   int64_t words(block)                                  the words of a block of the depth
+//   const float* rows_in_place(first, block, stride)      the words of a row and the stride to the next, or null:
 //   void rows(first, count, block, to)                    packs a panel [parts, kRows, kPart]
 //   void columns(first, block, to)                        packs a tile of columns [words, kTile]
 //   void finish(row, rows, column, sums, stride_sums)     writes a tile
@@ -82,11 +83,20 @@ template <class M, class Source> void run_task(const Plan& p, const Source& sour
     for (int64_t n = n0; n < n1; n += kTile) source.columns(n, block, columns + (n - n0) * words);
     for (int64_t m = m0; m < m1; m += kRows) {
       const int rows = (int)min64(kRows, m1 - m);
-      source.rows(m, rows, block, panel);
+      int64_t stride_a = 0;
+      const float* a = source.rows_in_place(m, block, stride_a);
+      if (!a) source.rows(m, rows, block, panel);
+      const Ahead next(a, stride_a, words, m1 - m - kRows, ceil_div(n1 - n0, kTile));
       for (int64_t n = n0; n < n1; n += kTile) {
         float* c = p.blocks > 1 ? sums + (m - m0) * s.columns + (n - n0) : sums;
         const int64_t stride = p.blocks > 1 ? s.columns : kTile;
-        multiply_rows<M>(rows, panel, columns + (n - n0) * words, words, block > 0, c, stride);
+        const float* b = columns + (n - n0) * words;
+        if (a) {
+          next.fetch((n - n0) / kTile);
+          multiply_rows_in_place<M>(rows, a, stride_a, b, words, block > 0, c, stride);
+        } else {
+          multiply_rows<M>(rows, panel, b, words, block > 0, c, stride);
+        }
         if (block == p.blocks - 1) source.finish(m, rows, n, c, stride);
       }
     }
