@@ -180,7 +180,7 @@ op.backends["cpu"].refuses(lambda x, *others: "K is 0: there is nothing to sum" 
 
 def _sizes(x, weight, bias, residual, activation, output_scale, norm_weight, norm_bias, eps):
     folded = (residual is not None) + (activation != "none") + (eps is not None)
-    return {"M": x.shape[:-1].numel(), "lanes": native.lanes(), "folded": folded}
+    return {"M": x.shape[:-1].numel(), "lanes": native.lanes(), "tiles": native.tiles(), "folded": folded}
 
 
 speeds.register(op, _sizes)

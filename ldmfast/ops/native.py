@@ -62,6 +62,12 @@ def lanes() -> int:
     return {"generic": 4, "avx2": 8}.get(module("cpu").active_isa(), 16)
 
 
+@functools.cache
+def tiles() -> int:
+    """1 where the processor multiplies 16-bit types by tiles (AMX): oneDNN uses them, our kernels do not."""
+    return int(torch.cpu._is_amx_tile_supported())
+
+
 def place(tensor: torch.Tensor) -> tuple[int, int, Callable[[int], torch.Tensor]]:
     """Where a launcher runs: the device's index, the raw stream, and what allocates bytes there for its workspace.
 

@@ -67,6 +67,7 @@ _PRODUCTS = (
     ("linear", "one or two rows", (("M", 0, 2),), ("0.27-0.90", None)),
 )
 _GENERIC = (("lanes", 0, 4),)
+_TILES = "a processor with AMX: 8 times the products of AVX512-BF16 a cycle, whatever is folded"
 SLOWER = (
     # the kernel without tensor cores, which computes the scores D / 64 times
     Slower("attention", "cuda", "torch", _WIDE, (("D", 257, ANY),), SIXTEEN),
@@ -89,6 +90,7 @@ SLOWER = (
             ("linear", "bfloat16", torch.bfloat16, "0.12-0.49"),
         )
     ),
+    *(Slower(op, "cpu", "torch", _TILES, (("tiles", 1, 1),), SIXTEEN) for op in ("conv2d", "linear")),
     Slower("group_norm_silu_backward", "cuda", "triton", "H100, [2, 320, 64, 64] float16: 25-35 us against 15 us"),
 )
 

@@ -136,3 +136,35 @@ def test_torch_normalises_and_activates_nothing_of_the_network():
         ours(**tiny.inputs(ours))
     assert {"ldmfast::conv2d", "ldmfast::group_norm_affine"} <= names.seen
     assert not {"aten::native_group_norm", "aten::native_layer_norm", "aten::gelu", "aten::add.Tensor"} & names.seen
+
+
+EDITED = (
+    "down_blocks.0.resnets.0.conv1",
+    "down_blocks.0.resnets.0.norm2",
+    "mid_block.attentions.0.proj_in",
+    "conv_out",
+)
+
+
+def test_a_single_element_that_is_changed_through_data_counts_at_once():
+    """Nothing that was made of a weight outlives the call, so nothing can go stale."""
+    stock, ours = pair()
+    arguments = tiny.inputs(stock)
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    names = (*EDITED, f"{block}.attn2.to_k", f"{block}.norm3", f"{block}.ff.net.0.proj", "time_embedding.linear_1")
+    with torch.no_grad():
+        before = ours(**arguments).sample
+        for name in names:
+            for model in (stock, ours):
+                model.get_submodule(name).weight.data.view(-1)[3] += 5.0
+            wanted, found = stock(**arguments).sample, ours(**arguments).sample
+            assert tiny.error(found, wanted) <= 1e-5 < tiny.error(found, before)
+            before = found
+
+
+def test_weights_stay_as_stock_lays_them_out():
+    stock, ours = pair()
+    with torch.no_grad():
+        ours(**tiny.inputs(ours))
+    for mine, theirs in zip(ours.parameters(), stock.parameters(), strict=True):
+        assert mine.stride() == theirs.stride()

@@ -391,6 +391,15 @@ def test_a_convolution_is_left_to_onednn_where_it_is_faster(shape, named, dtype,
     assert ("slower here: torch is faster (measured: Zen 4" in said) == (runs == "torch")
 
 
+def test_sixteen_bits_are_left_to_a_processor_with_tiles(monkeypatch):
+    monkeypatch.setattr("ldmfast.ops.native.tiles", lambda: 1)
+    for dtype, runs in ((torch.bfloat16, "torch"), (torch.float32, "cpu")):
+        args = OPS["conv2d"].normalise(x(1, 64, 32, 32).to(dtype), x(64, 64, 3, 3).to(dtype), padding=1)
+        assert OPS["conv2d"].select(args).name == runs
+        args = OPS["linear"].normalise(x(77, 32).to(dtype), w1.to(dtype))
+        assert OPS["linear"].select(args).name == runs
+
+
 def test_a_row_of_a_linear_layer_is_left_to_blas(monkeypatch):
     monkeypatch.setattr("ldmfast.ops.native.lanes", lambda: 16)
     for rows, dtype, runs in ((1, torch.float32, "torch"), (77, torch.float32, "cpu"), (1, torch.float16, "cpu")):
