@@ -31,7 +31,7 @@ def test_guided_step(benchmark, batch, dtype):
         uncond, cond = output.chunk(2)
         return stock.step(uncond + GUIDANCE * (cond - uncond), t, sample)
 
-    seconds, before = measure_in_turn(benchmark, lambda: ours.step(output, t, sample, guidance=GUIDANCE), eager)
+    seconds, before, _ = measure_in_turn(benchmark, lambda: ours.step(output, t, sample, guidance=GUIDANCE), eager)
     amount, shape = 5 * sample.numel() * dtype.itemsize, f"{batch}x4x64x64 guided"
     add_row(benchmark, Row("DDIMScheduler", "diffusers", shape, name_of(dtype), before, amount, "GB/s"))
     add_row(benchmark, Row("DDIMScheduler", "ldmfast", shape, name_of(dtype), seconds, amount, "GB/s", eager=before))

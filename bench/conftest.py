@@ -18,6 +18,34 @@ def pytest_configure(config):
     config.addinivalue_line("python_files", "bench_*.py")
     config.option.benchmark_quiet = True  # the table below stands in for pytest-benchmark's
 
+    config.pluginmanager.register(Progress(config), "ldmfast progress")
+
+
+class Progress:
+    """A line a row, with the seconds since the beginning, in place of pytest's letters."""
+
+    def __init__(self, config):
+        self.config, self.shown, self.left_out = config, 0, []
+
+    def pytest_runtest_setup(self, item):
+        from timing import BUDGET, elapsed
+
+        if elapsed() >= BUDGET:
+            self.left_out.append(item.name)
+            pytest.skip(f"not measured: the {BUDGET:.0f} s of this run are over")
+
+    def pytest_report_teststatus(self, report):
+        if report.when == "call" and report.passed or report.skipped:
+            return ("skipped" if report.skipped else "passed"), "", ""
+
+    def pytest_runtest_logreport(self, report):
+        from timing import ROWS, elapsed
+
+        for row in ROWS[self.shown :]:
+            text = "  ".join(filter(None, [*row.line, row.note]))
+            self.config.get_terminal_writer().line(f"{elapsed():5.0f} s  {text}", flush=True)
+        self.shown = len(ROWS)
+
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(machine())
@@ -57,8 +85,8 @@ def machine() -> dict:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter):
-    from timing import ROWS, table
+def pytest_terminal_summary(terminalreporter, config):
+    from timing import ROWS, elapsed, table
 
     if not ROWS:
         return
@@ -66,5 +94,8 @@ def pytest_terminal_summary(terminalreporter):
     for key, value in machine().items():
         terminalreporter.line(f"{key}: {value}")
     terminalreporter.line("of roof: of the copy (GB/s, same bytes) or matrix product (TFLOP/s, same dtype) of this run")
+    terminalreporter.line(
+        f"{elapsed():.0f} s in all; a row has a note where something was left out or is measured once"
+    )
     for line in table():
         terminalreporter.line(line)
