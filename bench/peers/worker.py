@@ -4,9 +4,10 @@ bench/peers/compare.py starts it and writes a line of JSON for each wish, and re
 
     {"prepare": {"work": "unet", "dtype": "bfloat16", "size": 64, "batch": 1, "cache": "build/peers"}}
                      -> {"output": the file with what it computed, "prepare_s": ..., "first_s": ...}
-    {"run": true}    -> {"seconds": ...}
+    {"run": true}    -> {"seconds": ..., "idle_cpu_s": what it took of the processor while the others ran}
 
-Memory is the most that the process has held, in MiB, weights included. Networks have random weights of one seed.
+`prepare_mib` is the most that the process has held until its first call is done, `memory_mib` in the calls after it:
+pages in memory, weights and those of mapped files included. Networks have random weights of one seed.
 """
 
 from __future__ import annotations
@@ -73,15 +74,17 @@ def compiled(work: str, dtype: torch.dtype, **others) -> Callable:
     return torch.compile(stock(work, dtype))
 
 
-def openvino(work: str, dtype: torch.dtype, cache: str, **others) -> Callable:
+def openvino(work: str, dtype: torch.dtype, cache: str, inputs: tuple, **others) -> Callable:
     """OpenVINO at the precision of dtype."""
     import openvino
 
-    kept = converted(work, cache)
     core = openvino.Core()
+    network = core.read_model(converted(work, cache))
+    # its file takes any size; sizes that it knows beforehand are what it is fastest at
+    network.reshape({port: list(given.shape) for port, given in zip(network.inputs, inputs, strict=True)})
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    network = core.compile_model(kept, "CPU", {**settings, "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    network = core.compile_model(network, "CPU", {**settings, "INFERENCE_NUM_THREADS": torch.get_num_threads()})
 
     def call(*inputs):
         found = network([tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in inputs])
@@ -111,14 +114,15 @@ ENGINES = {"stock": stock, "compile": compiled, "ldmfast": ldmfast, "openvino": 
 
 def picture(engine: Callable, dtype: torch.dtype, size: int, batch: int, **named) -> Callable[[], torch.Tensor]:
     """20 DDIM steps with guidance and the decoding, without the text encoder."""
-    unet, vae = (engine(work=work, dtype=dtype, **named) for work in ("unet", "vae"))
+    given = {"unet": example("unet", 2 * batch, size, dtype), "vae": example("vae", batch, size, dtype)}
+    unet, vae = (engine(work=work, dtype=dtype, inputs=inputs, **named) for work, inputs in given.items())
     ours = engine is ldmfast
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
     if ours:
         from ldmfast import DDIMScheduler
     else:
         from diffusers import DDIMScheduler
-    start, _, context = example("unet", 2 * batch, size, dtype)
+    start, _, context = given["unet"]
     start = start[:batch]
 
     def run():
@@ -140,37 +144,57 @@ def prepared(engine: Callable, work: str, dtype: str, size: int, batch: int, cac
     dtype = getattr(torch, dtype)
     if work == "picture":
         return picture(engine, dtype, size, batch, cache=cache)
-    call, inputs = engine(work=work, dtype=dtype, cache=cache), example(work, batch, size, dtype)
+    inputs = example(work, batch, size, dtype)
+    call = engine(work=work, dtype=dtype, cache=cache, inputs=inputs)
     return lambda: call(*inputs)
 
 
 def peak_memory() -> float:
-    """MiB that this process has held at most: its own pages, not those of files that it has mapped."""
+    """MiB that this process has held at most since `forget_peak`."""
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
-    return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
+    return round(int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024, 1)
+
+
+def forget_peak() -> None:
+    """The most that was held begins anew (proc(5), clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # memory_mib then has the preparation in it
+
+
+def first_answer(engine: Callable, wish: dict) -> tuple[Callable, dict]:
+    """(what a round calls, the answer to `prepare`)"""
+    begin = time.perf_counter()
+    run = prepared(engine, **wish)
+    ready = time.perf_counter()
+    output = run()
+    first = time.perf_counter()
+    path = Path(wish["cache"]) / f"{engine.__name__}.pt"
+    torch.save(output.float(), path)
+    answer = {"output": str(path), "prepare_s": round(ready - begin, 3), "first_s": round(first - ready, 4)}
+    answer["prepare_mib"] = peak_memory()
+    forget_peak()
+    return run, answer
 
 
 @torch.inference_mode()
 def serve(engine: Callable, answers) -> None:
-    run = None
+    run, rest = None, None
     for wish in map(json.loads, iter(sys.stdin.readline, "")):
-        begin = time.perf_counter()
         if "convert" in wish:
             answer = {"file": str(converted(**wish["convert"]))}
         elif "prepare" in wish:
-            run = prepared(engine, **wish["prepare"])
-            ready = time.perf_counter() - begin
-            output = run()
-            first = time.perf_counter() - begin - ready
-            path = Path(wish["prepare"]["cache"]) / f"{engine.__name__}.pt"
-            torch.save(output.float(), path)
-            answer = {"output": str(path), "prepare_s": round(ready, 3), "first_s": round(first, 4)}
+            run, answer = first_answer(engine, wish["prepare"])
         else:
+            idle = 0.0 if rest is None else time.process_time() - rest
+            begin = time.perf_counter()
             run()
-            answer = {"seconds": time.perf_counter() - begin}
-        print(json.dumps({**answer, "memory_mib": round(peak_memory(), 1)}), file=answers, flush=True)
+            answer = {"seconds": time.perf_counter() - begin, "idle_cpu_s": round(idle, 3), "memory_mib": peak_memory()}
+        rest = time.process_time()
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def main() -> None:

@@ -1,0 +1,114 @@
+"""A peer's process: started, asked, ended; and which of them memory holds at the same time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent.parent
+CACHE = BENCH.parent / "build" / "peers"
+PARAMETERS = {"unet": 860e6, "vae": 84e6, "picture": 944e6, "sdxl": 2567e6}
+ACTIVATIONS = {"unet": 0.7, "sdxl": 0.7, "vae": 3.0, "picture": 3.0}  # GiB at 64x64, at most
+
+
+class Failed(Exception):
+    """Why an engine is left out, as a clause."""
+
+
+@dataclass
+class Engine:
+    """A running worker. Raises Failed where it ends or does not answer in `patience` seconds."""
+
+    name: str
+    patience: float
+    command: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    cache: Path = CACHE
+
+    def __post_init__(self):
+        if not self.command:
+            kind, _, version = self.name.partition("-")
+            self.command = [sys.executable, str(BENCH / "peers" / "worker.py"), kind]
+            if version:
+                where = self.cache / self.name
+                if not (where / "openvino").is_dir():
+                    raise Failed(f"is not installed in {where}")
+                self.environment = {"PYTHONPATH": str(where)}
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self.log = self.cache / f"{self.name}.log"
+        with self.log.open("w") as log:
+            environment = {**os.environ, **self.environment}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            self.process = subprocess.Popen(self.command, **pipes, env=environment, text=True)
+
+    def ask(self, wish: dict) -> dict:
+        timer = threading.Timer(self.patience, self.process.kill)
+        timer.start()
+        begin = time.perf_counter()
+        try:
+            self.process.stdin.write(json.dumps(wish) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
+        if line:
+            return json.loads(line)
+        if time.perf_counter() - begin >= self.patience:
+            raise Failed(f"took longer than {self.patience:.0f} s")
+        if self.process.wait() == -9:
+            raise Failed("was ended by the system, which lacks memory, it seems")
+        lines = self.log.read_text().strip().splitlines() or ["no reason given"]
+        raise Failed(f"failed: {lines[-1][:200]}")
+
+    def close(self) -> None:
+        """Ends the process; it may have ended by itself, with a wish that it did not read."""
+        self.process.kill()
+        self.process.wait()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
+        self.process.stdout.close()
+
+
+def available() -> float:
+    """GiB of memory that may still be taken."""
+    text = Path("/proc/meminfo").read_text()
+    return int(text.partition("MemAvailable:")[2].split()[0]) / 2**20
+
+
+def needs(name: str, job: dict) -> tuple[float, float]:
+    """GiB that an engine holds when it is ready, and how much more while it prepares; an estimate from its weights."""
+    full = PARAMETERS[job["work"]] * 4 / 2**30
+    weights = full if job["dtype"] == "float32" else full / 2
+    copies = 1.0 if name in ("stock", "ldmfast") else 2.0  # frozen, or laid out anew beside a mapped file
+    held = copies * weights + 0.6 + job["batch"] * (job["size"] / 64) ** 2 * ACTIVATIONS[job["work"]]
+    return held, full * 1.1 - weights + (weights if name == "compile" else 0.0)
+
+
+def groups(names: list[str], job: dict, memory: float) -> tuple[list[list[str]], list[str]]:
+    """(engines that memory, in GiB, holds together, stock and ldmfast in each group; those that it does not hold)."""
+    first, missing, found = [name for name in ("stock", "ldmfast") if name in names], [], []
+
+    def fits(group):
+        held = [needs(name, job) for name in group]
+        return sum(ready for ready, _ in held) + max((more for _, more in held), default=0.0) <= 0.9 * memory
+
+    if not fits(first):
+        return [], names
+    for name in (name for name in names if name not in first):
+        if found and fits([*found[-1], name]):
+            found[-1].append(name)
+        elif fits([*first, name]):
+            found.append([*first, name])
+        else:
+            missing.append(name)
+    return found or ([first] if first else []), missing
