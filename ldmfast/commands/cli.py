@@ -12,6 +12,7 @@
     ldmfast convert model.ckpt model/
     ldmfast study run/study
     ldmfast doctor
+    ldmfast report bench1.json bench2.json -o report.html
 
 A mistake in what was asked is answered with one sentence and exit code 2.
 """
@@ -42,10 +43,20 @@ def main(argv=None):
 
 
 def parser():
-    from ldmfast.commands import convert, data, doctor, evaluate, evaluate_autoencoders, sample, study, train
+    from ldmfast.commands import (
+        bench_report,
+        convert,
+        data,
+        doctor,
+        evaluate,
+        evaluate_autoencoders,
+        sample,
+        study,
+        train,
+    )
 
     top = argparse.ArgumentParser("ldmfast", description="Latent diffusion with fused kernels.")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for family in (sample, evaluate, evaluate_autoencoders, train, data, convert, study, doctor):
+    for family in (sample, evaluate, evaluate_autoencoders, train, data, convert, study, doctor, bench_report):
         family.add(commands)
     return top
