@@ -93,12 +93,14 @@ def test_step(benchmark, make, config, dtype):
     stock = stock_of(kind, ours)
     amount = operations(copy.deepcopy(stock).to(device()), loss)
     first, second = step_of(ours, loss, dtype), step_of(stock, loss, dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(ours, 1), loss(stock, 1), rtol=2e-2, atol=0)
     shape, name = f"{'x'.join(map(str, config.channels))} batch {config.batch}", f"train {make.__name__}"
-    torch.testing.assert_close(first(1), second(1), rtol=2e-2, atol=0)  # the loss of one sample
-    notes = [borne(step, rows_of(config.batch), PATIENCE, sure=2) for step in (first, second)]
-    if notes[0]:
-        add_row(benchmark, Row(name, "ldmfast", shape, name_of(dtype), None, amount, "TFLOP/s", note=notes[0]))
-        pytest.skip(notes[0])
-    seconds, eager, once = measure_in_turn(benchmark, first, None if notes[1] else second, seconds=SECONDS)
-    add_row(benchmark, Row(name, "diffusers", shape, name_of(dtype), eager, amount, "TFLOP/s", note=notes[1] or once))
+    parts = rows_of(config.batch)
+    if note := borne(first, parts, PATIENCE, sure=2):
+        add_row(benchmark, Row(name, "ldmfast", shape, name_of(dtype), None, amount, "TFLOP/s", note=note))
+        pytest.skip(note)
+    note = borne(second, parts, PATIENCE, sure=2)
+    seconds, eager, once = measure_in_turn(benchmark, first, None if note else second, seconds=SECONDS)
+    add_row(benchmark, Row(name, "diffusers", shape, name_of(dtype), eager, amount, "TFLOP/s", note=note or once))
     add_row(benchmark, Row(name, "ldmfast", shape, name_of(dtype), seconds, amount, "TFLOP/s", eager=eager))

@@ -13,12 +13,12 @@ import time
 import networks
 import pytest
 import torch
-from timing import Row, TooSlow, add_row, bear, device, measure_in_turn, name_of
+from timing import BUDGET, Row, TooSlow, add_row, bear, device, elapsed, measure_in_turn, name_of
 
 from ldmfast.models.unet import UNet
 
 DTYPES = (torch.float16, torch.bfloat16) if device() == "cuda" else (torch.bfloat16, torch.float32)
-PATIENCE, SECONDS = 20, 45  # of one pass, of all of a dtype's
+PATIENCE, SECONDS = 15, 30  # of one pass, of all of a dtype's
 BATCH = 2 if device() == "cuda" else 1
 
 
@@ -32,7 +32,7 @@ def test_unet(benchmark, dtype):
     note = passed(stock, arguments)
     try:
         parts = {16: 1 / 16, 32: 1 / 4}
-        bear(lambda size: ours(**networks.inputs(BATCH, dtype, device(), size=size)), parts, PATIENCE, sure=4)
+        bear(lambda size: ours(**networks.inputs(BATCH, dtype, device(), size=size)), parts, 2 * PATIENCE, sure=4)
     except TooSlow as reason:
         add_row(benchmark, Row("unet", "ldmfast", shape, name_of(dtype), None, amount, "TFLOP/s", note=str(reason)))
         pytest.skip(str(reason))
@@ -45,12 +45,13 @@ def test_unet(benchmark, dtype):
 
 def passed(model, arguments) -> str:
     """Why a pass of the model is not to be waited for, or an empty string: it is cut short between two layers."""
+    limit = min(PATIENCE, max(0.0, BUDGET - elapsed()))
     begin, layers, done = time.perf_counter(), [m for m in model.modules() if not [*m.children()]], 0
 
     def look(module, given):
         nonlocal done
         done += 1
-        if (took := time.perf_counter() - begin) > PATIENCE:
+        if (took := time.perf_counter() - begin) > limit:
             raise TooSlow(f"not measured: cut short in layer {done} of {len(layers)}, after {took:.0f} s")
 
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
