@@ -18,7 +18,7 @@ from timing import BUDGET, Row, TooSlow, add_row, bear, device, elapsed, measure
 from ldmfast.models.unet import UNet
 
 DTYPES = (torch.float16, torch.bfloat16) if device() == "cuda" else (torch.bfloat16, torch.float32)
-PATIENCE, SECONDS = 15, 30  # of one pass, of all of a dtype's
+PATIENCE, SECONDS = 20, 30  # of one pass, of all of a dtype's
 BATCH = 2 if device() == "cuda" else 1
 
 
