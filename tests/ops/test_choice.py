@@ -1,0 +1,144 @@
+"""Which backend an op takes: what is slower here is the last choice, and what was measured or estimated so is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldmfast import ops
+from ldmfast.ops import registry
+from ldmfast.ops.registry import OPS
+
+cv, w1 = ops.conv2d, torch.zeros(64, 32)
+
+
+def x(*shape):
+    return torch.randn(*shape)
+
+
+@pytest.fixture
+def fake_op():
+    """Three backends of one tensor, none of which refuses."""
+    from ldmfast.ops.registry import Choice
+
+    op = Choice("fake")
+    for name in ("cuda", "triton", "torch"):
+        op.backend(name)(lambda tensor, name=name: name)
+    return op
+
+
+@pytest.mark.parametrize(
+    "refuse, slower, runs",
+    [
+        ((), (), "cuda"),
+        ((), ("cuda",), "triton"),
+        (("triton",), ("cuda",), "torch"),
+        ((), ("cuda", "triton"), "torch"),
+        (("torch",), ("cuda", "triton"), "cuda"),  # no other is left: the best of the slow ones
+        (("cuda", "torch"), ("triton",), "triton"),
+    ],
+)
+def test_a_slower_backend_is_the_last_choice(fake_op, refuse, slower, runs):
+    for name in refuse:
+        fake_op.backends[name].refuses(lambda tensor: "not today")
+    for name in slower:
+        fake_op.backends[name].slower(lambda tensor: "torch is faster")
+    assert fake_op.select([x(1)]).name == runs
+
+
+def test_a_named_backend_runs_though_it_is_slower(fake_op):
+    fake_op.backends["cuda"].slower(lambda tensor: "torch is faster")
+    assert fake_op.select([x(1)], "cuda").name == "cuda"
+    with ops.use_backend("cuda"):
+        assert fake_op.select([x(1)]).name == "cuda"
+
+
+def on_a_gpu(op, monkeypatch, arch):
+    """Tensors of the CPU are taken for a GPU's, of this architecture."""
+    monkeypatch.delitem(op.backends, "cpu")
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(op.backends[name], "devices", None)
+        monkeypatch.setattr(op.backends[name], "conditions", [])
+    monkeypatch.setattr(op, "_automatic", {})
+    monkeypatch.setattr("ldmfast.ops.speeds.architecture", lambda device: arch)
+
+
+@pytest.mark.parametrize(
+    "arch, D, S, dtype, runs",
+    [
+        (90, 40, 4096, torch.float16, "cuda"),
+        (90, 64, 4096, torch.float16, "torch"),
+        (90, 128, 1024, torch.bfloat16, "torch"),
+        (90, 64, 77, torch.float16, "cuda"),  # a prompt's keys
+        (90, 64, 4096, torch.float32, "cuda"),
+        (80, 64, 4096, torch.float16, "cuda"),
+        (80, 256, 16, torch.float16, "cuda"),
+        (80, 512, 16, torch.bfloat16, "torch"),  # Triton refuses it
+        (80, 512, 16, torch.float32, "cuda"),
+        (None, 64, 4096, torch.float16, "cuda"),
+    ],
+)
+def test_attention_leaves_to_sdpa_what_it_does_faster(arch, D, S, dtype, runs, monkeypatch):
+    op = OPS["attention"]
+    on_a_gpu(op, monkeypatch, arch)
+    monkeypatch.setattr(
+        op.backends["triton"], "conditions", [lambda q, *others: "over 256" if q.shape[3] > 256 else None]
+    )
+    q, k = torch.empty(1, 1, 1, D, dtype=dtype), torch.empty(1, S, 1, D, dtype=dtype)
+    assert op.select((q, k, k, 1.0, None)).name == runs
+    said = ops.explain(ops.attention, q, k, k)
+    assert ("slower here: torch is faster (an estimate, not measured: H100" in said) == (runs == "torch")
+    assert f"{runs:<10} runs" in said
+    asked = ops.explain(ops.attention, q, k, k, backend="cuda")
+    assert ("cuda       runs (asked for), slower here" in asked) == (runs == "torch")
+
+
+@pytest.mark.parametrize(
+    "shape, named, dtype, lanes, runs",
+    [
+        ((64, 64, 3), {"padding": 1}, torch.float32, 16, "cpu"),
+        ((64, 64, 3), {"padding": 1}, torch.bfloat16, 16, "cpu"),
+        ((64, 64, 1), {}, torch.float32, 8, "torch"),
+        ((64, 64, 1), {}, torch.bfloat16, 16, "torch"),
+        ((64, 64, 1), {}, torch.bfloat16, 8, "cpu"),  # oneDNN has no bfloat16 there
+        ((64, 64, 1), {}, torch.float16, 16, "cpu"),
+        ((64, 64, 1), {"stride": 2}, torch.float32, 16, "cpu"),  # 16x16: laying the weight out costs oneDNN more
+        ((64, 64, 1), {"upsample": 2}, torch.float32, 16, "cpu"),  # the enlarged picture is not written
+        ((4, 64, 3), {"padding": 1}, torch.float32, 16, "torch"),
+        ((64, 4, 3), {"padding": 1}, torch.bfloat16, 16, "torch"),
+        ((64, 64, 3), {"padding": 1}, torch.bfloat16, 4, "torch"),
+        ((64, 64, 3), {"padding": 1}, torch.float32, 4, "cpu"),
+    ],
+)
+def test_a_convolution_is_left_to_onednn_where_it_is_faster(shape, named, dtype, lanes, runs, monkeypatch):
+    monkeypatch.setattr("ldmfast.ops.native.lanes", lambda: lanes)
+    Ci, Co, k = shape
+    args = OPS["conv2d"].normalise(x(1, Ci, 32, 32).to(dtype), x(Co, Ci, k, k).to(dtype), **named)
+    assert OPS["conv2d"].select(args).name == runs
+    said = ops.explain(cv, *args[:2], **named)
+    assert ("slower here: torch is faster (measured: Zen 4" in said) == (runs == "torch")
+
+
+def test_sixteen_bits_are_left_to_a_processor_with_tiles(monkeypatch):
+    monkeypatch.setattr("ldmfast.ops.native.tiles", lambda: 1)
+    for dtype, runs in ((torch.bfloat16, "torch"), (torch.float32, "cpu")):
+        args = OPS["conv2d"].normalise(x(1, 64, 32, 32).to(dtype), x(64, 64, 3, 3).to(dtype), padding=1)
+        assert OPS["conv2d"].select(args).name == runs
+        args = OPS["linear"].normalise(x(77, 32).to(dtype), w1.to(dtype))
+        assert OPS["linear"].select(args).name == runs
+
+
+def test_a_row_of_a_linear_layer_is_left_to_blas(monkeypatch):
+    monkeypatch.setattr("ldmfast.ops.native.lanes", lambda: 16)
+    for rows, dtype, runs in ((1, torch.float32, "torch"), (77, torch.float32, "cpu"), (1, torch.float16, "cpu")):
+        args = OPS["linear"].normalise(x(rows, 32).to(dtype), w1.to(dtype))
+        assert OPS["linear"].select(args).name == runs
+
+
+def test_group_norms_gradient_is_tritons_where_triton_runs(monkeypatch):
+    op = registry.BACKWARD_OPS["group_norm_silu_backward"]
+    on_a_gpu(op, monkeypatch, 90)
+    args = (x(1, 8, 2, 2), x(1, 8, 2, 2), None, None, 2, 1e-5, True, None, None, None)
+    assert op.select(args).name == "triton"
+    monkeypatch.setattr(op.backends["triton"], "conditions", [lambda *args: "triton is not installed"])
+    assert op.select(args).name == "cuda"  # not the reference: it was compared with Triton
