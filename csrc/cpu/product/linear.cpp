@@ -4,6 +4,7 @@
 //   up to 4 rows: scalar products instead, without packing
 //   GEGLU: a tile of columns is kLanes of h beside kLanes of g, so that finish has both
 //   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed
+#include "../norm/layer_norm.h"
 #include "epilogue.h"
 #include "product.h"
 
@@ -103,21 +104,6 @@ template <class M, class T> struct Linear {
   }
 };
 
-// mean and 1 / deviation of a row, in two passes
-template <class T> void row_statistics(const LinearArgs& a, int64_t m, float* to) {
-  const T* x = (const T*)a.x + m * a.stride_x;
-  VecF sum = {}, squares = {};
-  for (int64_t k = 0; k < a.K; k += kLanes) sum += load_upto(x + k, a.K - k);
-  const float mean = reduce_add(sum) / a.K;
-  for (int64_t k = 0; k < a.K; k += kLanes) {
-    VecF d = load_upto(x + k, a.K - k) - mean;
-    for (int64_t i = a.K - k; i < kLanes; ++i) d[i] = 0.0f;
-    squares += d * d;
-  }
-  to[0] = mean;
-  to[1] = 1.0f / __builtin_sqrtf(reduce_add(squares) / a.K + a.eps);
-}
-
 // A few rows: each output is a scalar product of two rows as they lie, so that the weight is read once and not packed.
 constexpr int kFewRows = 4;
 
@@ -169,7 +155,9 @@ template <class T> void run(const LinearArgs& a) {
   float* stats = (float*)a.workspace + p.split.threads * p.scratch;
   if (a.normalised) {
 #pragma omp parallel for num_threads(p.split.threads) if (p.split.threads > 1)
-    for (int64_t m = 0; m < a.M; ++m) row_statistics<T>(a, m, stats + 2 * m);
+    for (int64_t m = 0; m < a.M; ++m) {
+      row_statistics((const T*)a.x + m * a.stride_x, a.K, a.eps, stats[2 * m], stats[2 * m + 1]);
+    }
   }
   run_product<M>(p, Linear<M, T>{a, p.block_words, stats}, (float*)a.workspace);
 }
