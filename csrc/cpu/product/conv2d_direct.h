@@ -107,6 +107,15 @@ template <class M, class T> struct DirectConv {
     }
   }
 
+  bool straight(int64_t m, int64_t n) const {
+    const int64_t pixels = a.Ho * a.Wo;
+    return n + kTile <= a.Co && m / pixels == (m + kRows - 1) / pixels;
+  }
+  Straight<T> to(int64_t m, int64_t n) const {
+    const int64_t image = m / (a.Ho * a.Wo), at = m * a.Co + n;
+    return {(T*)a.out + at, a.residual ? (const T*)a.residual + at : nullptr, a.Co, a.Co,
+            {bias_of<T>(a, image, n), bias_of<T>(a, image, n + kLanes)}, a.output_scale};
+  }
   template <bool kFull>
   void finish(int64_t image, int64_t pixel, int64_t count, int64_t n, const float* sums, int64_t stride) const {
     for (int j = 0; j < 2 && n + j * kLanes < a.Co; ++j) {

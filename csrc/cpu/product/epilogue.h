@@ -33,6 +33,21 @@ template <bool kFull = false, class T> LDMFAST_INLINE void store_upto(T* p, VecF
   else store_first(p, x, n);
 }
 
+// (sums + bias + residual) * scale of a tile of a product, straight from the registers: by 3 % faster than by way of a
+// tile of sums (4096 x 320 -> 320 in bfloat16, Zen 4), where a store waits for a load by 12 %.
+template <class T> struct Straight {
+  T* out;             // of the tile's first row and column
+  const T* residual;  // likewise, or null
+  int64_t stride_out, stride_residual;
+  VecF bias[2];
+  float scale;
+  __attribute__((always_inline)) void operator()(float*, int r, int j, VecF y) const {
+    y += bias[j];
+    if (residual) y += load(residual + r * stride_residual + j * kLanes);
+    store(out + r * stride_out + j * kLanes, y * scale);
+  }
+};
+
 }  // namespace
 }  // namespace LDMFAST_ISA
 }  // namespace ldmfast

@@ -67,9 +67,15 @@ LDMFAST_INLINE VecF broadcast(const float* p) {
   return (VecF)splat_u(bits);
 }
 
-// c[kR, kV * kLanes] = a b, or += it: of a [parts, kRows, kPart] and b [words, kV * kLanes]
-template <class M, int kR, int kV>
-void multiply(const float* a, const float* b, int64_t words, bool add, float* c, int64_t stride_c) {
+// Where a vector of sums goes from its register: to c, unless something else is wanted.
+struct Keep {
+  __attribute__((always_inline)) void operator()(float* to, int, int, VecF y) const { store(to, y); }
+};
+
+// a b, of a [parts, kRows, kPart] and b [words, kV * kLanes], and c [kR, kV * kLanes] added to it; see Keep.
+template <class M, int kR, int kV, class Finish = Keep>
+void multiply(const float* a, const float* b, int64_t words, bool add, float* c, int64_t stride_c,
+              const Finish& finish = {}) {
   VecF sum[kR][kV] = {};
   if (add) {
     for (int r = 0; r < kR; ++r) for (int j = 0; j < kV; ++j) __builtin_prefetch(c + r * stride_c + j * kLanes);
@@ -94,7 +100,7 @@ void multiply(const float* a, const float* b, int64_t words, bool add, float* c,
 #pragma GCC unroll 2
     for (int j = 0; j < kV; ++j) {
       float* to = c + r * stride_c + j * kLanes;
-      store(to, add ? load(to) + sum[r][j] : sum[r][j]);
+      finish(to, r, j, add ? load(to) + sum[r][j] : sum[r][j]);
     }
   }
 }

@@ -7,9 +7,9 @@ namespace LDMFAST_ISA {
 namespace {
 
 // multiply of gemm.h with the rows of a stride_a words apart
-template <class M, int kR, int kV>
+template <class M, int kR, int kV, class Finish = Keep>
 void multiply_in_place(const float* a, int64_t stride_a, const float* b, int64_t words, bool add, float* c,
-                       int64_t stride_c) {
+                       int64_t stride_c, const Finish& finish = {}) {
   constexpr int kAbreast = 3;  // rows beside a pointer, reached by the stride and twice the stride
   constexpr int kPointers = (kR + kAbreast - 1) / kAbreast;
   VecF sum[kR][kV] = {};
@@ -36,7 +36,7 @@ void multiply_in_place(const float* a, int64_t stride_a, const float* b, int64_t
 #pragma GCC unroll 2
     for (int j = 0; j < kV; ++j) {
       float* to = c + r * stride_c + j * kLanes;
-      store(to, add ? load(to) + sum[r][j] : sum[r][j]);
+      finish(to, r, j, add ? load(to) + sum[r][j] : sum[r][j]);
     }
   }
 }

@@ -67,6 +67,13 @@ template <class M, class T> struct Linear {
     }
   }
 
+  bool straight(int64_t, int64_t n) const { return a.activation == Activation::kNone && n + kTile <= a.N; }
+  Straight<T> to(int64_t m, int64_t n) const {
+    const T* residual = a.residual ? (const T*)a.residual + m * a.stride_residual + n : nullptr;
+    const T* bias = (const T*)a.bias + n;
+    return {(T*)a.out + m * a.stride_out + n, residual, a.stride_out, a.stride_residual,
+            {a.bias ? load(bias) : VecF{}, a.bias ? load(bias + kLanes) : VecF{}}, a.output_scale};
+  }
   template <bool kFull> void write(int64_t m, int64_t n, VecF y) const {
     if (a.residual) y += load_upto<kFull>((const T*)a.residual + m * a.stride_residual + n, a.N - n);
     store_upto<kFull>((T*)a.out + m * a.stride_out + n, y * a.output_scale, a.N - n);

@@ -71,6 +71,7 @@ LDMFAST_INLINE float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) / 
 //   void rows(first, count, block, to)                    packs a panel [parts, kRows, kPart]
 //   void columns(first, block, to)                        packs a tile of columns [words, kTile]
 //   void finish(row, rows, column, sums, stride_sums)     writes a tile
+//   bool straight(row, column), Straight<T> to(row, column)    whether and how a whole tile is written from the registers
 template <class M, class Source> void run_task(const Plan& p, const Source& source, int64_t task, float* scratch) {
   const Split& s = p.split;
   const int64_t m0 = task % s.row_tasks * s.rows, m1 = min64(p.M, m0 + s.rows);
@@ -91,13 +92,20 @@ template <class M, class Source> void run_task(const Plan& p, const Source& sour
         float* c = p.blocks > 1 ? sums + (m - m0) * s.columns + (n - n0) : sums;
         const int64_t stride = p.blocks > 1 ? s.columns : kTile;
         const float* b = columns + (n - n0) * words;
+        const bool last = block == p.blocks - 1;
+        if (a) next.fetch((n - n0) / kTile);
+        if (last && rows == kRows && source.straight(m, n)) {
+          const auto finish = source.to(m, n);
+          if (a) multiply_in_place<M, kRows, 2>(a, stride_a, b, words, block > 0, c, stride, finish);
+          else multiply<M, kRows, 2>(panel, b, words, block > 0, c, stride, finish);
+          continue;
+        }
         if (a) {
-          next.fetch((n - n0) / kTile);
           multiply_rows_in_place<M>(rows, a, stride_a, b, words, block > 0, c, stride);
         } else {
           multiply_rows<M>(rows, panel, b, words, block > 0, c, stride);
         }
-        if (block == p.blocks - 1) source.finish(m, rows, n, c, stride);
+        if (last) source.finish(m, rows, n, c, stride);
       }
     }
   }
