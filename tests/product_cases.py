@@ -87,6 +87,13 @@ def convolution_cases():
     yield Case(CV, "decoder-64x48", convolution(64, 64, 64, 48, norm="silu"), big=True)
     yield Case(CV, "in-4-to-320", convolution(4, 320, 8, 8))
     yield Case(CV, "out-320-to-4", convolution(320, 4, 8, 8, norm="silu"))
+    for Co in (1, 2, 3, 6, 8):  # to few channels; the last strip of pixels is of 5
+        everything = convolution(35, Co, 11, 37, N=2, C2=5, norm="silu", plain=False, padding=Co % 3)
+        yield Case(CV, f"few-out-{Co}", everything)
+    yield Case(CV, "few-out-enlarged", convolution(24, 4, 5, 18, N=2, upsample=2, norm="affine", sliced=True))
+    for Ci in (1, 3, 8):
+        yield Case(CV, f"few-in-{Ci}", convolution(Ci, 41, 9, 13, N=2, stride=1 + Ci % 2, plain=False, padding=Ci % 3))
+    yield Case(CV, "few-in-and-out", convolution(3, 5, 7, 9, N=2, upsample=2, plain=False))
     yield Case(CV, "1280-2x2", convolution(1280, 32, 2, 2))
     # from direct over F(2x2, 3x3) to F(4x4, 3x3), as the pictures grow
     for name, exact in (("", False), ("-exact", True)):

@@ -2,9 +2,11 @@
 //
 //   1x1 of stride 1 with nothing before it: linear (linear.cpp), a pixel a row
 //   other 1x1, stride 2, small pictures: direct (conv2d_direct.h)
+//   3x3 of a few channels: direct forms that do not fill them up (conv2d_few_inputs.h, conv2d_few_outputs.h)
 //   3x3 of stride 1: F(4x4, 3x3) or F(2x2, 3x3) (winograd.h)
 #include "winograd.h"
-#include "conv2d_direct.h"
+#include "conv2d_few_inputs.h"
+#include "conv2d_few_outputs.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -19,8 +21,7 @@ namespace {
 template <class M> ConvForm form_of(const Conv2dArgs& a) {
   if (a.kernel != 3 || a.stride != 1) return ConvForm::kDirect;
   if (a.form != ConvForm::kAuto) return a.form;
-  // 128 -> 3 at 512x512 in bfloat16, two Zen 4 cores: direct 75 ms, F(2, 3) 264; in float32 178, F(4, 3) 68
-  if (M::kPack == 2 && a.Co <= kLanes) return ConvForm::kDirect;
+  if (has_few_inputs(a) || has_few_outputs(a)) return ConvForm::kDirect;
   const int64_t direct = 9 * a.N * a.Ho * a.Wo + 60;
   const int64_t two = 16 * a.N * ceil_div(a.Ho, 2) * ceil_div(a.Wo, 2) + 100 * M::kPack;
   const int64_t four = 36 * a.N * ceil_div(a.Ho, 4) * ceil_div(a.Wo, 4) + 160;
@@ -49,7 +50,10 @@ template <class T> void run(const Conv2dArgs& a) {
   switch (form_of<M>(a)) {
     case ConvForm::kF4: return run_winograd<M, T, 4>(a);
     case ConvForm::kF2: return run_winograd<M, T, 2>(a);
-    default: return run_direct<M, T>(a);
+    default:
+      if (has_few_outputs(a)) return run_few_outputs<M, T>(a);
+      if (has_few_inputs(a)) return run_few_inputs<M, T>(a);
+      return run_direct<M, T>(a);
   }
 }
 
@@ -58,7 +62,9 @@ template <class T> size_t floats_of(const Conv2dArgs& a) {
   switch (form_of<M>(a)) {
     case ConvForm::kF4: return winograd_plan<M, 4>(a).floats;
     case ConvForm::kF2: return winograd_plan<M, 2>(a).floats;
-    default: return direct_floats<M, T>(a);
+    default:
+      if (has_few_outputs(a)) return few_outputs_floats<M, T>(a);
+      return has_few_inputs(a) ? few_inputs_floats<M, T>(a) : direct_floats<M, T>(a);
   }
 }
 

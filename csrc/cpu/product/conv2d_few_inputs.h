@@ -1,0 +1,57 @@
+// A 3x3 convolution of a few input channels: one matrix product whose depth is [channels, taps], as a weight has them.
+//
+// The forms by groups of channels would fill 4 channels up to 16 or 32.
+#pragma once
+#include "conv2d_direct.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+constexpr int64_t kFewInputs = 8;
+
+inline bool has_few_inputs(const Conv2dArgs& a) {
+  return a.kernel == 3 && a.C1 <= kFewInputs && a.C2 == 0 && !a.norm_scale && taps_together(a);
+}
+
+template <class M, class T> struct FewInputs : DirectConv<M, T> {
+  using DirectConv<M, T>::a;
+  int64_t elements() const { return a.C1 * 9; }
+  int64_t words(int64_t) const { return ceil_div(elements(), M::kPack); }
+
+  void rows(int64_t m, int rows, int64_t, float* to) const {
+    const Group all = {false, 0, 0, a.C1};
+    T row[kFewInputs * 9];
+    for (int r = 0; r < rows; ++r, to += kPart) {
+      const int64_t n = (m + r) / (a.Ho * a.Wo), pixel = (m + r) % (a.Ho * a.Wo);
+      const int64_t y = pixel / a.Wo * a.stride - a.padding, x = pixel % a.Wo * a.stride - a.padding;
+      for (int64_t t = 0; t < 9; ++t) {
+        const T* p = pixel_of<T>(a, all, n, y + t / 3, x + t % 3);
+        for (int64_t c = 0; c < a.C1; ++c) row[c * 9 + t] = p ? p[c] : T{};
+      }
+      pack_row<M>(row, elements(), row, to);
+    }
+  }
+  void columns(int64_t n, int64_t, float* to) const {
+    for (int64_t j = 0; j < 2; ++j, n += kLanes) {
+      const T* w = (const T*)a.weight + n * a.stride_wo;
+      pack_transposed<M>(w, a.stride_wo, max64(0, a.Co - n), elements(), to + j * kLanes, kTile);
+    }
+  }
+};
+
+template <class M> Plan few_inputs_plan(const Conv2dArgs& a) {
+  const int64_t depth = a.C1 * 9;
+  return plan_of(a.N * a.Ho * a.Wo, a.Co, 1, ceil_div(depth, M::kPack), depth);
+}
+template <class M, class T> size_t few_inputs_floats(const Conv2dArgs& a) {
+  const Plan p = few_inputs_plan<M>(a);
+  return (size_t)(p.split.threads * p.scratch);
+}
+template <class M, class T> void run_few_inputs(const Conv2dArgs& a) {
+  run_product<M>(few_inputs_plan<M>(a), FewInputs<M, T>{{a, 1, 1}}, (float*)a.workspace);
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast
