@@ -14,6 +14,7 @@
 #include <omp.h>
 
 #include "attention_tiles.h"
+#include "transpose.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -64,13 +65,13 @@ Plan plan_of(const AttentionArgs& a, int pack) {
 
 // to[depth, kLanes] = the words of kLanes rows; rows from valid on are zero
 template <class M, class T> void interleave(const T* from, int64_t stride, int64_t valid, int64_t D, float* to) {
-  float words[kLanes];
-  for (int64_t w = 0; w * M::kPack < D; w += kLanes) {
-    const int64_t count = min64(kLanes, ceil_div(D, M::kPack) - w);
-    for (int row = 0; row < kLanes; ++row) {
-      store(words, row < valid ? M::words(from + row * stride + w * M::kPack, D - w * M::kPack) : VecF{});
-      for (int64_t i = 0; i < count; ++i) to[(w + i) * kLanes + row] = words[i];
-    }
+  for (int64_t d = 0; d < D; d += kLanes * M::kPack, to += kLanes * kLanes) {
+    VecF words[kLanes];
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) words[row] = row < valid ? M::words(from + row * stride + d, D - d) : VecF{};
+    transpose(words);
+    const int64_t count = min64(kLanes, ceil_div(D - d, M::kPack));
+    for (int64_t i = 0; i < count; ++i) store(to + i * kLanes, words[i]);
   }
 }
 
