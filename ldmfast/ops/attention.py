@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_tensors, short
+from ldmfast.ops.dispatcher import transformed
 from ldmfast.ops.operator import Op
 
 NAME = "attention"
@@ -51,7 +52,7 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask:
     for name, tensor, meaning in (("q", q, "[N, L, H, D]"), ("k", k, "[N, S, H, D]"), ("v", v, "[N, S, H, D]")):
         if tensor.dim() != 4:
             raise ValueError(f"{NAME}: {name} has shape {list(tensor.shape)}, expected {meaning}")
-        if tensor.stride(3) != 1 and tensor.shape[3] > 1:
+        if tensor.stride(3) != 1 and tensor.shape[3] > 1 and not transformed():
             raise ValueError(f"{NAME}: {name} has stride {tensor.stride(3)} in D, expected 1; call .contiguous()")
     require_float(NAME, "q", q)
     require_dtype(NAME, (q.dtype,), k=k, v=v)

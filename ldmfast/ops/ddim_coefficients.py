@@ -7,14 +7,17 @@ import math
 
 import torch
 
+from ldmfast.ops.dispatcher import transformed
+
 NAME = "ddim_step"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def number_on_host(value: float | torch.Tensor) -> float | None:
-    """The value as a float, or None where reading it would need a device or it differs by sample."""
+    """The value as a float, or None where it differs by sample, or reading it would need a device or lose a tangent."""
     if isinstance(value, torch.Tensor):
-        return value.item() if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad else None
+        readable = value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad and not transformed()
+        return value.item() if readable else None
     return float(value)
 
 

@@ -10,6 +10,7 @@ import torch
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_float, require_shape, require_tensors, short
 from ldmfast.ops.ddim_coefficients import NAME, PREDICTIONS, coefficient_table, coefficients_of, number_on_host
+from ldmfast.ops.dispatcher import vmapped
 from ldmfast.ops.operator import Op
 
 
@@ -110,7 +111,9 @@ def check(
 
 
 def memory_layout(sample: torch.Tensor) -> torch.memory_format:
-    if not sample.is_contiguous() and sample.dim() == 4 and sample.is_contiguous(memory_format=torch.channels_last):
+    if sample.is_contiguous() or sample.dim() != 4 or vmapped():
+        return torch.contiguous_format
+    if sample.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 

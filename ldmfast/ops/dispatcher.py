@@ -1,4 +1,4 @@
-"""Whether a call must ask PyTorch's dispatcher, or may leave it out."""
+"""Who watches a call: whether it must ask PyTorch's dispatcher, and whether its values are more than numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,33 @@ from torch.nn import Parameter
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
 _functorch_level = torch._C._functorch.maybe_current_level
+_functorch_layers = torch._C._functorch.get_interpreter_stack
+_VMAP = torch._C._functorch.TransformType.Vmap
 _tracing = torch._C._get_tracing_state
 _profiling = torch.autograd._profiler_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
+
+
+@torch.compiler.assume_constant_result  # traced frames are guarded on both levels
+def transformed() -> bool:
+    """Whether forward-mode AD or one of torch.func's transforms (grad, vjp, jvp, vmap) watches.
+
+    Tensors may then hold tangents or a hidden batch, which a kernel that reads memory would lose. Also for a frame that
+    torch.compile traces.
+    """
+    return _functorch_level() is not None or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def vmapped() -> bool:
+    """Whether one of these transforms is vmap, under which tensors have no memory format but the contiguous one."""
+    return any(layer.key() == _VMAP for layer in _functorch_layers() or ())
+
+
+def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """x in this layout, or as it is under vmap."""
+    return x if vmapped() else x.contiguous(memory_format=layout)
 
 
 def dispatcher_needed(args: tuple) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ldmfast.ops import native, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.dispatcher import laid_out
 from ldmfast.ops.operator import Op
 
 NAME = "group_norm_silu"
@@ -136,7 +137,7 @@ def _reference(x, weight, bias, groups, eps, silu, add, scale, shift):
     y = F.silu(y) if silu else y
     if y.numel() == 0:
         return empty_output(x).copy_(y)  # keeps autograd's way back
-    return y.contiguous(memory_format=memory_layout(x))
+    return laid_out(y, memory_layout(x))
 
 
 def _ncp_strides(x: torch.Tensor) -> tuple[int, int, int] | None:

@@ -6,6 +6,10 @@ opaque call. Which backend runs it is registry.py's business.
 An op's gradient is an op of its own, `<name>_backward`, chosen in the same way: autograd calls it with the name that
 the forward was given, if any. Autograd differentiates the reference's formula instead where the choice is `torch`, for
 a second derivative, and for an input that the backward op has no gradient for (its file says which).
+
+Forward-mode AD and torch.func's transforms (grad, vjp, jvp, vmap) go through the reference's formula whichever backend
+is chosen, named or not: a kernel sees neither tangents nor a hidden batch. A named backend is still asked, and refuses
+as ever.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldmfast.ops.dispatcher import dispatcher_needed
+from ldmfast.ops.dispatcher import dispatcher_needed, transformed
 from ldmfast.ops.registry import BACKWARD_OPS, OPS, Choice, chosen_backend
 
 LIBRARY = torch.library.Library("ldmfast", "DEF")
@@ -78,7 +82,7 @@ class Op(Choice):
             if not dispatcher_needed(args):
                 return self.run(*args)
             if torch.is_grad_enabled() and _only_autograd_watches(args):
-                return _Recorded.apply(*args, self)
+                return _Recorded.apply(*args, self, self.run)
         return self._operator(*args)
 
     def run(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -94,7 +98,8 @@ class Op(Choice):
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         name = f"ldmfast::{self.name}"
         torch.library.register_fake(name, self._fake, lib=LIBRARY)
-        torch.library.register_autograd(name, self._backward, setup_context=self._save, lib=LIBRARY)
+        LIBRARY.impl(self.name, self._autograd_kernel, "Autograd", with_keyset=True)
+        LIBRARY.impl(self.name, self._formula, "FuncTorchBatchedDecomposition")  # vmap
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             LIBRARY.impl(self.name, self._autocast_kernel(key, device), key)
         self._operator = getattr(torch.ops.ldmfast, self.name).default
@@ -115,6 +120,32 @@ class Op(Choice):
 
         return kernel
 
+    def _autograd_kernel(self, keyset, *args):
+        """What stands between autograd and the op, for reverse mode, forward mode and torch.func's layers of both."""
+        if transformed():
+            return self._formula(*args)
+
+        def below(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return _Recorded.apply(*args, self, below)
+        return below(*args)
+
+    def _formula(self, *args):
+        """The reference's formula, for PyTorch to transform operation by operation."""
+        *args, name = args
+        self.check(*args)
+        if name or chosen_backend():
+            self.select(args, name)  # raises if it refuses
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):  # vmap comes before autocast
+            args = self._autocast(torch.get_autocast_dtype(device), *args)
+        # SDPA's fused kernels have no forward mode and no second derivative
+        with torch.autocast(device, enabled=False), sdpa_kernel(SDPBackend.MATH):
+            return self.reference(*args)
+
     def _save(self, ctx, inputs, output) -> None:
         tensors = [value if isinstance(value, torch.Tensor) else None for value in inputs]
         ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
@@ -131,17 +162,21 @@ class Op(Choice):
         *args, backend = args
         needed = ctx.needs_input_grad[: len(args)]
         found = None
-        if self._gradient is not None and not torch.is_grad_enabled():
+        plain = not (torch.is_grad_enabled() or transformed() or any(map(_batched, grads)))
+        if self._gradient is not None and plain:
             found = self._gradient(grads, args, saved[len(others) :], needed, backend)
         if found is None:
-            found = self._differentiate(grads, args, needed)
+            found = self._differentiate(grads, args, needed, plain)
         return *found, None
 
-    def _differentiate(self, grads, args, needed) -> tuple:
-        """The reference's formula, recomputed from the saved inputs and differentiated by autograd."""
+    def _differentiate(self, grads, args, needed, plain) -> tuple:
+        """The reference's formula, recomputed from the saved inputs and differentiated by autograd.
+
+        plain  neither is there a second derivative, nor does a transform watch
+        """
         second_order = torch.is_grad_enabled()
-        # SDPA's fused kernels have no second derivative
-        kernels = sdpa_kernel(SDPBackend.MATH) if second_order else contextlib.nullcontext()
+        # SDPA's fused kernels have no second derivative, no forward mode and no batched gradient
+        kernels = contextlib.nullcontext() if plain else sdpa_kernel(SDPBackend.MATH)
         with torch.enable_grad(), torch.autocast(args[0].device.type, enabled=False), kernels:
             inputs = list(args)
             for i in (i for i, wanted in enumerate(needed) if wanted):
@@ -161,17 +196,22 @@ def _only_autograd_watches(args) -> bool:
         return not dispatcher_needed(args)
 
 
+def _batched(grad) -> bool:
+    """Whether it is a row of gradients, by the older vmap of torch.autograd.grad(is_grads_batched=True)."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 class _Recorded(torch.autograd.Function):
-    """An op's call with its gradient, without the way through PyTorch's dispatcher and torch.library."""
+    """An op's call with its gradient. The last two arguments: the op, and what computes its value from the others."""
 
     @staticmethod
     def forward(ctx, *args):
-        *args, op = args
-        output = op.run(*args)
+        *args, op, compute = args
+        output = compute(*args)
         op._save(ctx, args, output)
         ctx.op = op
         return output
 
     @staticmethod
     def backward(ctx, *grads):
-        return *ctx.op._backward(ctx, *grads), None
+        return *ctx.op._backward(ctx, *grads), None, None
