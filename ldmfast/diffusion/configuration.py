@@ -6,6 +6,10 @@ from typing import Any
 
 import diffusers
 
+from ldmfast.models.index_names import record_stock_names
+
+record_stock_names()  # every scheduler of ours imports this file
+
 
 def as_it_is(scheduler: diffusers.SchedulerMixin) -> dict[str, Any]:
     """The configuration with what was changed since it was made.

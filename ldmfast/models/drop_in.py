@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ldmfast.models import guard
+from ldmfast.models.index_names import record_stock_names
 from ldmfast.models.weight_files import check_folder, check_loaded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+record_stock_names()
 
 
 class DropIn:

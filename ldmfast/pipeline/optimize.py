@@ -24,7 +24,5 @@ def optimize(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeli
         *most, last = (*catalogue.NETWORKS, *catalogue.SCHEDULERS)
         raise ValueError(f"{type(pipeline).__name__} has no {', '.join(most)} or {last} to take over")
     for name, component in taken.items():
-        saved_as = pipeline.config[name]
-        setattr(pipeline, name, component)
-        pipeline.register_to_config(**{name: saved_as})  # so that model_index.json names diffusers' class
+        setattr(pipeline, name, component)  # models/index_names.py: model_index.json goes on naming diffusers' class
     return pipeline
