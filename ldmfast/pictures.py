@@ -1,27 +1,101 @@
-"""Pictures as people have them (PIL, files, grids, tensors) and as networks do: [N, 3, H, W] in [-1, 1]."""
+"""Pictures as people have them (PIL, files, grids, tensors) and as networks do: [N, 3, H, W] in [-1, 1].
+
+One rule for every picture that comes in, from a collection, to begin at, or as a mask (`rgb`, `grey`): the first of
+several in a file, turned upright as its EXIF says; 16-bit values scaled to 8 bits; what is transparent laid on white,
+in a mask on black (white is where to draw, and what is not there is not to be drawn).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ldmfast.files import replacing
+from ldmfast.files import first_line, replacing
 
 Images: TypeAlias = Image.Image | torch.Tensor | Sequence[Image.Image | torch.Tensor]  # of a call: one for all, or N
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
+def read(path: str | Path, convert: Callable[[Image.Image, str], Image.Image] | None = None) -> Image.Image:
+    """The picture in a file as `convert` makes it: `rgb` unless given, or `grey`.
+
+    Raises FileNotFoundError, and ValueError naming a file that is no picture, is damaged or is a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with Image.open(path) as picture:
+                found = (convert or rgb)(picture, str(path))
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # on damaged files Pillow's readers raise what their parsing comes upon
+        raise ValueError(f"{path} is not a picture that can be read: {first_line(error)}") from error
+    for each in said:  # Pillow's, which leave out which file it was
+        warnings.warn(f"{path}: {each.message}", each.category, stacklevel=2)
+    return found
+
+
+def rgb(picture: Image.Image, name: str = "the picture") -> Image.Image:
+    """Any PIL picture as RGB of 8 bits, upright, what is transparent laid on white.
+
+    Integers and floats that have no range of their own (modes I and F) are taken to run to the least of 1 (floats
+    alone), 255 and 65535 that holds them all. Raises ValueError naming `name` for values beyond.
+    """
+    return _opaque(picture, "white", "RGB", name)
+
+
+def grey(picture: Image.Image, name: str = "the picture") -> Image.Image:
+    """As `rgb`, for masks: L, what is transparent laid on black."""
+    return _opaque(picture, "black", "L", name)
+
+
+def _opaque(picture, ground, mode, name):
+    picture = _eight_bits(ImageOps.exif_transpose(picture), picture.format, name)
+    try:
+        if picture.has_transparency_data:
+            picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
+        return picture.convert(mode)
+    except ValueError as error:
+        raise ValueError(f"{name}: {first_line(error)}") from error
+
+
+def _eight_bits(picture, kind, name):
+    """16-bit, 32-bit and float grey scaled to L, or LA where one value is transparent; others as they are.
+
+    kind  the file format: Pillow reads 16 bits of PNG and PPM as mode I, too
+    """
+    if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
+        return picture
+    values, transparent = np.asarray(picture), picture.info.get("transparency")
+    ranges = (1, 255, 65535) if picture.mode == "F" else (255, 65535)
+    if picture.mode.startswith("I;16") or kind in ("PNG", "PPM"):
+        ranges = (65535,)
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    full = next((most for most in ranges if low >= 0 and high <= most), None)
+    if full is None:
+        raise ValueError(
+            f"{name}: its values run from {low:.4g} to {high:.4g} (mode {picture.mode}), expected 0 to "
+            f"{' or '.join(map(str, ranges))}"
+        )
+    scaled = Image.fromarray(np.rint(values * np.float32(255 / full)).astype(np.uint8))
+    if transparent is None:
+        return scaled
+    return Image.merge("LA", (scaled, Image.fromarray((values != transparent).astype(np.uint8) * 255)))
+
+
 def picture_tensor(picture, name="image"):
     """A PIL picture, or a tensor [3, H, W] in [-1, 1], as the latter. Raises TypeError or ValueError naming `name`."""
     if isinstance(picture, Image.Image):
-        array = np.asarray(picture.convert("RGB"), dtype=np.float32)
+        array = np.asarray(rgb(picture, name), dtype=np.float32)
         return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
     _require_tensor(picture, name, 3)
     if picture.numel() and (picture.min() < -1.001 or picture.max() > 1.001):
@@ -32,7 +106,7 @@ def picture_tensor(picture, name="image"):
 def mask_tensor(mask, name="mask"):
     """A PIL picture (white where to draw) or a tensor [1, H, W] in [0, 1], as zeros and ones [1, H, W]."""
     if isinstance(mask, Image.Image):
-        values = torch.from_numpy(np.asarray(mask.convert("L"), dtype=np.float32) / 255)[None]
+        values = torch.from_numpy(np.asarray(grey(mask, name), dtype=np.float32) / 255)[None]
     else:
         _require_tensor(mask, name, 1)
         values = mask.float()

@@ -64,10 +64,6 @@ def _boxes(path):
 
 
 def _map(path):
-    from PIL import Image, UnidentifiedImageError
+    from ldmfast.pictures import read
 
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture that can be read") from error
+    return read(path)

@@ -55,13 +55,13 @@ def _add_image_options(made):
 
 
 def run(arguments):
-    from ldmfast.pictures import grid, writing
+    from ldmfast.pictures import grey, grid, rgb, writing
 
     for name in ("number", "scale", "columns", "preview_every"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    image, mask = (_read(path, arguments.size) for path in (arguments.image, arguments.mask))
+    image, mask = _read(arguments.image, arguments.size, rgb), _read(arguments.mask, arguments.size, grey)
     with writing(arguments.output) as write, contextlib.ExitStack() as after:
         pipe = pipeline(arguments, shipped.ASSETS / (shipped.SCENES if conditions.given(arguments) else shipped.TEXT))
         asked = _inputs(arguments, pipe)
@@ -115,14 +115,15 @@ def _with_prompts(given, prompts):
     return [{"text": prompt, **one} for prompt, one in zip(prompts, given, strict=True)]
 
 
-def _read(path, size):
-    """The picture in a file, turned upright, at the size asked for; None for none."""
-    from PIL import Image, ImageOps
+def _read(path, size, convert=None):
+    """The picture in a file, at the size asked for; None for none.   convert  rgb unless given, or grey"""
+    from PIL import Image
+
+    from ldmfast.pictures import read
 
     if path is None:
         return None
-    with Image.open(path) as picture:
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
+    picture = read(path, convert)
     return picture.resize(size, Image.LANCZOS) if size and picture.size != size else picture
 
 

@@ -97,9 +97,11 @@ class MapEncoder(Conditioner):
     def _from_picture(self, picture):
         import numpy as np
 
+        from ldmfast.pictures import rgb
+
         if self.palette is None:
             raise ValueError("MapEncoder: this model has no palette; give the map as an integer tensor [H, W]")
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).float()  # [H, W, 3]
+        pixels = torch.from_numpy(np.array(rgb(picture, "the map"))).float()  # [H, W, 3]
         return torch.cdist(pixels.flatten(0, 1), self.palette).argmin(dim=1).view(pixels.shape[:2])
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from ldmfast import files
 from ldmfast.data.collection import write_rows
 from ldmfast.data.emoji_words import captions, catalogue, file_stem
+from ldmfast.pictures import read
 
 FONT_PATHS = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu
@@ -80,7 +81,7 @@ def folder_cutouts(folder):
     found = {name: path for name, path in found.items() if path.is_file()}
     if not found:
         raise FileNotFoundError(f"{folder} holds none of the cut-outs (red-apple.png, ...)")
-    return {name: Image.open(path).convert("RGBA") for name, path in found.items()}
+    return {name: read(path, lambda picture, _: picture.convert("RGBA")) for name, path in found.items()}
 
 
 def write_cutouts(cutouts, folder, size=64):
@@ -89,7 +90,8 @@ def write_cutouts(cutouts, folder, size=64):
     for name, picture in cutouts.items():
         picture = picture.copy()
         picture.thumbnail((size, size), Image.LANCZOS)
-        picture.save(Path(folder, file_stem(name) + ".png"), optimize=True)
+        with files.replacing(Path(folder, file_stem(name) + ".png")) as partial:
+            picture.save(partial, optimize=True)
 
 
 def compose(cutout, colour, size=64, *, scale=0.88, shift=(0.0, 0.0)):

@@ -17,6 +17,7 @@ from ldmfast import files
 from ldmfast.data.collection import write_rows
 from ldmfast.data.emoji import COLOURS
 from ldmfast.data.emoji_words import with_article
+from ldmfast.pictures import read
 
 OBJECTS = (
     "dog",
@@ -150,8 +151,13 @@ def caption(objects, ground):
 
 def read_map(path):
     """What `write_map` wrote, as uint8 [H, W] of class indices."""
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.array(picture))
+    return torch.from_numpy(np.array(read(path, _indices)))
+
+
+def _indices(picture, name):
+    if picture.mode not in ("P", "L"):
+        raise ValueError(f"{name}: mode {picture.mode}, expected a class a pixel (mode P or L)")
+    return picture.copy()
 
 
 def write_map(label, path):

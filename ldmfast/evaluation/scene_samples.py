@@ -13,11 +13,11 @@ import random
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ldmfast.data import scenes
 from ldmfast.data.collection import read_rows
 from ldmfast.evaluation.detect import Detector, iou
+from ldmfast.pictures import read
 
 
 def class_score(found, names):
@@ -79,7 +79,7 @@ def evaluate(pipe, data, cutouts, *, samples=96, steps=25, guidance=3.0, seed=0,
         part = random.Random(seed).sample(part, min(samples, len(part)))
         layouts = [row["objects"] for row in part]
         maps = [scenes.read_map(Path(data, row["map"])) for row in part]
-        found = [detector(Image.open(Path(data, row["file_name"])).convert("RGB")) for row in part]
+        found = [detector(read(Path(data, row["file_name"]))) for row in part]
         scores = {"scenes themselves": {"boxes": boxes_score(found, layouts), "map": map_score(found, maps)}}
         if "boxes" in known:
             scores["boxes"] = boxes_score(sampled("boxes", layouts), layouts)
