@@ -1,19 +1,18 @@
-"""A picture collection: a folder of pictures, with captions in metadata.jsonl or in .txt files beside them.
-
-metadata.jsonl has one object a line: `file_name`, `text` (the caption), optionally `texts` (more ways to say it),
-`split` ("train" unless given), and any labels to be scored in `evaluate` (`object`, `colour`). That is also the
-layout of Hugging Face's "imagefolder". Without it every picture below the folder is read.
-"""
+"""A picture collection in memory: a folder of pictures, with captions as data/listing.py finds them."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+from ldmfast.data import listing
+from ldmfast.pictures import read
+
+NAMED = 20  # pictures without a caption that are named, where more are
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Pictures:
         return self.pixels[index].float() / 127.5 - 1
 
     def where(self, **labels):
-        """The pictures whose row has all these values."""
-        return self._part([i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in labels.items())])
+        """The pictures whose row has all these values; split="heldout" is every split but "train"."""
+        return self._part([i for i, row in enumerate(self.rows) if all(_has(row, k, v) for k, v in labels.items())])
 
     def sample(self, count, seed):
         """At most `count` of the pictures, chosen at random, in their order: enough for a mean."""
@@ -43,41 +42,28 @@ class Pictures:
         return Pictures(self.pixels[keep], tuple(self.rows[i] for i in keep))
 
 
+def _has(row, key, value):
+    held_out = key == "split" and value == "heldout" and row[key] != "train"
+    return held_out or row.get(key) == value
+
+
 def read_picture(path, size):
-    """A file as uint8 [3, size, size]: turned upright, transparency laid on white, centre-cropped to a square."""
-    try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
-    ground = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(ground, picture).convert("RGB")
+    """A file as uint8 [3, size, size], made RGB by pictures.rgb and centre-cropped to a square.
+
+    Raises FileNotFoundError, and ValueError naming a file that cannot be read.
+    """
+    picture = read(path)
     if picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def read_rows(folder):
-    """The rows of a collection, sorted by file name. Raises ValueError naming the line that is wrong."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder of pictures")
-    listing = folder / "metadata.jsonl"
-    if not listing.is_file():
-        return _rows_without_listing(folder)
-    rows = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            row["file_name"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{listing}, line {number}: expected an object with file_name and text") from error
-        row.setdefault("split", "train")
-        row.setdefault("texts", [row["text"]] if row.get("text") else [])
-        rows.append(row)
-    return sorted(rows, key=lambda row: row["file_name"])
+    """The rows of a collection, sorted by file name. Raises ValueError naming each line and file that is wrong."""
+    rows, problems = _find(folder)
+    if problems:
+        raise ValueError(_list(folder, problems))
+    return rows
 
 
 def write_rows(rows, folder):
@@ -86,25 +72,50 @@ def write_rows(rows, folder):
     Path(folder, "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _rows_without_listing(folder):
-    rows = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
-        beside = path.with_suffix(".txt")
-        texts = [beside.read_text(encoding="utf-8").strip()] if beside.is_file() else []
-        rows.append(dict(file_name=str(path.relative_to(folder)), text="".join(texts), texts=texts, split="train"))
-    return rows
-
-
-def load_pictures(folder, size, *, split=None, captions=False):
+def load_pictures(folder, size, *, split=None, captions=False, skip_broken=False):
     """Read a collection. `split` keeps one split; `captions` demands a caption for every picture.
 
-    Raises FileNotFoundError for a missing folder or file, ValueError for an empty or caption-less collection.
+    skip_broken  leave out what cannot be read, with a warning that names each file and line, in place of stopping
+    Raises FileNotFoundError for a missing folder, ValueError for an empty or caption-less collection, and one that
+    names every broken file and line.
     """
-    rows = [row for row in read_rows(folder) if split is None or row["split"] == split]
-    if not rows:
+    found, problems = _find(folder)
+    rows = [row for row in found if split is None or _has(row, "split", split)]
+    if not rows and not problems:
         raise ValueError(f"{folder} holds no pictures" + (f" with split {split!r}" if split else ""))
-    bare = next((row["file_name"] for row in rows if captions and not any(t.strip() for t in row["texts"])), None)
+    if captions:
+        _check_captions(folder, rows)
+    pixels, kept = [], []
+    for row in rows:
+        try:
+            pixels.append(read_picture(Path(folder, row["file_name"]), size))
+            kept.append(row)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems and not (skip_broken and kept):
+        raise ValueError(_list(folder, problems))
+    if problems:
+        warnings.warn(f"left out of the training: {_list(folder, problems)}", stacklevel=2)
+    return Pictures(torch.stack(pixels), tuple(kept))
+
+
+def _find(folder):
+    rows, problems, unread = listing.find(folder)
+    if unread:
+        what = f"{len(unread)} of a kind that is not read, left out"
+        warnings.warn(f"{folder}: {what}: {', '.join(unread)}; save them as PNG or JPEG", stacklevel=3)
+    return rows, problems
+
+
+def _list(folder, problems):
+    if len(problems) == 1:
+        return problems[0]
+    return f"{folder}: {len(problems)} files or lines cannot be read:\n  " + "\n  ".join(problems)
+
+
+def _check_captions(folder, rows):
+    bare = [row["file_name"] for row in rows if not any(text.strip() for text in row["texts"])]
     if bare:
-        raise ValueError(f"{folder}: {bare} has no caption; write it as text in metadata.jsonl or in a .txt beside it")
-    pixels = torch.stack([read_picture(Path(folder, row["file_name"]), size) for row in rows])
-    return Pictures(pixels, tuple(rows))
+        names = ", ".join(bare[:NAMED]) + (f" and {len(bare) - NAMED} more" if len(bare) > NAMED else "")
+        what = "has no caption; write it" if len(bare) == 1 else "have no caption; write each"
+        raise ValueError(f"{folder}: {names} {what} as text in metadata.jsonl or in a .txt beside it")

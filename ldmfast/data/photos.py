@@ -16,10 +16,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ldmfast import files
-from ldmfast.data.collection import SUFFIXES, write_rows
+from ldmfast.data.collection import write_rows
+from ldmfast.data.listing import SUFFIXES, visible_files
+from ldmfast.pictures import read
 
 SHARE = Path("/usr/share")
 DRAWN = {"analogpattern_by_Peter_Nerlich.jpg", "umang_by_Abhishek_Mudgal.jpg"}  # wallpapers that are no photographs
@@ -87,7 +89,7 @@ def _scikit_learn() -> list[Photo]:
 
 def in_folder(folder: str | Path) -> list[Photo]:
     """The pictures below a folder. Raises FileNotFoundError if there is none."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = [path for path in visible_files(folder) if path.suffix.lower() in SUFFIXES]
     if not paths:
         raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
     return [Photo(path, str(folder)) for path in paths]
@@ -113,8 +115,7 @@ def crops(photo: Photo, size: int, count: int, rng: random.Random):
     A crop's side in the photograph is spread evenly in its logarithm, from 2 * size to the photograph's shorter side:
     the smallest are still shrunk by half, so that no JPEG block is learned.
     """
-    with Image.open(photo.path) as picture:
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
+    picture = read(photo.path)
     shorter = min(picture.size)
     least = min(2 * size, shorter)
     for _ in range(count):

@@ -44,7 +44,10 @@ def _conditioner(config, rows):
         key = config.class_key
         bare = next((row["file_name"] for row in rows if not isinstance(row.get(key), str)), None)
         if bare:
-            raise ValueError(f"{bare} has no {key!r} in metadata.jsonl; --class-key names the field with the class")
+            hint = "; the folders' names are in 'label'" if all("label" in row for row in rows) else ""
+            raise ValueError(
+                f"{bare} has no {key!r} in metadata.jsonl; --class-key names the field with the class{hint}"
+            )
         return ClassEmbedder(sorted({row[key] for row in rows}), config.width), lambda row: [row[key]]
     return Unconditional(), lambda row: [None]
 

@@ -40,6 +40,7 @@ class RunConfig:
         "auto", "where to train; auto is CUDA where there is a GPU", ("auto", "cpu", "cuda"), free=True
     )
     export: str = option("fp16", "precision of the exported weights", ("fp16", "fp32"), free=True)
+    skip_broken: bool = option(False, "leave out pictures and lines of metadata that cannot be read", free=True)
     save_every: int = option(200, "steps between checkpoints", above=0, free=True)
     log_every: int = option(20, "steps over which the reported loss is averaged", above=0, free=True)
     tensorboard: bool = option(False, "write scalars and sample grids to OUTPUT/tensorboard", free=True)

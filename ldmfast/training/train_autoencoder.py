@@ -135,7 +135,7 @@ def books_of(run):
 
 def train(data, folder, config, *, restart=False, quiet=False):
     """Train on the folder `data`, write checkpoints and the finished `vae/` to `folder`. Returns the metrics."""
-    pictures = load_pictures(data, config.size, split="train")
+    pictures = load_pictures(data, config.size, split="train", skip_broken=config.skip_broken)
     Path(folder).mkdir(parents=True, exist_ok=True)
     model = AutoencoderLoss(build(config), config)
     run = Run(model, config, phases=model.phases())

@@ -46,7 +46,7 @@ def loss_of(model, pictures, mean, std, config):
 def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     """Train on the folder `data` and write `folder`/vae. Returns the metrics."""
     vae = saved_autoencoder.load(autoencoder)
-    pictures = load_pictures(data, vae.config.sample_size, split="train")
+    pictures = load_pictures(data, vae.config.sample_size, split="train", skip_broken=config.skip_broken)
     mean, std = latents.encode(pictures, vae)
     Path(folder).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)  # of a discriminator's first weights

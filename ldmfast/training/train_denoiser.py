@@ -99,7 +99,9 @@ def train(data, autoencoder, folder, config, *, conditioner=None, describe=None,
     """
     vae = saved_autoencoder.load(autoencoder)
     captions = conditioner is None and config.condition in ("text", "transformer")
-    pictures = load_pictures(data, vae.config.sample_size, split="train", captions=captions)
+    pictures = load_pictures(
+        data, vae.config.sample_size, split="train", captions=captions, skip_broken=config.skip_broken
+    )
     own = dict(conditioner=conditioner, describe=describe, unet=unet)
     return train_on(pictures, vae, folder, config, **own, restart=restart, quiet=quiet)
 

@@ -32,7 +32,7 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     side = unet.config.sample_size * downsampling(pipeline.vae)
-    pictures = load_pictures(data, side, split="train", captions=True)
+    pictures = load_pictures(data, side, split="train", captions=True, skip_broken=config.skip_broken)
     codes = latents.prepare(pictures, pipeline.vae, file=config.latents, accelerator=accelerator)
     described = map(condition_sources.captions, pictures.rows)
     source = condition_sources.gather(pipeline.conditioner, described, config, accelerator.device)

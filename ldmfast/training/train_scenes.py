@@ -60,7 +60,8 @@ def inputs(row, folder):
 def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     """Train on the scenes in `data`, write checkpoints and the finished pipeline to `folder`. Returns the losses."""
     vae = saved_autoencoder.load(autoencoder)
-    pictures, f = load_pictures(data, vae.config.sample_size, split="train"), downsampling(vae)
+    f = downsampling(vae)
+    pictures = load_pictures(data, vae.config.sample_size, split="train", skip_broken=config.skip_broken)
     for row in pictures.rows:
         if absent := [key for key in ("objects", "map") if key not in row]:
             raise ValueError(f"{data}: {row['file_name']} has no {absent[0]}; `ldmfast data scenes` makes scenes")
