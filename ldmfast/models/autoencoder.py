@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable, Iterator
 
 import diffusers
 import torch
@@ -26,13 +27,16 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
     """Images to latents and back.
 
     Constructed, configured, loaded and saved as diffusers' AutoencoderKL is, with the same encode, decode, slicing and
-    tiling; tiles go through diffusers' own forward. A float16 decoding that overflows is repeated in float32.
+    tiling; tiles go through diffusers' own forward. What overflows in float16 is repeated in float32.
     Source: Rombach et al. 2022, section 3.1.
     """
 
     stock = diffusers.AutoencoderKL
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        return without_overflow(self, "encoded", self._encode_as_it_is, x)
+
+    def _encode_as_it_is(self, x: torch.Tensor) -> torch.Tensor:
         if self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size:
             return super()._encode(x)
         h = encode(self.encoder, channels_last(x))
@@ -64,9 +68,7 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def _decode(self, z: torch.Tensor, return_dict: bool = True, tile: int | None = None) -> DecoderOutput | tuple:
-        x = self._decode_as_it_is(z, tile)
-        if _overflowed(x):
-            x = self._decode_in_float32(z, tile)
+        x = without_overflow(self, "decoded", lambda latents: self._decode_as_it_is(latents, tile), z)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def _decode_as_it_is(self, z: torch.Tensor, tile: int | None) -> torch.Tensor:
@@ -75,18 +77,6 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
         h = channels_last(z)
         h = h if self.post_quant_conv is None else conv2d(self.post_quant_conv, h)
         return in_layout_of(z, decode(self.decoder, h) if tile is None else decode_in_strips(self.decoder, h, tile))
-
-    def _decode_in_float32(self, z: torch.Tensor, tile: int | None) -> torch.Tensor:
-        """Again, with the decoder in float32 for this call. Where its weights are managed by others, only a warning."""
-        managed = next(obstacles(self), None)
-        again = "decoded again in float32" if managed is None else f"left so, because of {managed[0]}: {managed[1]}"
-        if not getattr(self, "_overflow_warned", False):
-            self._overflow_warned = True
-            warnings.warn(f"the float16 autoencoder overflowed; {again}", stacklevel=2)
-        if managed is not None:
-            return self._decode_as_it_is(z, tile)
-        with _in_float32(self):
-            return self._decode_as_it_is(z.float(), tile).to(z.dtype)
 
     def remarks(self) -> list[str]:
         return ["Pictures larger than a tile run as diffusers' AutoencoderKL: tiling is on."] if self.use_tiling else []
@@ -99,7 +89,7 @@ def encode(m: Encoder, x: torch.Tensor) -> torch.Tensor:
     cond = BlockInputs()
     x = conv2d(m.conv_in, x)
     for block in m.down_blocks:
-        x = _level(block, x, cond, downsample, "downsamplers")  # half the size, but at the last level
+        x = level(block, x, cond, downsample, "downsamplers")  # half the size, but at the last level
     return _out(m, mid_block(m.mid_block, x, cond))  # [N, 2c, H/f, W/f]
 
 
@@ -110,11 +100,13 @@ def decode(m: Decoder, z: torch.Tensor) -> torch.Tensor:
     cond = BlockInputs()
     x = mid_block(m.mid_block, conv2d(m.conv_in, z), cond)
     for block in m.up_blocks:
-        x = _level(block, x, cond, upsample, "upsamplers")  # twice the size, but at the last level
+        x = level(block, x, cond, upsample, "upsamplers")  # twice the size, but at the last level
     return _out(m, x)  # [N, 3, f h, f w]
 
 
-def _level(m: nn.Module, x: torch.Tensor, cond: BlockInputs, resample, name: str) -> torch.Tensor:
+def level(
+    m: nn.Module, x: torch.Tensor, cond: BlockInputs, resample: Callable[..., torch.Tensor], name: str
+) -> torch.Tensor:
     """One size: its resnets, each with its attention where there is one, then the step to the next size."""
     if obstacle(m):
         return m(x)
@@ -131,6 +123,33 @@ def _out(m: Encoder | Decoder, x: torch.Tensor) -> torch.Tensor:
     return conv2d(m.conv_out, x, norm=m.conv_norm_out, silu=True)
 
 
+def without_overflow(
+    vae: nn.Module, what: str, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """run(x); where that leaves float16's range, run again with the weights in float32 and rounded, warned of once.
+
+    run   encodes or decodes with the parameters that `vae` has at that moment;   what  "encoded" or "decoded"
+    Only a warning where others manage the weights (offloading, quantisation). An `x` that is not finite itself is no
+    overflow: its result is left as it is.
+    """
+    y = run(x)
+    if not _overflowed(y) or not bool(torch.isfinite(x).all()):
+        return y
+    managed = next(obstacles(vae), None)
+    if managed is not None:
+        again = f"left so, because of {managed[0]}: {managed[1]}"
+    else:
+        with _in_float32(vae), torch.autocast(x.device.type, enabled=False):
+            y = run(x.float()).to(y.dtype)
+        again = f"{what} again in float32"
+        again += ", and the result is beyond float16 itself: use float32 or bfloat16" if _overflowed(y) else ""
+    warned = vae.__dict__.setdefault("_overflows_warned", set())
+    if again not in warned:
+        warned.add(again)
+        warnings.warn(f"the float16 autoencoder overflowed; {again}", stacklevel=2)
+    return y
+
+
 def _overflowed(x: torch.Tensor) -> bool:
     """Whether a finished float16 picture has values that are not finite. Waits for the device, once a picture."""
     if x.dtype is not torch.float16 or torch.compiler.is_compiling():
@@ -141,7 +160,7 @@ def _overflowed(x: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _in_float32(model: nn.Module):
+def _in_float32(model: nn.Module) -> Iterator[None]:
     """The parameters in float32 for a while; float16 to float32 and back is exact."""
     kept = [(parameter, parameter.data) for parameter in model.parameters()]
     try:

@@ -15,7 +15,8 @@ def encode_pictures(vae: Autoencoder, x: torch.Tensor, generator: torch.Generato
 
     generator  draws from the posterior of an AutoencoderKL; None takes its mean. A VQModel has nothing to draw: its
                latents are those before the codebook.
-    Raises TypeError for a model of neither family.
+    Raises TypeError for a model of neither family, FloatingPointError where float16 overflows: ours encode again in
+    float32 first, diffusers' do not.
     """
     if isinstance(vae, diffusers.VQModel):
         z = vae.encode(x).latents
@@ -24,6 +25,8 @@ def encode_pictures(vae: Autoencoder, x: torch.Tensor, generator: torch.Generato
         z = posterior.mode() if generator is None else posterior.sample(generator)
     else:
         raise _unknown("encode_pictures", vae)
+    if z.dtype is torch.float16 and not torch.compiler.is_compiling() and not torch.isfinite(z).all():
+        raise FloatingPointError("encode_pictures: the latents are not finite (weights in torch.float16); use float32")
     return scaled(vae, z)
 
 

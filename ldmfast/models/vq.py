@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ldmfast.models.autoencoder import decode, encode
+from ldmfast.models.autoencoder import decode, encode, without_overflow
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.layers import channels_last, conv2d, in_layout_of
 
@@ -22,7 +22,8 @@ class VQModel(DropIn, diffusers.VQModel):
 
     Constructed, configured, loaded and saved as diffusers' VQModel is. `encode` returns what comes before the codebook,
     which is what a denoiser is trained on; `decode` quantises. A decoder with norm_type "spatial" (MoVQ) runs as
-    diffusers' own. Source: Rombach et al. 2022, section 3.1; van den Oord et al. 2017 for the codebook.
+    diffusers' own. What overflows in float16 is repeated in float32.
+    Source: Rombach et al. 2022, section 3.1; van den Oord et al. 2017 for the codebook.
     """
 
     stock = diffusers.VQModel
@@ -30,8 +31,11 @@ class VQModel(DropIn, diffusers.VQModel):
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
         """Images [N, 3, H, W] to latents [N, c, H/f, W/f], not quantised."""
-        h = in_layout_of(x, conv2d(self.quant_conv, encode(self.encoder, channels_last(x))))
+        h = without_overflow(self, "encoded", self._encode_as_it_is, x)
         return VQEncoderOutput(latents=h) if return_dict else (h,)
+
+    def _encode_as_it_is(self, x: torch.Tensor) -> torch.Tensor:
+        return in_layout_of(x, conv2d(self.quant_conv, encode(self.encoder, channels_last(x))))
 
     @apply_forward_hook
     def decode(
@@ -64,6 +68,9 @@ class VQModel(DropIn, diffusers.VQModel):
 
     def decode_quantised(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [N, c, h, w] to images [N, 3, f h, f w]."""
+        return without_overflow(self, "decoded", self._decode_as_it_is, codes)
+
+    def _decode_as_it_is(self, codes: torch.Tensor) -> torch.Tensor:
         return in_layout_of(codes, decode(self.decoder, conv2d(self.post_quant_conv, channels_last(codes))))
 
     def remarks(self) -> list[str]:

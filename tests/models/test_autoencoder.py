@@ -13,6 +13,7 @@ import torch
 from ldmfast import ops
 from ldmfast.models import tiled_decode
 from ldmfast.models.autoencoder import AutoencoderKL
+from ldmfast.models.encode_decode import encode_pictures
 
 CLOSE = 1e-5  # norm of the difference over norm, float32
 
@@ -109,6 +110,38 @@ def test_an_overflowing_float16_decoding_is_repeated_in_float32_and_warned_of_on
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.decode(z)
+
+
+@torch.no_grad()
+def test_an_overflowing_float16_encoding_is_repeated_in_float32_and_warned_of_once():
+    _, ours = pair()
+    ours.encoder.conv_in.weight *= 3e5
+    ours, x = ours.half(), torch.rand(1, 3, 32, 32).half()
+    with pytest.warns(UserWarning, match="float16 autoencoder overflowed; encoded again in float32$"):
+        z = ours.encode(x).latent_dist.mode()
+    assert z.dtype is torch.float16 and torch.isfinite(z).all()
+    assert tiny.error(z, copy.deepcopy(ours).float().encode(x.float()).latent_dist.mode()) <= 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.encode(x)
+
+
+@torch.no_grad()
+def test_latents_beyond_float16_are_said_and_refused():
+    _, ours = pair()
+    ours.quant_conv.weight *= 1e6
+    ours, x = ours.half(), torch.rand(1, 3, 32, 32).half()
+    with pytest.warns(UserWarning, match="encoded again in float32, and the result is beyond float16 itself"):
+        with pytest.raises(FloatingPointError, match="encode_pictures: the latents are not finite"):
+            encode_pictures(ours, x)
+
+
+@torch.no_grad()
+def test_what_is_not_finite_itself_is_no_overflow():
+    ours, z = overflowing(), torch.full((1, 4, 8, 8), float("nan")).half()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ours.decode(z).sample.isnan().any()
 
 
 @torch.no_grad()

@@ -107,6 +107,18 @@ def test_the_halves_are_quantised_in_float32(dtype):
     assert ours.decode(z).sample.dtype is dtype
 
 
+@pytest.mark.parametrize("way", ["encode", "decode"])
+@torch.no_grad()
+def test_a_float16_overflow_is_repeated_in_float32(way):
+    _, ours = pair()
+    (ours.encoder if way == "encode" else ours.decoder).conv_in.weight *= 2e5
+    ours, x = ours.half(), torch.rand(1, 3 if way == "encode" else ours.config.latent_channels, 16, 16).half()
+    with pytest.warns(UserWarning, match=f"float16 autoencoder overflowed; {way}d again in float32$"):
+        got = getattr(ours, way)(x)[0]
+    assert got.dtype is torch.float16 and torch.isfinite(got).all()
+    assert tiny.error(got, getattr(copy.deepcopy(ours).float(), way)(x.float())[0]) <= 1e-3
+
+
 def test_gradients_equal_stock():
     stock, ours = pair(**ATTENTION)
     x = torch.randn(1, 3, 16, 16)
