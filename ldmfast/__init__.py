@@ -27,6 +27,7 @@ _HOMES = {
     "load": "ldmfast.pipeline.load",
     "optimize": "ldmfast.pipeline.optimize",
     "use_backend": "ldmfast.ops",
+    "verify": "ldmfast.evaluation.verify_models",
 }
 __all__ = [*_HOMES, "__version__", "ops"]
 

@@ -10,6 +10,7 @@
     ldmfast evaluate-autoencoder run/ --data pictures/
     ldmfast recipes
     ldmfast convert model.ckpt model/
+    ldmfast verify model/ --html verify.html
     ldmfast study run/study
     ldmfast doctor
     ldmfast report bench1.json bench2.json -o report.html
@@ -25,15 +26,15 @@ import sys
 def main(argv=None):
     """Run one command.
 
-    Returns the exit code: 0, 1 where `doctor` finds an op that is wrong, 2 for a mistake in what was asked, 130 after
-    Ctrl-C.
+    Returns the exit code: 0, 1 where `doctor` or `verify` finds what is wrong, 2 for a mistake in what was asked, 130
+    after Ctrl-C.
     """
     # read when torch loads libgomp: by default its threads spin for milliseconds at every barrier. One picture took
     # 34 to 46 s that way and 3 s with this on two cores that six processes shared (25 steps, shipped model).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0  # doctor alone returns a code
+        return arguments.run(arguments) or 0  # doctor and verify return a code
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
         print(f"ldmfast: {error}", file=sys.stderr)
         return 2
@@ -53,10 +54,11 @@ def parser():
         sample,
         study,
         train,
+        verify,
     )
 
     top = argparse.ArgumentParser("ldmfast", description="Latent diffusion with fused kernels.")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for family in (sample, evaluate, evaluate_autoencoders, train, data, convert, study, doctor, bench_report):
+    for family in (sample, evaluate, evaluate_autoencoders, train, data, convert, study, verify, doctor, bench_report):
         family.add(commands)
     return top

@@ -58,6 +58,8 @@ def assemble(
         return _with_encoder(path, _ours(path, text_encoder, conditioner, dtype, tokenizer))
     model = _published(path, ema, config, allow_missing)
     networks = {_PLACES[name]: network(part, dtype) for name, part in model.parts.items() if name in _PLACES}
+    for made in networks.values() if path.is_dir() else ():
+        made.register_to_config(_name_or_path=str(path))  # as diffusers does; verify reads the weights there
     if "" in networks:
         if text_encoder is not None:
             raise ValueError(f"text_encoder={str(text_encoder)!r}, but {path} is an autoencoder or a denoiser alone")
