@@ -269,11 +269,12 @@ struct LinearArgs {
   int64_t M, N, K;
   Activation activation;
   float output_scale;
+  bool exact;                          // the same bits for a row whatever M is: no form of its own for few rows
   DType dtype;                         // of every tensor
   void* workspace;                     // linear_workspace(args) bytes
 };
 LDMFAST_FIELDS(LinearArgs, x, stride_x, weight, stride_w, bias, residual, stride_residual, out, stride_out,
-               norm_weight, norm_bias, eps, normalised, M, N, K, activation, output_scale, dtype, workspace)
+               norm_weight, norm_bias, eps, normalised, M, N, K, activation, output_scale, exact, dtype, workspace)
 
 // How a 3x3 convolution of stride 1 is computed. kAuto chooses by shape and dtype. kF4 keeps 16 bits of a transformed
 // operand too few: float32 only where accuracy counts.

@@ -7,6 +7,8 @@
 
 from ldmfast.ops import gradients  # noqa: F401, I001
 from ldmfast.ops.attention import attention
+from ldmfast.ops.contract.stock_ops import fixed_order
+from ldmfast.ops.contract.switch import chosen_numerics, numerics
 from ldmfast.ops.conv2d import conv2d
 from ldmfast.ops.ddim_step import ddim_step
 from ldmfast.ops.group_norm_affine import group_norm_affine
@@ -18,13 +20,16 @@ from ldmfast.ops.timestep_mlp import timestep_mlp
 
 __all__ = [
     "attention",
+    "chosen_numerics",
     "conv2d",
     "ddim_step",
     "explain",
+    "fixed_order",
     "group_norm_affine",
     "group_norm_silu",
     "layer_norm",
     "linear",
+    "numerics",
     "timestep_mlp",
     "use_backend",
 ]

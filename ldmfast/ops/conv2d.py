@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ldmfast.ops import native, speeds
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.contract import switch
 from ldmfast.ops.dispatcher import vmapped
 from ldmfast.ops.gradients.products import convolution_gradients
 from ldmfast.ops.operator import Op
@@ -49,7 +50,7 @@ def conv2d(
     norm_silu     SiLU after norm_scale and norm_shift
     exact         leaves Winograd's forms out. They are exact but for rounding: in float32 F(4x4, 3x3), below 1e-6; in
                   16 bits F(2x2, 3x3), whose transformed operands are rounded: bfloat16 3.3e-3 to 4.6e-3 against
-                  1.7e-3 to 2.2e-3 of direct
+                  1.7e-3 to 2.2e-3 of direct. ldmfast.numerics("exact") does so everywhere
     returns       [N, Co, Ho, Wo] dtype of x, channels_last, dense; sums are float32
 
     Raises TypeError for what is no tensor; ValueError naming the argument for a wrong shape, dtype or device, or an
@@ -224,7 +225,7 @@ def _native(extension, x, weight, bias, x2, add, residual, norm_scale, norm_shif
         "upsample": upsample,
         "output_scale": output_scale,
         "silu": norm_silu,
-        "form": FORMS["direct" if exact else "auto"],
+        "form": FORMS["direct" if exact or switch.exact() else "auto"],
         "dtype": native.DTYPES[x.dtype],
     }
     extension.conv2d(fields, *native.place(x))

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from ldmfast.ops.contract.switch import modes
+
 # by name, once: each dot costs as much as the question
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
@@ -48,7 +50,7 @@ def dispatcher_needed(args: tuple) -> bool:
     the op by name. This question takes 2.5 us with three tensors.
     """
     if (
-        _dispatch_modes()
+        (_dispatch_modes() and _dispatch_modes() > modes.count)  # those of `exact` have nothing to do with our ops
         or _function_mode()
         or _functorch_level()  # counted from 1
         or _tracing()

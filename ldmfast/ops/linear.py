@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ldmfast.ops import native, speeds
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.contract.switch import exact
 from ldmfast.ops.gradients.products import linear_gradients
 from ldmfast.ops.operator import Op
 
@@ -168,6 +169,7 @@ def _native(extension, x, weight, bias, residual, activation, output_scale, norm
         "K": rows.shape[1],
         "activation": ACTIVATIONS[activation],
         "output_scale": output_scale,
+        "exact": exact(),
         "dtype": native.DTYPES[x.dtype],
     }
     extension.linear(fields, *native.place(x))

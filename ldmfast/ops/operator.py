@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ldmfast.ops.contract.stock_ops import fixed_order
+from ldmfast.ops.contract.switch import exact
 from ldmfast.ops.dispatcher import dispatcher_needed, transformed
 from ldmfast.ops.registry import BACKWARD_OPS, OPS, Choice, chosen_backend
 
@@ -89,7 +91,11 @@ class Op(Choice):
         """Check, choose and run: what the operator does on every device."""
         *args, name = args
         self.check(*args)
-        return self.select(args, name).run(*args)
+        backend = self.select(args, name)
+        if backend.name == "torch" and exact():
+            with fixed_order():
+                return backend.run(*args)
+        return backend.run(*args)
 
     def _define(self, schema: str) -> None:
         arguments, returns = schema.rsplit("->", 1)

@@ -4,7 +4,8 @@ PyTorch's dispatcher knows the device; it cannot tell Triton from CUDA C++. That
 `Choice.select`:
 
 1. an explicit `backend=` argument, else `use_backend(name)`, else `LDMFAST_BACKEND`: that one or an error;
-2. else the highest-ranked backend that neither refuses nor is known to be slower here;
+2. else the highest-ranked backend that neither refuses nor is known to be slower here (under `exact`, on a CPU, the
+   highest-ranked that does not refuse);
 3. else the highest-ranked backend that does not refuse.
 
 A refusal is a sentence, and so is "slower here" (speeds.py has the figures). With nothing left, the error lists every
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ldmfast.ops.contract.switch import chosen_numerics, exact
 
 # each an Op of operator.py, which stands on this file
 OPS: dict[str, Choice] = {}  # what a user calls, by name
@@ -158,10 +161,10 @@ class Choice:
 
     def best(self, args: Sequence) -> Backend | None:
         """The backend that runs these arguments when none is named, or None if every one refuses."""
-        slow = None
+        slow, lenient = None, exact() and args[0].device.type == "cpu"  # there, speed may ask for the size of the batch
         for backend in self.automatic(args[0].device.type):
             if backend.reason(args) is None:
-                if backend.slowness(args) is None:
+                if lenient or backend.slowness(args) is None:
                     return backend
                 slow = slow or backend
         return slow
@@ -194,12 +197,12 @@ def explain(op: Callable | str, *args: Any, **kwargs: Any) -> str:
     """
     op = OPS[op] if isinstance(op, str) else op.op
     name = kwargs.pop("backend", None) or chosen_backend()
-    lines = [f"{op.name}:"]
+    lines = [f"{op.name} (numerics: {chosen_numerics()}):"]
     try:
         arguments = op.normalise(*args, **kwargs)
         op.check(*arguments)
     except (TypeError, ValueError) as error:
-        return f"{lines[0]} the arguments are refused: {error}"
+        return f"{op.name}: the arguments are refused: {error}"
     taken = op.best(arguments) if name is None else op.backends.get(name)
     runs = False
     for backend in op.ranked():

@@ -41,7 +41,8 @@ LinearArgs linear_of(const Conv2dArgs& a) {
   b.x = a.x1, b.stride_x = a.stride_x1w, b.weight = a.weight, b.stride_w = a.stride_wo, b.bias = a.bias;
   b.residual = a.residual, b.stride_residual = a.Co, b.out = a.out, b.stride_out = a.Co;
   b.M = a.N * a.H * a.W, b.N = a.Co, b.K = a.C1;
-  b.activation = Activation::kNone, b.output_scale = a.output_scale, b.dtype = a.dtype, b.workspace = a.workspace;
+  b.activation = Activation::kNone, b.output_scale = a.output_scale, b.exact = a.form == ConvForm::kDirect;
+  b.dtype = a.dtype, b.workspace = a.workspace;
   return b;
 }
 

@@ -1,7 +1,7 @@
 // out = (act(norm(x) w^T + bias) + residual) * output_scale; see gemm.h for the product.
 //
 //   rows of the product: tokens; columns: output channels; depth: input channels, two a word where M::kPack is 2
-//   up to 4 rows: scalar products instead, without packing
+//   up to 4 rows: scalar products instead, without packing; not where exact, for they sum in another order
 //   GEGLU: a tile of columns is kLanes of h beside kLanes of g, so that finish has both
 //   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed
 #include "../norm/layer_norm.h"
@@ -156,7 +156,7 @@ Plan linear_plan(const LinearArgs& a, int pack) {
 template <class T> void run(const LinearArgs& a) {
   using M = typename MathOf<T>::type;
   const Plan p = linear_plan(a, M::kPack);
-  if (a.M <= kFewRows && !a.normalised && a.activation != Activation::kGeglu) {
+  if (a.M <= kFewRows && !a.exact && !a.normalised && a.activation != Activation::kGeglu) {
     return few_rows(Linear<M, T>{a, 0, nullptr}, p.split.threads);
   }
   float* stats = (float*)a.workspace + p.split.threads * p.scratch;
