@@ -26,7 +26,7 @@ def add_model_options(command):
         default=[],
         type=_lora,
         metavar="FILE[:SCALE]",
-        help="add this LoRA, as `ldmfast train lora` writes it; may be given again",
+        help="add this LoRA: kohya's, LyCORIS', diffusers', or what `ldmfast train lora` writes; may be given again",
     )
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     command.add_argument(
@@ -80,7 +80,7 @@ def pipeline(arguments, default=shipped.ASSETS / shipped.TEXT):
     dtype, model = getattr(torch, arguments.dtype), default if arguments.model is None else arguments.model
     pipe = LatentDiffusionPipeline.from_pretrained(model, text_encoder=arguments.text_encoder, dtype=dtype)
     if arguments.lora:
-        from ldmfast.models.lora import load_lora
+        from ldmfast.pipeline.load_lora import load_lora
 
-        load_lora(pipe.unet, *arguments.lora)
+        load_lora(pipe, *arguments.lora)
     return pipe.to(device)

@@ -1,4 +1,4 @@
-"""LoRA files in diffusers' format: put on a U-Net, written from one.
+"""LoRA on a U-Net: untrained layers to train, and the file that they are saved to. pipeline/load_lora.py loads files.
 
 Source: Hu et al. 2021 (arXiv 2106.09685); the layers are peft's.
 """
@@ -7,45 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ldmfast.files import first_line, replacing
+from ldmfast.files import replacing
 
 NAME = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for in a folder
-
-
-def load_lora(unet: nn.Module, *files: str | Path | tuple[str | Path, float]) -> None:
-    """Add LoRAs to `unet`, each a path or (path, scale); a scale of 0 leaves the network as it was.
-
-    path  a file, or a folder that holds NAME
-    Raises FileNotFoundError; ValueError for a file that is no LoRA of a U-Net of this shape; ImportError without peft.
-    """
-    _peft()
-    files = [(file, 1.0) if isinstance(file, str | Path) else file for file in files]
-    names = [f"lora{i}" for i in range(len(files))]
-    for name, (file, _) in zip(names, files, strict=True):
-        path = _checked(Path(file))
-        try:
-            unet.load_lora_adapter(path.parent, weight_name=path.name, prefix="unet", adapter_name=name)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit this U-Net: {first_line(error)}") from error
-    if names:
-        unet.set_adapters(names, [scale for _, scale in files])
-
-
-def _checked(path):
-    path = path / NAME if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no LoRA file")
-    try:
-        with safe_open(path, "pt") as file:
-            keys = list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if not any(key.startswith("unet.") and "lora" in key for key in keys):
-        raise ValueError(f"{path} holds no LoRA of a U-Net: its first key is {next(iter(keys), 'missing')!r:.60}")
-    return path
 
 
 def add_lora(unet: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
@@ -53,7 +19,7 @@ def add_lora(unet: nn.Module, rank: int, alpha: float, targets: list[str]) -> No
 
     Raises ValueError for a target that no layer is named by: peft asks only that one of them is.
     """
-    _peft()
+    require_peft()
     from peft import LoraConfig
 
     targets = [target.strip() for target in targets]
@@ -82,7 +48,8 @@ def save_lora(unet: nn.Module, folder: str | Path) -> Path:
     return Path(folder, NAME)
 
 
-def _peft():
+def require_peft() -> None:
+    """Raises ImportError, saying what to install, where peft is not."""
     try:
         import peft  # noqa: F401
     except ImportError as error:

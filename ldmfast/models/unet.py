@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
@@ -164,6 +165,12 @@ class UNet(DropIn, UNet2DConditionModel):
         if controls is not None and adapters is not None:
             return "ControlNet's and T2I-Adapter's residuals came together"
         return "a global module hook is set" if _has_any_global_hook() else None
+
+    def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
+        """As the parent's, which knows by the class's name that scales by block ({"down": 0.3, ...}) are a U-Net's."""
+        given = weights if isinstance(weights, list) else [weights]
+        expanded = _maybe_expand_lora_scales(self, [1.0 if weight is None else weight for weight in given])
+        super().set_adapters(adapter_names, expanded if isinstance(weights, list) else expanded[0])
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel) -> UNet:

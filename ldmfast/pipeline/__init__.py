@@ -5,6 +5,7 @@ load.py, assemble.py              the one door, and how a name, a folder or a fi
 text_towers.py                    CLIP's text towers and tokenizers among them
 folder.py                         a pipeline as a folder
 saved_autoencoder.py              the autoencoder alone, out of such a folder
+load_lora.py                      LoRA files on it, or on a pipeline of diffusers'
 optimize.py                       ldmfast under a live diffusers pipeline
 """
 

@@ -8,6 +8,7 @@ vae = ldmfast.load("vq-f8/model.ckpt")                    # an autoencoder alone
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from ldmfast.conditioning import Conditioner
 from ldmfast.pipeline.assemble import assemble
+from ldmfast.pipeline.load_lora import Lora, as_list, load_lora
 from ldmfast.pipeline.pipeline import LatentDiffusionPipeline
 
 
@@ -29,6 +31,7 @@ def load(
     tokenizer: str | Path | None = None,
     autoencoder: str | Path | None = None,
     conditioner: Conditioner | None = None,
+    lora: Lora | Iterable[Lora] | None = None,
 ) -> LatentDiffusionPipeline | Any:
     """A ready model: denoiser, autoencoder, conditioner and noise schedule.
 
@@ -45,6 +48,7 @@ def load(
     tokenizer      CLIP's, a folder or a hub name, for a file without one; default: openai/clip-vit-large-patch14
     autoencoder    a file or folder with the autoencoder, for a denoiser saved without one
     conditioner    a Conditioner, for a denoiser saved without one
+    lora           a LoRA file, (file, scale), or several of either, as `load_lora` takes them
     returns        a LatentDiffusionPipeline; a diffusers pipeline over ldmfast's networks where the model needs more
                    than a prompt and a mask: depth, editing, SDXL's refiner; a network if there is only that
 
@@ -62,4 +66,7 @@ def load(
         autoencoder=autoencoder,
         conditioner=conditioner,
     )
-    return LatentDiffusionPipeline(**found) if isinstance(found, dict) else found
+    pipeline = LatentDiffusionPipeline(**found) if isinstance(found, dict) else found
+    if lora is not None:
+        load_lora(pipeline, *as_list(lora))
+    return pipeline

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import diffusers
 
 from ldmfast.diffusion import catalogue
+from ldmfast.pipeline.load_lora import Lora, as_list, load_lora
 
 
-def optimize(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
+def optimize(
+    pipeline: diffusers.DiffusionPipeline, *, lora: Lora | Iterable[Lora] | None = None
+) -> diffusers.DiffusionPipeline:
     """Put ldmfast's models under a diffusers pipeline, in place, sharing its weights; returns the pipeline.
+
+    lora  a LoRA file, (file, scale), or several of either, as `load_lora` takes them
 
     Its networks and its scheduler are taken over where they are exactly diffusers' classes and ldmfast has one of its
     own (diffusion/catalogue.py); other parts stay as they are, and so do the pictures. The pipeline still saves, and is
@@ -25,4 +32,6 @@ def optimize(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeli
         raise ValueError(f"{type(pipeline).__name__} has no {', '.join(most)} or {last} to take over")
     for name, component in taken.items():
         setattr(pipeline, name, component)  # models/index_names.py: model_index.json goes on naming diffusers' class
+    if lora is not None:
+        load_lora(pipeline, *as_list(lora))
     return pipeline

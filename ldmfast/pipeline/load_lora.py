@@ -1,0 +1,228 @@
+"""`load_lora`: LoRA files on a pipeline, ours or diffusers', as people have them.
+
+Every file becomes a low-rank pair for each layer (released/lora) and an adapter of peft's, put on by diffusers' and
+transformers' own loaders. So diffusers' methods see it as one of theirs (set_adapters, fuse_lora, unload_lora_weights),
+and nothing is merged that could be stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from ldmfast.files import first_line
+from ldmfast.models.lora import require_peft
+from ldmfast.released.lora.lora_file import lora_path, read_lora
+from ldmfast.released.lora.lora_matrices import Change
+from ldmfast.released.lora.lora_names import TEXT, TEXT_2, UNET
+
+Lora = str | Path | tuple[str | Path, float]
+
+
+def load_lora(target: Any, *files: Lora) -> None:
+    """From now on `target` has these LoRAs and no others, each a path or (path, scale); none takes all of them off.
+
+    target  a LatentDiffusionPipeline, a pipeline of diffusers', or a U-Net
+    path    a file, or a folder that holds one: kohya's or LyCORIS' (LoRA, LoCon, LoHa, LoKr, whole differences, norms
+            and biases, DoRA), diffusers' old and new, peft's; .safetensors, or a pickle of tensors
+    Files that were loaded before and have not changed stay in memory beside the network, so that going back to one is a
+    matter of milliseconds; `load_lora(target)` frees them.
+    Raises FileNotFoundError; ValueError for a file that is no LoRA, or none of this network's shape, or one of a method
+    that is no matrix added to a weight (GLoRA, OFT, ...), by its name; ImportError without peft. The LoRAs are as they
+    were then.
+    """
+    require_peft()
+    networks = _networks(target)
+    if not files:
+        _unload(networks)
+        return
+    asked = [(file, 1.0) if isinstance(file, str | os.PathLike) else file for file in files]
+    before = {part: _held(network) for part, network in networks.items()}
+    names = []
+    try:
+        for file, _ in asked:
+            names.append(_load(lora_path(file), networks))
+    except BaseException:
+        for part, network in networks.items():
+            _delete(network, [name for name in _held(network) if name not in before[part]])
+        _unload({part: network for part, network in networks.items() if not before[part]})
+        raise
+    scales = {}
+    for name, (_, scale) in zip(names, asked, strict=True):
+        scales[name] = scales.get(name, 0.0) + float(scale)  # one file given twice
+    for network in networks.values():
+        _activate(network, scales)
+
+
+def as_list(lora: Lora | Iterable[Lora] | None) -> list[Lora]:
+    """What an option `lora=` may be, as the files of `load_lora`: nothing, one file, (file, scale), or several."""
+    if lora is None:
+        return []
+    single = isinstance(lora, str | os.PathLike)
+    pair = isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], int | float)
+    return [lora] if single or pair else list(lora)
+
+
+def _networks(target: Any) -> dict[str, nn.Module]:
+    """{unet, text_encoder, text_encoder_2} as far as `target` has them."""
+    if isinstance(target, diffusers.DiffusionPipeline):
+        found = {part: getattr(target, part, None) for part in (UNET, TEXT, TEXT_2)}
+    elif isinstance(target, nn.Module):
+        found = {UNET: target}
+    else:
+        towers = [module for module in target.conditioner.modules() if _is_clip(module)]
+        found = {UNET: target.unet, **dict(zip((TEXT, TEXT_2), towers, strict=False))}
+    found = {part: network for part, network in found.items() if network is not None}
+    if not hasattr(found.get(UNET), "load_lora_adapter"):
+        raise ValueError(f"a {type(found.get(UNET, target)).__name__} takes no LoRA; a UNet does")
+    return found
+
+
+def _is_clip(module: nn.Module) -> bool:
+    return type(module).__name__ in ("CLIPTextModel", "CLIPTextModelWithProjection")
+
+
+def _held(network: nn.Module) -> list[str]:
+    return list(getattr(network, "peft_config", None) or {})
+
+
+def _load(path: Path, networks: dict[str, nn.Module]) -> str:
+    """Put a file on the networks, unless it is there; its adapter's name."""
+    state = path.stat()
+    written = f"{path.resolve()} {state.st_mtime_ns} {state.st_size} {state.st_ino}"
+    name = f"ldmfast_{hashlib.sha256(written.encode()).hexdigest()[:16]}"
+    if any(name in _held(network) for network in networks.values()):
+        return name
+    changes, notes = read_lora(path, networks)
+    if not changes:
+        raise ValueError(f"{path} holds no LoRA of these networks: it changes {' and '.join(notes)}")
+    if notes:
+        warnings.warn(f"{path}: {' and '.join(notes)} are left out; there is no such network here", stacklevel=4)
+    for part, of_layers in changes.items():
+        try:
+            with _quiet():
+                _attach(networks[part], part, of_layers, name)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit this {part}: {first_line(error)}") from error
+    return name
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without transformers' progress bar, and peft's warning of a second adapter, which is what was asked for."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            yield
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _attach(network: nn.Module, part: str, changes: dict[str, Change], name: str) -> None:
+    from ldmfast.models.lora_norm import adapt_norm
+
+    pairs = {layer: change for layer, change in changes.items() if change.up is not None}
+    if pairs:
+        state = _peft_state(pairs)
+        if part == UNET:
+            network.load_lora_adapter(state, prefix=None, adapter_name=name)
+        else:
+            network.load_adapter(peft_config=_config(pairs), adapter_state_dict=state, adapter_name=name)
+    else:
+        network.peft_config = {**(getattr(network, "peft_config", None) or {}), name: _config({})}
+        network._hf_peft_config_loaded = True
+    for layer, change in changes.items():
+        if change.up is None:
+            adapt_norm(network, layer, name, change.norm_weight, change.norm_bias)
+
+
+def _peft_state(pairs: dict[str, Change]) -> dict[str, torch.Tensor]:
+    """The pairs under peft's names; a bias or a magnitude is had by all layers or none."""
+    biased = any(change.bias is not None for change in pairs.values())
+    dora = [change.magnitude is not None for change in pairs.values()]
+    if any(dora) and (biased or not all(dora)):
+        raise ValueError("DoRA on some layers and plain matrices or biases on others cannot be had in one adapter")
+    state = {}
+    for layer, change in pairs.items():
+        state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = change.down, change.up.contiguous()
+        if biased:
+            rows = len(change.up)
+            state[f"{layer}.lora_B.bias"] = torch.zeros(rows) if change.bias is None else change.bias
+        if change.magnitude is not None:
+            shape = (1, -1, 1, 1) if change.up.ndim == 4 else (-1,)
+            state[f"{layer}.lora_magnitude_vector"] = change.magnitude.reshape(shape)
+    return state
+
+
+def _config(pairs: dict[str, Change]):
+    """peft's configuration of a text encoder's adapter, or of an empty one."""
+    from peft import LoraConfig
+
+    ranks = {layer: change.up.shape[1] for layer, change in pairs.items()}
+    return LoraConfig(
+        r=1,
+        lora_alpha=1,
+        rank_pattern=dict(ranks),
+        alpha_pattern=dict(ranks),
+        target_modules=list(pairs),
+        lora_bias=any(change.bias is not None for change in pairs.values()),
+        use_dora=any(change.magnitude is not None for change in pairs.values()),
+    )
+
+
+def _activate(network: nn.Module, scales: dict[str, float]) -> None:
+    """Exactly these adapters, of those that this network has: none fused, none switched off."""
+    from diffusers.loaders.lora_base import set_adapters_for_text_encoder
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    held = _held(network)
+    if not held:
+        return
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            if module.merged:
+                module.unmerge()
+            module.enable_adapters(True)
+    names = [name for name in scales if name in held]
+    values = [scales[name] for name in names]
+    if isinstance(network, diffusers.ModelMixin):
+        network.set_adapters(names, values)
+    else:
+        set_adapters_for_text_encoder(names, network, values)
+
+
+def _delete(network: nn.Module, names: list[str]) -> None:
+    from diffusers.utils import delete_adapter_layers
+
+    for name in names:
+        if isinstance(network, diffusers.ModelMixin):
+            network.delete_adapters(name)
+        else:
+            delete_adapter_layers(network, name)
+
+
+def _unload(networks: dict[str, nn.Module]) -> None:
+    from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for network in networks.values():
+        if not any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+            continue
+        if isinstance(network, diffusers.ModelMixin):
+            network.unload_lora()
+        else:
+            _remove_text_encoder_monkey_patch(network)
