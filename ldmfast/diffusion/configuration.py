@@ -18,3 +18,15 @@ def as_it_is(scheduler: diffusers.SchedulerMixin) -> dict[str, Any]:
     another value by now: diffusers' StableDiffusionPipeline sets clip_sample and steps_offset in what it is given.
     """
     return {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+
+
+def adopted(kind: type, scheduler: diffusers.SchedulerMixin) -> diffusers.SchedulerMixin:
+    """One of class `kind` with a scheduler's configuration as it is.
+
+    It keeps which values are its class's defaults: what others make of its configuration, such as
+    `EulerDiscreteScheduler.from_config(pipe.scheduler.config)`, takes their own class's defaults for those.
+    """
+    new = kind.from_config(as_it_is(scheduler))
+    if "_use_default_values" in scheduler.config:
+        new.register_to_config(_use_default_values=list(scheduler.config["_use_default_values"]))
+    return new

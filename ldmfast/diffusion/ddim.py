@@ -8,7 +8,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ldmfast import ops
-from ldmfast.diffusion.configuration import as_it_is
+from ldmfast.diffusion.configuration import adopted
 from ldmfast.diffusion.guidance import guide
 
 
@@ -27,7 +27,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):
     @classmethod
     def adopt(cls, scheduler: diffusers.DDIMScheduler) -> DDIMScheduler:
         """Ours of the same configuration."""
-        return cls.from_config(as_it_is(scheduler))
+        return adopted(cls, scheduler)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """As the parent does. Raises ValueError for less than one step or more than the schedule was trained with."""

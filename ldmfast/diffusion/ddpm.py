@@ -8,7 +8,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ldmfast import ops
-from ldmfast.diffusion.configuration import as_it_is
+from ldmfast.diffusion.configuration import adopted
 from ldmfast.diffusion.guidance import guide
 
 
@@ -28,7 +28,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     @classmethod
     def adopt(cls, scheduler: diffusers.DDPMScheduler) -> DDPMScheduler:
         """Ours of the same configuration."""
-        return cls.from_config(as_it_is(scheduler))
+        return adopted(cls, scheduler)
 
     def step(
         self,

@@ -7,7 +7,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ldmfast import ops
-from ldmfast.diffusion.configuration import as_it_is
+from ldmfast.diffusion.configuration import adopted
 from ldmfast.diffusion.guidance import guide
 
 # Adams-Bashforth: what the newest, the one before it, ... count for, by how many outputs there are
@@ -37,7 +37,7 @@ class PNDMScheduler(diffusers.PNDMScheduler):
     @classmethod
     def adopt(cls, scheduler: diffusers.PNDMScheduler) -> PNDMScheduler:
         """Ours of the same configuration, which extrapolates as diffusers does: the same pictures."""
-        new = cls.from_config(as_it_is(scheduler))
+        new = adopted(cls, scheduler)
         new.history = new.config.prediction_type
         return new
 

@@ -118,16 +118,18 @@ def _load(path: Path, networks: dict[str, nn.Module]) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """Without transformers' progress bar, and peft's warning of a second adapter, which is what was asked for."""
+    """Without transformers' progress bar and report, which calls earlier adapters missing, and peft's like warning."""
     from transformers.utils import logging
 
-    bar = logging.is_progress_bar_enabled()
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             yield
     finally:
+        logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
 

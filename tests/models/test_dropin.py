@@ -592,6 +592,17 @@ def test_an_optimized_plms_draws_the_same_picture(prediction):
     assert numpy.abs(draw(ours, **arguments) - draw(pipe, **arguments)).max() <= 1e-3
 
 
+@pytest.mark.parametrize("kind", [diffusers.DDIMScheduler, diffusers.DDPMScheduler, diffusers.PNDMScheduler])
+def test_another_scheduler_made_of_an_optimized_ones_configuration_is_that_made_of_stocks(kind):
+    """Values that were not named are the other class's defaults again: Euler's spacing is not DDIM's."""
+    pipe = stable_diffusion()
+    pipe.scheduler = kind(beta_schedule="scaled_linear")
+    ours = with_ours(pipe)
+    made = [diffusers.EulerDiscreteScheduler.from_config(p.scheduler.config).config for p in (pipe, ours)]
+    assert type(ours.scheduler) is not kind and dict(made[0]) == dict(made[1])
+    assert json.loads(ours.scheduler.to_json_string())["_class_name"] == kind.__name__
+
+
 def test_components_and_other_pipelines_of_the_same_parts():
     ours = with_ours(stable_diffusion())
     other = diffusers.StableDiffusionImg2ImgPipeline(**ours.components, requires_safety_checker=False)
