@@ -30,3 +30,9 @@ def adopted(kind: type, scheduler: diffusers.SchedulerMixin) -> diffusers.Schedu
     if "_use_default_values" in scheduler.config:
         new.register_to_config(_use_default_values=list(scheduler.config["_use_default_values"]))
     return new
+
+
+def check_steps(num_inference_steps: int | None) -> None:
+    """Raises ValueError for less than one step; None is for a scheduler that is given its timesteps themselves."""
+    if num_inference_steps is not None and num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}, expected at least 1")

@@ -8,7 +8,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ldmfast import ops
-from ldmfast.diffusion.configuration import adopted
+from ldmfast.diffusion.configuration import adopted, check_steps
 from ldmfast.diffusion.guidance import guide
 
 
@@ -31,8 +31,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """As the parent does. Raises ValueError for less than one step or more than the schedule was trained with."""
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}, expected at least 1")
+        check_steps(num_inference_steps)
         super().set_timesteps(num_inference_steps, device)
 
     def step(

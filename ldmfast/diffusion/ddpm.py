@@ -8,7 +8,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ldmfast import ops
-from ldmfast.diffusion.configuration import adopted
+from ldmfast.diffusion.configuration import adopted, check_steps
 from ldmfast.diffusion.guidance import guide
 
 
@@ -29,6 +29,16 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     def adopt(cls, scheduler: diffusers.DDPMScheduler) -> DDPMScheduler:
         """Ours of the same configuration."""
         return adopted(cls, scheduler)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """As the parent does. Raises ValueError for less than one step or more than the schedule was trained with."""
+        check_steps(num_inference_steps)
+        super().set_timesteps(num_inference_steps, device, timesteps)
 
     def step(
         self,

@@ -7,7 +7,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ldmfast import ops
-from ldmfast.diffusion.configuration import adopted
+from ldmfast.diffusion.configuration import adopted, check_steps
 from ldmfast.diffusion.guidance import guide
 
 # Adams-Bashforth: what the newest, the one before it, ... count for, by how many outputs there are
@@ -40,6 +40,11 @@ class PNDMScheduler(diffusers.PNDMScheduler):
         new = adopted(cls, scheduler)
         new.history = new.config.prediction_type
         return new
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """As the parent does. Raises ValueError for less than one step."""
+        check_steps(num_inference_steps)
+        super().set_timesteps(num_inference_steps, device)
 
     def step(
         self,

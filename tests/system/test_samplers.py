@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 
+from ldmfast.diffusion import catalogue
 from ldmfast.diffusion.guidance import guide
 from ldmfast.diffusion.samplers import SAMPLERS, make_sampler
 from ldmfast.diffusion.sampling import begin_at, keep_known, sample, starting_point
@@ -256,3 +257,10 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DDPMScheduler", "DDIMScheduler"])
+def test_no_steps(kind):
+    for steps in (0, -3):
+        with pytest.raises(ValueError, match=f"num_inference_steps is {steps}, expected at least 1"):
+            catalogue.scheduler(kind)().set_timesteps(steps)
