@@ -1,7 +1,7 @@
 """`AutoencoderKL`: diffusers' AutoencoderKL with encoder and decoder over `ldmfast.ops`.
 
 vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
-pipe.vae = AutoencoderKL.adopt(pipe.vae)
+pipe.vae = AutoencoderKL.from_vae(pipe.vae)
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import nn
 from ldmfast.models.blocks import BlockInputs, downsample, image_attention, mid_block, resnet, upsample
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.guard import obstacle, obstacles
-from ldmfast.models.layers import channels_last, conv2d, in_layout_of
+from ldmfast.models.input_checks import check_values
+from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of
 from ldmfast.models.tiled_decode import decode_in_strips
 
 
@@ -33,11 +34,17 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
 
     stock = diffusers.AutoencoderKL
 
+    @classmethod
+    def from_vae(cls, vae: diffusers.AutoencoderKL) -> AutoencoderKL:
+        """The same network under our forward, sharing its parameters. Raises as `DropIn.adopt` does."""
+        return cls.adopt(vae)
+
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        check_values(x=x)
         return without_overflow(self, "encoded", self._encode_as_it_is, x)
 
     def _encode_as_it_is(self, x: torch.Tensor) -> torch.Tensor:
-        if self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size:
+        if (self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size) or self.stock_reason():
             return super()._encode(x)
         h = encode(self.encoder, channels_last(x))
         h = h if self.quant_conv is None else conv2d(self.quant_conv, h)
@@ -68,11 +75,15 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def _decode(self, z: torch.Tensor, return_dict: bool = True, tile: int | None = None) -> DecoderOutput | tuple:
+        check_values(z=z)
         x = without_overflow(self, "decoded", lambda latents: self._decode_as_it_is(latents, tile), z)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def _decode_as_it_is(self, z: torch.Tensor, tile: int | None) -> torch.Tensor:
-        if tile is None and self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size:
+        reason = self.stock_reason()
+        if tile is not None and reason:
+            raise ValueError(f"tile: this autoencoder cannot be run in strips, because {reason}")
+        if tile is None and (reason or (self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size)):
             return super()._decode(z).sample
         h = channels_last(z)
         h = h if self.post_quant_conv is None else conv2d(self.post_quant_conv, h)
@@ -120,7 +131,7 @@ def level(
 
 
 def _out(m: Encoder | Decoder, x: torch.Tensor) -> torch.Tensor:
-    return conv2d(m.conv_out, x, norm=m.conv_norm_out, silu=True)
+    return activated_conv2d(m.conv_out, x, m.conv_norm_out, m.conv_act)
 
 
 def without_overflow(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from ldmfast.models import guard
+from ldmfast.models import guard, originals
+from ldmfast.models.checks.head_counts import warn_of_heads, wide_heads
 from ldmfast.models.index_names import record_stock_names
+from ldmfast.models.limits import FUNCTIONS
 from ldmfast.models.weight_files import check_folder, check_loaded
 
 if TYPE_CHECKING:
@@ -22,6 +27,16 @@ class DropIn:
     """Mixed into a subclass of a diffusers model, before it. `stock` is that diffusers class."""
 
     stock: type
+    _entries: tuple  # (name, function) of the stock class's methods that ours stand in for
+    _called: originals.Methods  # and as ours has them, those that the stock class's forward calls
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "stock" in vars(cls):
+            own = {name: getattr(cls.stock, name, None) for name in vars(cls) if not name.startswith("__")}
+            cls._entries = tuple((name, function) for name, function in own.items() if inspect.isfunction(function))
+            called = originals.methods(cls.stock)
+            cls._called = tuple((name, function and getattr(cls, name)) for name, function in called)
 
     @classmethod
     def adopt(cls, model: nn.Module) -> Self:
@@ -38,6 +53,7 @@ class DropIn:
             raise ValueError(f"this {cls.stock.__name__}'s forward is wrapped: take it over first, then offload it")
         new = cls.__new__(cls)
         new.__dict__.update(model.__dict__)
+        warn_of_heads(new, "this model")
         return new
 
     @classmethod
@@ -54,11 +70,29 @@ class DropIn:
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         if not allow_missing:
             check_loaded(cls.stock.__name__, source, info)
+        warn_of_heads(model, source)
         return (model, info) if output_loading_info else model
+
+    def patched(self) -> str | None:
+        """What of stock's code or torch's is not as it was, so that only stock's own way through obeys it, or None."""
+        for name, function in self._entries:
+            if getattr(self.stock, name) is not function:
+                return f"{self.stock.__name__}.{name} was replaced"
+        if _has_any_global_hook():
+            return "a global module hook is set"
+        if not torch.compiler.is_compiling():  # whose guards see to it
+            for space, name, function in FUNCTIONS:
+                if space.get(name) is not function:
+                    return f"{space['__name__']}.{name} was replaced"
+        return None
 
     def stock_reason(self, *arguments: Any, **named: Any) -> str | None:
         """Why a call with these arguments goes to the stock class's forward as a whole, as a clause, or None."""
-        return None
+        return self.patched()
+
+    def replaced_methods(self) -> list[str]:
+        """The methods that stock's forward calls and that are not stock's, on this model or its class."""
+        return [known[0] for known in self._called if originals.replaced(self, type(self), (known,))]
 
     def remarks(self) -> list[str]:
         """Sentences of `explain` that no module shows."""
@@ -71,7 +105,8 @@ class DropIn:
         """
         if reason := self.stock_reason(*arguments, **named):
             return [f"The whole network runs as {self.stock.__name__}.forward: {reason}."]
-        return [*guard.explain(self), *self.remarks()]
+        methods = [f"{name} is called as it is, because it was replaced." for name in self.replaced_methods()]
+        return [*methods, *guard.explain(self), *wide_heads(self), *self.remarks()]
 
     def to_json_string(self) -> str:
         """The configuration as diffusers writes it, under the name of diffusers' class, so that diffusers loads it."""

@@ -1,7 +1,7 @@
 """What a U-Net refuses at its door, with a sentence that says what came and what was wanted.
 
-The checks read shapes and dtypes only, never values, so that they cost no synchronisation on a GPU. With the
-environment variable LDMFAST_DEBUG=1 the inputs' values are looked at too.
+The checks read shapes and dtypes, and of values only a timestep's on a CPU, so that they cost no synchronisation on a
+GPU. With the environment variable LDMFAST_DEBUG=1 the inputs' values are looked at too.
 """
 
 from __future__ import annotations
@@ -9,16 +9,22 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 
+from ldmfast.models.checks.added_conditions import check_added
 from ldmfast.models.guard import plain
 from ldmfast.models.weight_files import WIDTHS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel, UNet2DModel
+
+_NUMPY = (numpy.ndarray, numpy.generic)
+STEPS = 1000  # that a U-Net is trained on, where its configuration says nothing
+# Models of Karras et al. 2022 (EDM) take a quarter of the noise level's logarithm for the time: -1.6 at sigma 0.002
+_LOWEST_NOISE_LEVEL = -4
 
 
 def check_inputs(
@@ -32,17 +38,18 @@ def check_inputs(
     """The shapes and dtypes of everything but the timestep and the residuals. Raises ValueError."""
     check_sample(unet, sample)
     _check_context(unet, sample, context)
-    _check_added(unet, sample, added)
+    check_added(unet, sample, added)
     if class_labels is not None and unet.class_embedding is not None and len(class_labels) != len(sample):
         raise ValueError(f"class_labels has batch {len(class_labels)}, sample has batch {len(sample)}")
     for name, mask in masks.items():
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor [N, keys]; got {type(mask).__name__}")
         if mask is not None and (mask.ndim != 2 or mask.shape[0] not in (1, len(sample))):
             raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected (batch, keys), batch {len(sample)}")
     mask = masks["encoder_attention_mask"]
     if mask is not None and isinstance(context, torch.Tensor) and mask.shape[1] != context.shape[1]:
         raise ValueError(f"encoder_attention_mask covers {mask.shape[1]} keys; the context has {context.shape[1]}")
-    if os.environ.get("LDMFAST_DEBUG") == "1":
-        _check_finite(sample=sample, encoder_hidden_states=context)
+    check_values(sample=sample, encoder_hidden_states=context, class_labels=class_labels, **(added or {}))
 
 
 def check_sample(unet: UNet2DConditionModel | UNet2DModel, sample: torch.Tensor) -> None:
@@ -52,7 +59,8 @@ def check_sample(unet: UNet2DConditionModel | UNet2DModel, sample: torch.Tensor)
         raise ValueError(f"sample must be a tensor [N, C, H, W]; got {got}")
     if not plain(unet.conv_in):
         return
-    channels, weight = unet.conv_in.in_channels, unet.conv_in.weight
+    weight = unet.conv_in.weight
+    channels = weight.shape[1] * unet.conv_in.groups  # in_channels is not read by stock's forward
     if sample.shape[1] != channels and unet.config.get("addition_embed_type") != "image_hint":
         more = " (a 9-channel U-Net takes latents, mask and masked latents, concatenated)" if channels == 9 else ""
         raise ValueError(f"sample has {sample.shape[1]} channels; this UNet expects {channels}{more}")
@@ -101,63 +109,66 @@ def _width_message(got: int, wanted: int) -> str:
     return f"encoder_hidden_states has width {got}; this UNet expects {wanted}{family}.{other}"
 
 
-def _check_added(unet, sample, added) -> None:
-    if unet.config.addition_embed_type != "text_time":
-        return
-    width, total = unet.config.addition_time_embed_dim, unet.config.projection_class_embeddings_input_dim
-    missing = [name for name in ("text_embeds", "time_ids") if added is None or added.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"added_cond_kwargs needs {' and '.join(missing)}: this UNet (SDXL's kind) takes text_embeds (B, T) and "
-            f"time_ids (B, n) with T + n * {width} = {total}; SDXL's are (B, 1280) and (B, 6)"
-        )
-    text, ids, n = added["text_embeds"], added["time_ids"], len(sample)
-    if text.ndim != 2 or len(text) != n:
-        raise ValueError(f"text_embeds has shape {tuple(text.shape)}; expected (B, T) with B = {n}, the sample's batch")
-    if text.numel() + ids.numel() * width == n * total:
-        return
-    if (total - text.shape[1]) % width == 0 and total > text.shape[1]:
-        raise ValueError(f"time_ids: expected ({n}, {(total - text.shape[1]) // width}), got {tuple(ids.shape)}")
-    wanted = total - ids.shape[-1] * width
-    raise ValueError(f"text_embeds: expected ({n}, {wanted}), got {tuple(text.shape)}")
+def timestep_tensor(
+    timestep: torch.Tensor | numpy.ndarray | float | int, sample: torch.Tensor, steps: float = STEPS
+) -> torch.Tensor:
+    """A number, or a tensor or numpy array [] or [N] -> [N] on the sample's device.
 
-
-def timestep_tensor(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-    """An int, a float, or a tensor [] or [N] -> [N] on the sample's device. Raises ValueError for anything else."""
+    steps  of the schedule. A time outside of it is warned of, one that is not finite refused. The values of a tensor
+           are read only where that waits for nothing: on a CPU; on a GPU with LDMFAST_DEBUG=1.
+    Raises ValueError for anything else.
+    """
     n = len(sample)
+    if isinstance(timestep, _NUMPY) and timestep.dtype.kind in "iuf":
+        timestep = torch.from_numpy(numpy.array(timestep, "int64" if timestep.dtype.kind in "iu" else "float32"))
     if isinstance(timestep, bool) or not isinstance(timestep, int | float | torch.Tensor):
-        raise ValueError(f"timestep must be an int, a float or a tensor [] or [N]; got {type(timestep).__name__}")
+        kinds = "an int, a float or a tensor [] or [N]"
+        raise ValueError(f"timestep must be {kinds}, of numpy or torch; got {type(timestep).__name__}")
     if not isinstance(timestep, torch.Tensor):
-        if not math.isfinite(timestep):
-            raise ValueError(f"timestep is {timestep}")
-        if isinstance(timestep, int) and not 0 <= timestep < 10_000:
-            warnings.warn(f"timestep {timestep} is outside anything a U-Net is trained on (0 to 999)", stacklevel=4)
+        _check_time([timestep], steps)
         dtype = torch.int64 if isinstance(timestep, int) else torch.float32
         return torch.full((n,), timestep, dtype=dtype, device=sample.device)
     if timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) not in (1, n)):
         raise ValueError(f"timestep has shape {tuple(timestep.shape)}; expected () or ({n},), the sample's batch")
+    if readable(timestep) and (timestep.device.type == "cpu" or _debugging()):
+        _check_time(timestep.reshape(-1).tolist(), steps)
     return timestep.to(sample.device).expand(n)
 
 
-def add_residuals(skips: tuple[torch.Tensor, ...], residuals: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The skips with a ControlNet's residuals added. Raises ValueError if their count or a shape differs."""
-    if len(residuals) != len(skips):
-        raise ValueError(
-            f"down_block_additional_residuals has {len(residuals)} tensors; this UNet has {len(skips)} skips"
+def _check_time(times: list[float], steps: float) -> None:
+    for t in times:
+        if not math.isfinite(t):
+            raise ValueError(f"timestep is {t}")
+    lowest = 0 if all(isinstance(t, int) for t in times) else _LOWEST_NOISE_LEVEL
+    outside = [t for t in times if not lowest <= t <= steps]
+    if outside and steps < math.inf:
+        warnings.warn(
+            f"timestep {outside[0]} is outside anything a U-Net is trained on (0 to {steps - 1:.0f})", stacklevel=5
         )
-    return tuple(
-        add_residual(f"down_block_additional_residuals[{i}]", skip, residual)
-        for i, (skip, residual) in enumerate(zip(skips, residuals, strict=True))
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether x holds values that Python may look at: not while somebody traces, transforms or fakes the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and not torch.jit.is_tracing()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     )
 
 
-def add_residual(name: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    if residual.shape[1:] != x.shape[1:] or residual.shape[0] not in (1, x.shape[0]):
-        raise ValueError(f"{name} has shape {tuple(residual.shape)}; expected {tuple(x.shape)}")
-    return x + residual
+def _debugging() -> bool:
+    return os.environ.get("LDMFAST_DEBUG") == "1"
 
 
-def _check_finite(**tensors) -> None:
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} has values that are not finite (seen because LDMFAST_DEBUG=1)")
+def check_values(**inputs: object) -> None:
+    """With LDMFAST_DEBUG=1: raises ValueError for a tensor, or one in a list of tensors, with values not finite."""
+    if not _debugging():
+        return
+    for name, value in inputs.items():
+        several = isinstance(value, list | tuple)
+        for i, x in enumerate(value if several else (value,)):
+            if isinstance(x, torch.Tensor) and readable(x) and not bool(torch.isfinite(x).all()):
+                what = f"{name}[{i}]" if several else name
+                raise ValueError(f"{what} has values that are not finite (seen because LDMFAST_DEBUG=1)")

@@ -219,12 +219,20 @@ def projected(m: nn.Module, x: torch.Tensor, norm: nn.GroupNorm, *, is_linear: b
     return linear(m, tokens(group_norm(norm, x, silu=False)))
 
 
+def activated_conv2d(m: nn.Conv2d, x: torch.Tensor, norm: nn.GroupNorm | None, activation: nn.Module) -> torch.Tensor:
+    """m(activation(norm(x))), a network's last layers; m(x) without a norm."""
+    if norm is None or (type(norm) is nn.GroupNorm and type(activation) is nn.SiLU and plain(activation)):
+        return conv2d(m, x, norm=norm, silu=True)
+    h = group_norm(norm, x, silu=False) if type(norm) is nn.GroupNorm else norm(x)
+    return conv2d(m, activation(h))
+
+
 def timestep_embedding(
     proj: Timesteps, mlp: TimestepEmbedding, t: torch.Tensor, condition: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """t [N] -> [N, E]: sinusoid, linear, SiLU, linear in one op; in four where a condition joins the sinusoid."""
-    first, second = mlp.linear_1, mlp.linear_2
-    if condition is None and all(map(plain, (proj, mlp, first, second))):
+    if condition is None and plain(proj) and plain(mlp) and plain(mlp.linear_1) and plain(mlp.linear_2):
+        first, second = mlp.linear_1, mlp.linear_2
         return ops.timestep_mlp(
             t,
             first.weight,

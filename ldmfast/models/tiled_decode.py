@@ -77,7 +77,7 @@ def decode_in_strips(m: Decoder, z: torch.Tensor, tile: int) -> torch.Tensor:
 
 def _require_plain(m: Decoder) -> None:
     for name, part in m.named_modules():
-        kinds = (nn.GroupNorm, nn.Conv2d, ResnetBlock2D, Upsample2D)
+        kinds = (nn.GroupNorm, nn.Conv2d, nn.SiLU, ResnetBlock2D, Upsample2D)
         if isinstance(part, kinds) and (reason := obstacle(part)) is not None:
             raise ValueError(f"tile: the decoder's {name} cannot be run in strips, because {reason}")
 

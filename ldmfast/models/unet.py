@@ -10,6 +10,7 @@ the network is ours (blocks.py), and whatever was attached to a part of it is st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +20,13 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import apply_lora_scale
-from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ldmfast.models.blocks import BlockInputs, down_block, has_cross_attention, mid_block, up_block
+from ldmfast.models.checks.head_counts import warn_of_heads
+from ldmfast.models.checks.residuals import add_residual, add_residuals, check_residuals
 from ldmfast.models.drop_in import DropIn
-from ldmfast.models.input_checks import add_residual, add_residuals, check_inputs, timestep_tensor
-from ldmfast.models.layers import channels_last, conv2d, group_norm, in_layout_of, timestep_embedding
+from ldmfast.models.input_checks import STEPS, check_inputs, check_values, timestep_tensor
+from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of, timestep_embedding
 
 
 class UNet(DropIn, UNet2DConditionModel):
@@ -61,7 +62,13 @@ class UNet(DropIn, UNet2DConditionModel):
         Raises ValueError naming the argument, what came and what was wanted.
         """
         extras = (down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals)
-        if self.stock_reason(cross_attention_kwargs, *extras):
+        masks = {"attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask}
+        patched = self.patched()
+        if not patched:  # else it is for the patch to say what it takes
+            check_inputs(self, sample, encoder_hidden_states, class_labels, added_cond_kwargs, masks)
+            check_residuals(self, sample, *extras)
+            check_values(timestep=timestep, timestep_cond=timestep_cond)
+        if patched or self._stock_arguments(cross_attention_kwargs, *extras):
             return super().forward(
                 sample,
                 timestep,
@@ -75,12 +82,11 @@ class UNet(DropIn, UNet2DConditionModel):
                 encoder_attention_mask,
                 return_dict,
             )
-        masks = {"attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask}
-        check_inputs(self, sample, encoder_hidden_states, class_labels, added_cond_kwargs, masks)
 
         # the time, and what is added to it
-        temb = self._time(sample, timestep, timestep_cond, class_labels)  # [N, E]
-        temb, x = self._added(temb, sample, encoder_hidden_states, added_cond_kwargs)
+        x = 2 * sample - 1 if self.config.center_input_sample else sample
+        temb = self._time(x, timestep, timestep_cond, class_labels)  # [N, E]
+        temb, x = self._added(temb, x, encoder_hidden_states, added_cond_kwargs)
         cond = BlockInputs(
             temb=temb,
             temb_silu=F.silu(temb),
@@ -91,14 +97,16 @@ class UNet(DropIn, UNet2DConditionModel):
 
         # down, leaving a skip at every step
         x = conv2d(self.conv_in, channels_last(x))  # [N, C0, H, W]
-        x, skips = self._down(x, cond, down_intrablock_additional_residuals)
+        adapters = down_intrablock_additional_residuals
+        adapters = list(adapters) if isinstance(adapters, tuple) else adapters
+        x, skips = self._down(x, cond, adapters)
         if down_block_additional_residuals is not None:  # ControlNet's
             skips = add_residuals(skips, down_block_additional_residuals)
 
         # mid, at the lowest level's size
         if self.mid_block is not None:
             x = mid_block(self.mid_block, x, cond)
-        x = self._after_mid(x, mid_block_additional_residual, down_intrablock_additional_residuals)
+        x = self._after_mid(x, mid_block_additional_residual, adapters)
 
         # up, taking the skips from the last to the first; odd sizes do not double back, so the next skip's is passed
         for block in self.up_blocks:
@@ -106,25 +114,24 @@ class UNet(DropIn, UNet2DConditionModel):
             x = up_block(block, x, used, cond, size=skips[-1].shape[2:] if skips else None)
 
         # out, in the layout that came in
-        if self.conv_norm_out is None or type(self.conv_act) is nn.SiLU:
-            x = conv2d(self.conv_out, x, norm=self.conv_norm_out, silu=True)  # [N, C', H, W]
-        else:
-            x = conv2d(self.conv_out, self.conv_act(group_norm(self.conv_norm_out, x, silu=False)))
+        x = activated_conv2d(self.conv_out, x, self.conv_norm_out, self.conv_act)  # [N, C', H, W]
         x = in_layout_of(sample, x)
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
     def _time(self, sample, timestep, timestep_cond, class_labels) -> torch.Tensor:
         """[N, E]: the timestep's embedding and the class's."""
-        t = timestep_tensor(timestep, sample)
-        temb = timestep_embedding(self.time_proj, self.time_embedding, t, timestep_cond, sample.dtype)
+        if "get_time_embed" in self.replaced_methods():
+            temb = self.time_embedding(self.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
+        else:
+            t = timestep_tensor(timestep, sample, math.inf if self.config.time_embedding_type == "fourier" else STEPS)
+            temb = timestep_embedding(self.time_proj, self.time_embedding, t, timestep_cond, sample.dtype)
         label = self.get_class_embed(sample=sample, class_labels=class_labels)
         if label is None:
             return temb
         return torch.cat([temb, label], dim=-1) if self.config.class_embeddings_concat else temb + label
 
-    def _added(self, temb, sample, context, added) -> tuple[torch.Tensor, torch.Tensor]:
-        """(temb with the additional embeddings, such as SDXL's; the sample as conv_in takes it)"""
-        x = 2 * sample - 1 if self.config.center_input_sample else sample
+    def _added(self, temb, x, context, added) -> tuple[torch.Tensor, torch.Tensor]:
+        """(temb with the additional embeddings, such as SDXL's; the sample x as conv_in takes it)"""
         more = self.get_aug_embed(emb=temb, encoder_hidden_states=context, added_cond_kwargs=added)
         if self.config.addition_embed_type == "image_hint":
             more, hint = more
@@ -158,13 +165,24 @@ class UNet(DropIn, UNet2DConditionModel):
         mid_control: torch.Tensor | None = None,
         adapters: Sequence[torch.Tensor] | None = None,
     ) -> str | None:
+        return self.patched() or self._stock_arguments(cross_attention_kwargs, controls, mid_control, adapters)
+
+    def _stock_arguments(self, cross_attention_kwargs, controls, mid_control, adapters) -> str | None:
         if cross_attention_kwargs and (names := sorted(set(cross_attention_kwargs) - {"scale"})):
             return f"cross_attention_kwargs has {', '.join(names)}"
         if (controls is None) != (mid_control is None):
             return "only one of ControlNet's two residual arguments was given"
         if controls is not None and adapters is not None:
             return "ControlNet's and T2I-Adapter's residuals came together"
-        return "a global module hook is set" if _has_any_global_hook() else None
+        return None
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: str | dict | None = None, **kwargs: Any) -> UNet:
+        """As diffusers' from_single_file. Warns of heads that are not those of the family whose shapes the file has."""
+        model = super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
+        named = isinstance(pretrained_model_link_or_path_or_dict, str)
+        warn_of_heads(model, pretrained_model_link_or_path_or_dict if named else "this file")
+        return model
 
     def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
         """As the parent's, which knows by the class's name that scales by block ({"down": 0.3, ...}) are a U-Net's."""

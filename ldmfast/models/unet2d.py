@@ -9,6 +9,7 @@ conditioned by channels joined to the latent (a map, a masked picture, a low res
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch.nn.modules.module import _has_any_global_hook
 
 from ldmfast.models.blocks import BlockInputs, down_block, mid_block, up_block
 from ldmfast.models.drop_in import DropIn
-from ldmfast.models.input_checks import check_sample, timestep_tensor
-from ldmfast.models.layers import channels_last, conv2d, in_layout_of, timestep_embedding
+from ldmfast.models.input_checks import STEPS, check_sample, check_values, timestep_tensor
+from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of, timestep_embedding
 
 
 class UNet2D(DropIn, UNet2DModel):
@@ -75,7 +75,8 @@ class UNet2D(DropIn, UNet2DModel):
         if self.stock_reason():
             return super().forward(sample, timestep, class_labels, return_dict)
         check_sample(self, sample)
-        t = timestep_tensor(timestep, sample)
+        t = timestep_tensor(timestep, sample, self._steps())
+        check_values(sample=sample, timestep=t, class_labels=class_labels)
         temb = self._time(t, sample, class_labels)
         cond = BlockInputs(temb=temb, temb_silu=F.silu(temb))
 
@@ -95,11 +96,15 @@ class UNet2D(DropIn, UNet2DModel):
             used, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
             x = up_block(block, x, used, cond, size=skips[-1].shape[2:] if skips else None)
 
-        x = conv2d(self.conv_out, x, norm=self.conv_norm_out, silu=True)
+        x = activated_conv2d(self.conv_out, x, self.conv_norm_out, self.conv_act)
         if self.config.time_embedding_type == "fourier":
             x = x / t[:, None, None, None]
         x = in_layout_of(sample, x)
         return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def _steps(self) -> float:
+        """How many timesteps it was trained on, or as many as is usual; any number, where they are noise levels."""
+        return math.inf if self.config.time_embedding_type == "fourier" else self.config.num_train_timesteps or STEPS
 
     def _time(self, t: torch.Tensor, sample: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """[N, E]: the timestep's embedding and the class's."""
@@ -120,7 +125,7 @@ class UNet2D(DropIn, UNet2DModel):
     def stock_reason(self) -> str | None:
         if any(hasattr(block, "skip_conv") for block in (*self.down_blocks, *self.up_blocks)):
             return "its blocks hand the picture along beside the features"
-        return "a global module hook is set" if _has_any_global_hook() else None
+        return self.patched()
 
     @classmethod
     def from_unet(cls, unet: UNet2DModel) -> UNet2D:

@@ -14,6 +14,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ldmfast.models.autoencoder import decode, encode, without_overflow
 from ldmfast.models.drop_in import DropIn
+from ldmfast.models.input_checks import check_values
 from ldmfast.models.layers import channels_last, conv2d, in_layout_of
 
 
@@ -31,6 +32,9 @@ class VQModel(DropIn, diffusers.VQModel):
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
         """Images [N, 3, H, W] to latents [N, c, H/f, W/f], not quantised."""
+        if self.stock_reason():
+            return super().encode(x, return_dict)
+        check_values(x=x)
         h = without_overflow(self, "encoded", self._encode_as_it_is, x)
         return VQEncoderOutput(latents=h) if return_dict else (h,)
 
@@ -46,8 +50,13 @@ class VQModel(DropIn, diffusers.VQModel):
         shape: tuple[int, ...] | None = None,
     ) -> DecoderOutput | tuple:
         """Latents [N, c, h, w] to images [N, 3, f h, f w]; `force_not_quantize` and `shape` as diffusers takes them."""
-        if self.config.norm_type == "spatial" or (force_not_quantize and self.config.lookup_from_codebook):
+        if (
+            self.stock_reason()
+            or self.config.norm_type == "spatial"
+            or (force_not_quantize and self.config.lookup_from_codebook)
+        ):
             return super().decode(h, force_not_quantize, return_dict, shape)
+        check_values(h=h)
         quantised, commit_loss = (h, h.new_zeros(len(h))) if force_not_quantize else self.quantise(h)[:2]
         x = self.decode_quantised(quantised)
         return DecoderOutput(sample=x, commit_loss=commit_loss) if return_dict else (x, commit_loss)

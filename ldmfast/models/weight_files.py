@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import json
 import struct
-import warnings
 from pathlib import Path
 
 from ldmfast.files import read_json
 
 WIDTHS = {768: "SD1.x", 1024: "SD2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # of the prompt, by family
-_HEADS = {  # attention_head_dim by (block_out_channels, cross_attention_dim); a wrong one loads and draws noise
-    ((320, 640, 1280, 1280), 768): [8],
-    ((320, 640, 1280, 1280), 1024): [5, 10, 20, 20],
-    ((320, 640, 1280), 2048): [5, 10, 20],
-}
 _KINDS = (  # a name in the table, and what a file with it is
     ("model.diffusion_model.", "a single-file checkpoint; load it with from_single_file"),
     ("lora", "a LoRA; load the base model, then pipe.load_lora_weights"),
@@ -110,7 +104,6 @@ def check_folder(folder: Path, stock_name: str) -> None:
     together = {name: shape for table in tables.values() for name, shape in table.items()}
     if together:
         _check_family(folder, stock_name, config, together)
-    _warn_of_heads(folder, config)
 
 
 def _check_family(folder: Path, stock_name: str, config: dict, table: dict[str, tuple]) -> None:
@@ -124,18 +117,6 @@ def _check_family(folder: Path, stock_name: str, config: dict, table: dict[str, 
         f"{folder}: its weights take prompts of width {width}{family}, its config.json says {wanted}{other}; "
         "take both from one model"
     )
-
-
-def _warn_of_heads(folder: Path, config: dict) -> None:
-    key = (tuple(config.get("block_out_channels", ())), config.get("cross_attention_dim"))
-    heads = config.get("attention_head_dim", 8)
-    usual = _HEADS.get(key) if not isinstance(key[1], list) else None
-    if usual and (heads if isinstance(heads, list) else [heads]) not in (usual, usual * len(key[0])):
-        warnings.warn(
-            f"{folder}/config.json says attention_head_dim={heads}; {WIDTHS[key[1]]} has "
-            f"{usual if len(usual) > 1 else usual[0]}. A wrong one loads, and draws noise.",
-            stacklevel=4,
-        )
 
 
 def check_loaded(model_name: str, source: str | Path, info: dict) -> None:

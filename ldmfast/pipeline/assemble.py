@@ -20,6 +20,7 @@ from ldmfast import files, shipped
 from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.text import TextEncoder
 from ldmfast.diffusion import catalogue
+from ldmfast.models.checks.head_counts import warn_of_heads
 from ldmfast.pipeline.folder import load_parts
 from ldmfast.pipeline.text_towers import join_text_towers, text_tower
 from ldmfast.released.conditioner_parts import make_conditioner
@@ -60,6 +61,8 @@ def assemble(
     networks = {_PLACES[name]: network(part, dtype) for name, part in model.parts.items() if name in _PLACES}
     for made in networks.values() if path.is_dir() else ():
         made.register_to_config(_name_or_path=str(path))  # as diffusers does; verify reads the weights there
+    for made in networks.values():
+        warn_of_heads(made, path)
     if "" in networks:
         if text_encoder is not None:
             raise ValueError(f"text_encoder={str(text_encoder)!r}, but {path} is an autoencoder or a denoiser alone")

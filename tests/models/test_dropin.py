@@ -425,20 +425,6 @@ def test_a_missing_weight_is_an_error_unless_opted_in(tmp_path):
     assert info["missing_keys"] == ["mid_block.resnets.0.conv1.weight"] and isinstance(model, UNet)
 
 
-def test_a_wrong_number_of_heads_is_warned_of(tmp_path):
-    from ldmfast.models.weight_files import check_folder
-
-    config = {
-        "_class_name": "UNet2DConditionModel",
-        "block_out_channels": [320, 640, 1280, 1280],
-        "cross_attention_dim": 1024,
-        "attention_head_dim": 8,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match=r"SD2.x has \[5, 10, 20, 20\]"):
-        check_folder(tmp_path, "UNet2DConditionModel")
-
-
 def test_a_whole_pipeline_is_not_a_unet(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match="name the part, such as subfolder='unet'"):
