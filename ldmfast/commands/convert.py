@@ -8,7 +8,7 @@ def add(commands):
     parser.add_argument("source", metavar="IN", help="a .safetensors or .ckpt in the released layout, or a folder")
     parser.add_argument("target", metavar="OUT", help="a folder, or a .safetensors or .ckpt")
     parser.add_argument("--ema", action="store_true", help="the averaged weights of the denoiser")
-    parser.add_argument("--config", help="the original YAML, for a model of no known family")
+    parser.add_argument("--config", help="the original YAML, its file or text ('parameterization: v')")
     parser.add_argument("--allow-missing", action="store_true", help="go on without weights that IN should have")
 
 

@@ -47,15 +47,23 @@ def shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
             table = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"{path}: its header is not JSON, so it is no safetensors file") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: its header is a {type(table).__name__}, so it is no safetensors file")
     table.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
+    try:
+        end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
+        found = {name: tuple(entry["shape"]) for name, entry in table.items()}
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: its header describes no tensors; download it again") from error
     if end > size:
         raise ValueError(f"{path}: truncated, {size} bytes of {end}; download it again")
-    return {name: tuple(entry["shape"]) for name, entry in table.items()}
+    return found
 
 
 def not_weights(start: bytes) -> str | None:
     """What a file of weights turns out to be, from its first bytes; None if it may be one."""
+    if not start:
+        return "is empty; download it again"
     text = start.lstrip().lower()
     if text.startswith((b"<html", b"<!doctype", b"<?xml")):
         return f"starts with `{text[:5].decode()}`: a failed download (a web page was saved in place of the file)"

@@ -114,11 +114,13 @@ def _ours(path: Path, text_encoder, conditioner, dtype: torch.dtype | None, toke
 
 
 def _published(path: Path, ema: bool, config, allow_missing: bool) -> Model:
-    """What released/ reads there, nothing missing. Warns of tensors that no part of the model has a place for."""
+    """What released/ reads there, nothing missing. Warns of tensors without a place, and of what was guessed."""
     model = read(path, ema=ema, config=config)
     check_missing(path, model, allow_missing)
     if unknown := [note for note in model.notes if "(unknown" in note]:
         warnings.warn(f"{path}: {'; '.join(unknown)}", stacklevel=4)
+    for guess in model.guesses:
+        warnings.warn(f"{path}: {guess}", stacklevel=4)
     return model
 
 
@@ -138,7 +140,7 @@ def network(part: Part, dtype: torch.dtype | None = None) -> nn.Module:
     with torch.device("meta" if part.complete else "cpu"):
         made = kind.from_config(part.config)
     made.load_state_dict(part.tensors, assign=True, strict=part.complete)
-    return (made if dtype is None else nn.Module.to(made, dtype)).eval()
+    return nn.Module.to(made, dtype or part.dtype).eval()
 
 
 def _scheduler(path: Path, model: Model) -> diffusers.SchedulerMixin:
@@ -178,7 +180,7 @@ def _conditioner(path: Path, model: Model, text_encoder, dtype: torch.dtype | No
     conditioner = make_conditioner(part.config)
     if part.tensors:
         conditioner.load_state_dict(part.tensors, assign=True, strict=part.complete)
-    return (conditioner if dtype is None else conditioner.to(dtype)).eval()
+    return conditioner.to(dtype or part.dtype).eval()
 
 
 def _has_its_own(path: Path, text_encoder) -> ValueError:

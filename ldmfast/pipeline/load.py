@@ -35,15 +35,16 @@ def load(
 ) -> LatentDiffusionPipeline | Any:
     """A ready model: denoiser, autoencoder, conditioner and noise schedule.
 
-    source         a model that ships, by its name; a folder, as ldmfast or diffusers saves it; a released .safetensors
-                   or .ckpt
+    source         a model that ships, by its name; a folder, as ldmfast or diffusers saves it; a released file, of
+                   safetensors or torch.save, whatever its ending: nothing that a pickle names is run
     text_encoder   "minilm", a hub name or a folder, in place of the text encoder that the folder names, or for a
                    denoiser that was saved without one
     ema            the averaged denoiser of a released file; without it the plain one
-    config         the original YAML (its path or content) of a released file whose family is not known, or to override
-                   what its family says: heads, betas, scale factor, parameterization
-    dtype          of the weights in memory; None leaves them as they are in the file (float32 from a folder that
-                   ldmfast trained)
+    config         the original YAML (its path, text or content) of a released file whose family is not known, or to
+                   override what its family says: heads, betas, scale factor, parameterization. In which order a file is
+                   believed: released/noise_schedule.py; a prediction type that had to be guessed is warned of
+    dtype          of the weights in memory; None: each network's own in the file, the one that holds all where it mixes
+                   several (float32 from a folder that ldmfast trained)
     allow_missing  take weights that a released model lacks at random
     tokenizer      CLIP's, a folder or a hub name, for a file without one; default: openai/clip-vit-large-patch14
     autoencoder    a file or folder with the autoencoder, for a denoiser saved without one

@@ -31,7 +31,7 @@ def text_tower(part: Part, dtype: torch.dtype | None) -> nn.Module:
     prefixed = any(key.startswith("text_model.") for key in model.state_dict())
     own = {key if prefixed else key.removeprefix("text_model."): value for key, value in part.tensors.items()}
     model.load_state_dict(own, assign=True, strict=part.complete)
-    return (model if dtype is None else model.to(dtype)).eval().requires_grad_(False)
+    return model.to(dtype or part.dtype).eval().requires_grad_(False)
 
 
 def join_text_towers(

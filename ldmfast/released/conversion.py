@@ -14,8 +14,8 @@ import torch
 from ldmfast import files
 from ldmfast.released import diffusers_folder as folders
 from ldmfast.released.model import Model
+from ldmfast.released.parts import to_released
 from ldmfast.released.read import HEADER, check_missing, read
-from ldmfast.released.single_file import to_released
 
 _LARGEST_CONFIG = 100_000  # bytes; vocabularies are larger, and no configuration
 
@@ -30,10 +30,10 @@ def convert(
 ) -> list[str]:
     """Write `target` in the layout that `source` does not have.
 
-    source         a released .safetensors or .ckpt, or a folder in diffusers' layout
+    source         a released file, or a folder in diffusers' layout
     target         a folder, or a .safetensors or .ckpt
     ema            the averaged denoiser in the folder's unet/; the plain one stays beside it
-    config         the original YAML, for a model whose family is not known
+    config         the original YAML (its path, text or content), for what the file and its family leave open
     allow_missing  go on without the tensors that the source should have and has not
     returns        a line for each thing worth knowing: what it is, what was put beside the model
 
@@ -62,7 +62,7 @@ def convert(
 def report(model: Model) -> list[str]:
     lines = [f"{' or '.join(model.names) or 'a model of no known family'}: " + ", ".join(_counts(model))]
     lines += [f"missing, and random when loaded: {name}" for name in model.missing]
-    return lines + model.notes
+    return lines + model.guesses + model.notes
 
 
 def _counts(model: Model) -> list[str]:

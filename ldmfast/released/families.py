@@ -78,6 +78,7 @@ class Denoiser:
     betas            first and last, linear in square-root space over 1000 steps
     scale_factor     of the latents, where the file does not hold it
     prediction       epsilon or v_prediction
+    both_predictions whether models of this build are published that predict the other
     """
 
     structure: Structure
@@ -89,6 +90,7 @@ class Denoiser:
     scale_factor: float = 1.0
     sample_size: int = 64
     prediction: str = "epsilon"
+    both_predictions: bool = False
 
     def heads_at(self, channels: int) -> int:
         return self.heads or channels // self.width
@@ -151,12 +153,22 @@ DENOISERS = {
     "sd-v1-inpainting": Denoiser(_cross(9, 320, *_SD, 768, outputs=4), "kl-f8", "clip", **_CLIP),
     "instruct-pix2pix": Denoiser(_cross(8, 320, *_SD, 768, outputs=4), "kl-f8", "clip", **_CLIP),
     "sd-v2": Denoiser(
-        _cross(4, 320, *_SD, 1024, linear=True), "kl-f8", "openclip", prediction="v_prediction", sample_size=96, **_OPEN
+        _cross(4, 320, *_SD, 1024, linear=True),
+        "kl-f8",
+        "openclip",
+        prediction="v_prediction",
+        both_predictions=True,
+        sample_size=96,
+        **_OPEN,
     ),
     "sd-v2-inpainting": Denoiser(_cross(9, 320, *_SD, 1024, outputs=4, linear=True), "kl-f8", "openclip", **_OPEN),
     "sd-v2-depth": Denoiser(_cross(5, 320, *_SD, 1024, outputs=4, linear=True), "kl-f8", "openclip", **_OPEN),
     "sdxl": Denoiser(
-        _cross(4, 320, (1, 2, 4), (4, 2), 2048, depth=(0, 2, 10), linear=True, label=2816), "kl-f8", "two", **_XL
+        _cross(4, 320, (1, 2, 4), (4, 2), 2048, depth=(0, 2, 10), linear=True, label=2816),
+        "kl-f8",
+        "two",
+        both_predictions=True,
+        **_XL,
     ),
     "sdxl-inpainting": Denoiser(
         _cross(9, 320, (1, 2, 4), (4, 2), 2048, depth=(0, 2, 10), outputs=4, linear=True, label=2816),

@@ -31,10 +31,20 @@ class Part:
         """Whether no tensor is missing."""
         return all(key in self.tensors for entry in self.entries for key in entry.keys)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensors' floating type; where they have several, or one for storage alone, one that holds them all."""
+        found = {value.dtype for value in self.tensors.values() if value.is_floating_point()}
+        wide = [dtype for dtype in found if dtype.itemsize > 1]  # no network computes in float8
+        return functools.reduce(torch.promote_types, wide) if wide else torch.float32
+
 
 @dataclass
 class Model:
-    """names  rows of families.py that it may be;  schedule  a DDIMScheduler's configuration;  rest  other tensors"""
+    """names  rows of families.py that it may be;  schedule  a scheduler's configuration;  rest  other tensors
+
+    guesses   what neither the source nor its family says, and was guessed, with the option that settles it
+    """
 
     names: list[str]
     parts: dict[str, Part]
@@ -42,6 +52,7 @@ class Model:
     rest: dict[str, torch.Tensor]
     record: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    guesses: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
 

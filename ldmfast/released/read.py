@@ -11,6 +11,7 @@ from ldmfast.released.model import Model
 from ldmfast.released.single_file import from_released
 from ldmfast.released.weights import read_weights
 
+_ABOUT = "modelspec."  # a safetensors file's description of itself
 HEADER = "ldmfast"  # in a safetensors file's metadata: the folder's configurations
 
 
@@ -23,14 +24,14 @@ def read(source: str | Path, *, ema: bool = False, config: dict | str | Path | N
     if not source.is_file():
         raise FileNotFoundError(f"{source} is neither a file nor a folder")
     tensors, others = read_weights(source)
-    header = json.loads(others.pop(HEADER, "{}"))
     try:
-        model = from_released(tensors, config, ema=ema, header=header)
+        header = json.loads(others.pop(HEADER, "{}"))
+        model = from_released(tensors, config, ema=ema, header=header, said=others)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    others.pop("format", None)
-    if others:
-        model.notes.append(f"not tensors, left out: {', '.join(sorted(others))}")
+    left = sorted(name for name in others if name != "format" and not name.startswith(_ABOUT))
+    if left:
+        model.notes.append(f"not tensors, left out: {', '.join(left)}")
     return model
 
 

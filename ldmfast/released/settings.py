@@ -1,40 +1,79 @@
 """What shapes do not say: the original configuration's settings, or else the family's.
 
-Heads, the latents' scale and the noise schedule of a released model.
+Heads and the latents' scale of a released model; its noise schedule is in noise_schedule.py.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
+import yaml
 
 from ldmfast.files import first_line
 from ldmfast.released.families import DENOISERS, Denoiser, Structure
 
 
 def read_config(config: dict | str | Path | None) -> dict:
-    """model.params of an original configuration: a YAML file's path, its content, or {} for None."""
+    """model.params of an original configuration: a YAML file's path, its text or content, or {} for None.
+
+    Raises ValueError for what is no YAML, FileNotFoundError for a path where nothing is.
+    """
     if config is None:
         return {}
-    if not isinstance(config, dict):
-        import yaml
-
-        try:
-            config = yaml.safe_load(Path(config).read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"config={config} is not YAML: {first_line(error)}") from error
-    found = config.get("model", config) if isinstance(config, dict) else None
+    found = config if isinstance(config, dict) else _read_yaml(config)
+    found = found.get("model", found) if isinstance(found, dict) else None
     found = found.get("params", found) if isinstance(found, dict) else None
     if not isinstance(found, dict):
         raise ValueError("config must be an original YAML file, with model: params:, or that as a dict")
     return found
 
 
+def _read_yaml(config: str | Path) -> Any:
+    text, name = str(config), f"config={config}"
+    if isinstance(config, str) and ("\n" in config or not Path(config).exists() and ": " in config):
+        name = "config"
+    else:
+        try:
+            text = Path(config).read_text(encoding="utf-8")
+        except (UnicodeDecodeError, IsADirectoryError) as error:
+            raise ValueError(f"{name} is not YAML: {first_line(error)}") from error
+    try:
+        return yaml.load(text, Loader=_Yaml)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{name} is not YAML: {first_line(error)}") from error
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML's plain types, with the numbers of YAML 1.2: in 1.1, which PyYAML reads, 1e-4 is a string."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def number(settings: dict, name: str, default: float | None = None) -> float | None:
+    """A number of the original configuration. Raises ValueError for anything else under its name."""
+    value = settings.get(name, default)
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config says {name}: {value!r}, expected a number") from error
+
+
 def unet_settings(settings: dict) -> dict:
-    found = settings.get("unet_config", {})
-    return found.get("params", found)
+    """The U-Net's: unet_config of the released code, network_config of the one for SDXL."""
+    return inner(settings, "unet_config") or inner(settings, "network_config")
+
+
+def inner(settings: dict, name: str) -> dict:
+    """The params of a part that a configuration describes; {} where it does not."""
+    found = settings.get(name)
+    found = found.get("params", found) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def heads_rule(structure: Structure, names: list[str], settings: dict) -> Callable[[int], int]:
@@ -60,34 +99,4 @@ def scale_factor(tensors: dict, settings: dict, row: Denoiser | None) -> float:
     """Of the latents: the original configuration's, the file's own, the family's."""
     if "scale_factor" not in settings and "scale_factor" in tensors:
         return float(tensors["scale_factor"])
-    return settings.get("scale_factor", row.scale_factor if row else 1.0)
-
-
-def schedule(tensors: dict, settings: dict, row: Denoiser | None) -> dict:
-    """A DDIMScheduler as the released sampler steps. Betas: the original configuration's, the file's, the family's."""
-    config = {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": settings.get("timesteps", 1000),
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "prediction_type": {"v": "v_prediction", "eps": "epsilon"}.get(settings.get("parameterization"))
-        or (row.prediction if row else "epsilon"),
-    }
-    if "linear_start" in settings:
-        return {**config, "beta_start": settings["linear_start"], "beta_end": settings["linear_end"]}
-    if "betas" not in tensors:
-        if row is None:
-            raise ValueError(
-                "neither the file nor its family gives the noise schedule; give the original YAML as config="
-            )
-        return {**config, "beta_start": row.betas[0], "beta_end": row.betas[1]}
-    betas = tensors["betas"].double()
-    first, last = (float(f"{value:.6g}") for value in (betas[0], betas[-1]))
-    line = torch.linspace(first**0.5, last**0.5, len(betas), dtype=torch.float64) ** 2
-    config["num_train_timesteps"] = len(betas)
-    if torch.allclose(line, betas, rtol=1e-5, atol=0):
-        return {**config, "beta_start": first, "beta_end": last}
-    return {**config, "beta_start": first, "beta_end": last, "trained_betas": tensors["betas"].tolist()}
+    return number(settings, "scale_factor", row.scale_factor if row else 1.0)
