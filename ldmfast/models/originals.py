@@ -7,16 +7,11 @@ is read from the compiled code itself, so that another version of diffusers need
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import diffusers
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-_HOME = tuple(f"{Path(package.__file__).parent}{os.sep}" for package in (torch, diffusers))
 _CALL = ("__call__", "_call_impl")  # what leads from m(x) to m.forward(x)
 
 Methods = tuple[tuple[str, Callable | None], ...]
@@ -57,7 +52,8 @@ def _method(kind: type, name: str) -> Callable | None:
 
 
 def _own(function: Callable) -> bool:
-    return function.__code__.co_filename.startswith(_HOME)
+    """Whether the function was defined in torch or in diffusers; its own name of a module can be borrowed."""
+    return function.__globals__.get("__name__", "").partition(".")[0] in ("torch", "diffusers")
 
 
 def functions(kinds: Iterator[type]) -> tuple[tuple[dict, str, Callable], ...]:
