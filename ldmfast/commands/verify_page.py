@@ -19,9 +19,8 @@ STYLE = """
 .yes { color: #3a8f4a } .no { color: #d03030 }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem }
 .pictures img { width: 100%; image-rendering: pixelated; display: block; border: 1px solid var(--line) }
-svg.errors { max-width: 46rem } svg rect { fill: currentColor } svg .limit { stroke: #d03030; stroke-dasharray: 4 3 }
+svg.errors { max-width: 46rem } svg rect { fill: currentColor }
 svg text.bad { fill: #d03030; font-weight: 600 }
-td.bad { color: #d03030; font-weight: 600 }
 """
 NAME, WIDE, ROW, HEAD = 170, 640, 26, 30  # of the bars' drawing: names, the whole, a block's height, the axis
 OURS, STOCK = 0, 1  # colours
@@ -82,7 +81,7 @@ def _network(network) -> str:
     if network.changed:
         lines = [[escape(name), f"{100 * far:.3g} %"] for name, far in network.changed[:50]]
         more = f"<p class='soft'>and {len(network.changed) - 50} more</p>" if len(network.changed) > 50 else ""
-        title = f"<h3>{len(network.changed)} tensors are not those of stock's weights</h3>"
+        title = f"<h3>Tensors that are not those of stock's weights: {len(network.changed)}</h3>"
         parts.append(f"{title}{charts.table(['tensor', 'apart'], lines)}{more}")
     parts.append("<h3>What does not go through ldmfast's ops</h3>")
     listed = "".join(f"<li>{escape(sentence)}</li>" for sentence in network.explained)
@@ -121,7 +120,7 @@ def bars(rows: list) -> str:
         return left + (right - left) * min(1.0, max(0.0, share))
 
     height = HEAD + ROW * len(rows)
-    drawn = []
+    drawn = [f"<text x='{WIDE}' y='{HEAD - 14}' text-anchor='end'>ldmfast / stock</text>"]
     for power in range(low, high + 1):
         x = place(10.0**power)
         drawn.append(f"<line class='axis' x1='{x:.1f}' x2='{x:.1f}' y1='{HEAD - 8}' y2='{height}'/>")

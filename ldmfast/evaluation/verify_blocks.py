@@ -45,10 +45,8 @@ class Three:
     ours: nn.Module
     stock: nn.Module
     exact: nn.Module
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.ours.dtype
+    dtype: torch.dtype  # asked of a network it walks through all of its parameters
+    exact_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def _inside(three: Three, name: str, call: Call) -> list[Row]:
         return []
     block = three.exact.get_submodule(name)
     inner = [f"{name}.{n}" for n, m in block.named_modules() if n and _known(three, f"{name}.{n}")]
-    args, kwargs = _cast(_cast(call, three.dtype), three.exact.dtype)
+    args, kwargs = _cast(_cast(call, three.dtype), three.exact_dtype)
     found = _calls(three.exact, inner, lambda: block(*args, **kwargs)).items()
     rows = [_compare(three, n, c, "layer" if _is_layer(three, n) else "block") for n, c in found]
     return [row for row in rows if not row.right]
@@ -130,7 +128,7 @@ def _inside(three: Three, name: str, call: Call) -> list[Row]:
 
 def _compare(three: Three, name: str, call: Call, level: str) -> Row:
     given = _cast(call, three.dtype)
-    exact = _stock_part(three.exact, name, _cast(given, three.exact.dtype))
+    exact = _stock_part(three.exact, name, _cast(given, three.exact_dtype))
     ours, stock = _our_part(three.ours, name, given), _stock_part(three.stock, name, given)
     shown = "time_embedding" if name == "time_proj" else name
     return judged(shown, level, three.dtype, ours, stock, exact)

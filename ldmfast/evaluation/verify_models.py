@@ -241,7 +241,7 @@ class _Comparison:
         network.changed = verify_subject.changed(ours, stock) if weights != "the live weights" else []
         network.explained = ours.explain()
         self.found.networks.append(network)
-        return Three(ours, stock, exact), network
+        return Three(ours, stock, exact, ours.dtype, kind), network
 
     # --- the denoiser -------------------------------------------------------------------------------------------------
 
@@ -309,8 +309,8 @@ class _Comparison:
             return found.latents if isinstance(vae, diffusers.VQModel) else found.latent_dist.parameters
 
         if self.latents is None:
-            self.latents = encode_pictures(three.exact, picture.to(three.exact.dtype))
-        z = unscaled(three.exact, self.latents.to(three.exact.dtype)).to(three.dtype)
+            self.latents = encode_pictures(three.exact, picture.to(three.exact_dtype))
+        z = unscaled(three.exact, self.latents.to(three.exact_dtype)).to(three.dtype)
         codes = {"force_not_quantize": True} if isinstance(three.ours, diffusers.VQModel) else {}
 
         def decode(vae):  # a codebook's choice is no rounding: it is left out here, and taken in the picture

@@ -26,7 +26,7 @@ CONV = "down_blocks.1.resnets.0.conv1"
 def stock_pipeline(seed=0):
     torch.manual_seed(seed)
     scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
-    parts = {"unet": tiny.unet(), "vae": tiny.vae(), "scheduler": scheduler}
+    parts = {"unet": tiny.unet(layers_per_block=1), "vae": tiny.vae(), "scheduler": scheduler}
     return diffusers.StableDiffusionPipeline(**parts, **ABSENT, requires_safety_checker=False)
 
 
@@ -245,7 +245,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(folder, tmp_path, caps
     with pytest.raises(ValueError, match="DiTPipeline|Linear has no UNet2DConditionModel"):
         ldmfast.verify(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="the unet of the other .* is another network: .* there, .* here"):
-        ldmfast.verify(pipe.unet, against=tiny.unet(cross_attention_dim=16))
+        ldmfast.verify(pipe.unet, against=tiny.unet(layers_per_block=1, cross_attention_dim=16))
     with pytest.raises(ValueError, match="size 30x32: both sides must be multiples of 4"):
         ldmfast.verify(pipe, size=(30, 32))
     assert cli.main(["verify", str(folder), "--against", str(tmp_path / "none")]) == 2
