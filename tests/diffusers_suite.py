@@ -8,7 +8,7 @@ every pipeline is put through `ldmfast.optimize` when it is made. Prints and wri
 ours passes of that, and each test that stock passes and ours does not, with its reason (REASONS) where that is known.
 Exit status 1 if there is one without a reason. The installed diffusers is tested; take the checkout of its version.
 Nothing is downloaded: CLIP's tokenizer is one of single bytes, its tiny text towers are random; tests that need more
-of the hub fail alike in stock.
+of the hub fail alike in stock. The LoRA files need the package parameterized.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def outcomes(tests: Path, file: str, route: str, folder: Path, words: str | None
     command = [sys.executable, "-m", "pytest", "-q", "-p", "diffusers_suite_plugin", "-p", "no:cacheprovider"]
     command += ["--rootdir", str(tests.parent), str(tests / file), *(["-k", words] if words else [])]
     ran = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True)
-    if not written.is_file():
+    if ran.returncode not in (0, 1, 5) or not written.is_file():  # passed, some failed, none of them matched
         raise SystemExit(f"pytest did not come to its end on {file} ({route}):\n{(ran.stdout + ran.stderr)[-3000:]}")
     return json.loads(written.read_text())
 
