@@ -54,7 +54,14 @@ FILES = {
 IN_OPTIMIZE = ("pipelines", "lora")  # a model or a scheduler alone is not put through optimize
 
 # (what a test's name contains, route or "" for both, why ours does not pass)
-REASONS: tuple[tuple[str, str, str], ...] = ()
+REASONS: tuple[tuple[str, str, str], ...] = (
+    (
+        "PNDMSchedulerTest::test_full_loop_with_v_prediction",
+        "classes",
+        "by choice, ours extrapolates noise where the model predicts v, as Stable Diffusion 2's own code does; "
+        "one taken over by optimize does as diffusers",
+    ),
+)
 
 
 def main() -> int:
