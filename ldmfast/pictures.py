@@ -154,7 +154,6 @@ def writing(path: str | Path) -> Iterator[Callable[[Image.Image], None]]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a file name")
     with replacing(path) as partial:
-        partial.touch()
         yield lambda picture: picture.save(partial, format=kind)
 
 

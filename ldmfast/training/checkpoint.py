@@ -13,14 +13,9 @@ def save(state, path):
 
     Raises OSError naming `path` where it cannot be written; nothing is left beside it then.
     """
-    files.remove_leftovers(path)  # a run that was killed in a save left as much as a checkpoint takes
+    files.remove_leftovers(path, alone=True)  # a run that was killed in a save left as much as a checkpoint takes
     with files.replacing(path) as partial, open(partial, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # a disk that is full reads "unexpected pos 704 vs 598"
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        torch.save(state, file)
 
 
 def load(path):
@@ -34,6 +29,6 @@ def load(path):
 
 def replace_folder(folder, write):
     """Call write(partial) on an empty folder, which then takes the place of `folder`."""
-    files.remove_leftovers(folder)
+    files.remove_leftovers(folder, alone=True)
     with files.replacing_folder(folder) as partial:
         write(partial)

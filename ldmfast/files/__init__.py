@@ -1,6 +1,7 @@
 """Files and folders that are whole or absent, whatever moment the process is killed at; nothing replaced is lost.
 
 What is written goes to a temporary name beside its place, is flushed to the disk, and takes the place in one rename.
+While that goes on its process holds a lock on it; what a killed one left has none, and goes with the next save there.
 """
 
 from __future__ import annotations
@@ -15,41 +16,36 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
+from ldmfast.files.errors import WriteError, first_line, naming
+from ldmfast.files.locks import held, is_held
+
+__all__ = [
+    "WriteError",
+    "first_line",
+    "new_folder",
+    "read_json",
+    "recover",
+    "remove_leftovers",
+    "replacing",
+    "replacing_folder",
+    "write_text",
+]
 
 _EXCHANGE = 2  # linux/fs.h: RENAME_EXCHANGE
-_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # which a write raises without a name
-
-
-class WriteError(OSError):
-    """What the system said of a file or folder that was to be written, with its name."""
-
-    def __str__(self) -> str:
-        return self.strerror
-
-
-def first_line(error: BaseException | str, longest: int = 160) -> str:
-    """The first line of a message that may have many; of an empty one, the exception's type."""
-    text = str(error).strip()
-    return text.splitlines()[0].strip()[:longest] if text else type(error).__name__
 
 
 @contextlib.contextmanager
 def replacing(path) -> Iterator[Path]:
-    """Context giving a temporary path of the same ending to write to; on leaving, the file takes `path`'s place.
+    """Context giving a path of the same name in a temporary folder; on leaving, the file takes `path`'s place.
 
     An error leaves `path` as it was and nothing beside it. Raises WriteError naming `path` where it cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        with _naming(path, partial):
-            yield partial
-            _flush(partial)
-            os.replace(partial, path)
-    finally:
-        if partial.exists():
-            partial.unlink()
+    with _temporary(path, path.parent / f".{path.stem}.{os.getpid()}.partial{path.suffix}") as folder:
+        partial = folder / path.name  # what a writer puts beside it for a while (safetensors does) goes with the folder
+        yield partial
+        _flush(partial)
+        os.replace(partial, path)
 
 
 def read_json(path) -> dict:
@@ -79,7 +75,7 @@ def new_folder(folder) -> Iterator[Path]:
     folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it")
-    with _partial(folder) as partial:
+    with _temporary(folder, _home(folder) / f"{folder.name}.{os.getpid()}.partial", parents=True) as partial:
         yield partial
         os.replace(partial, folder)  # over an empty folder, too
 
@@ -94,12 +90,13 @@ def replacing_folder(folder, *, keep: bool = False) -> Iterator[Path]:
     """
     folder = Path(folder).resolve()
     recover(folder)
-    with _partial(folder) as partial:
+    with _temporary(folder, _home(folder) / f"{folder.name}.{os.getpid()}.partial", parents=True) as partial:
         yield partial
-        if keep and folder.is_dir():
-            _link_missing(folder, partial)
-        _flush_tree(partial)
-        _put(partial, folder)
+        with naming(folder, partial, folder, _old(folder)):
+            if keep and folder.is_dir():
+                _link_missing(folder, partial)
+            _flush_tree(partial)
+            _put(partial, folder)
 
 
 def recover(folder) -> None:
@@ -112,12 +109,19 @@ def recover(folder) -> None:
         os.replace(old, folder)
 
 
-def remove_leftovers(path) -> None:
-    """Remove what killed processes left beside `path`, a file or folder that one process at a time writes."""
+def remove_leftovers(path, *, alone: bool = False) -> None:
+    """Remove what killed processes left beside `path`, a file or folder: temporary names that no process holds.
+
+    alone  one process at a time writes `path`: also where the file system cannot say who holds what
+    """
     path = Path(path)
     stem, suffix, name = (glob.escape(part) for part in (path.stem, path.suffix, path.name))
-    for partial in (*path.parent.glob(f".{stem}.[0-9]*.partial{suffix}"), *path.parent.glob(f"{name}.[0-9]*.partial")):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    home = _home(path)
+    for partial in (*home.glob(f".{stem}.[0-9]*.partial{suffix}"), *home.glob(f"{name}.[0-9]*.partial")):
+        own = f".{os.getpid()}.partial" in partial.name  # of a process that had this one's number
+        if is_held(partial, unless_known=not (alone or own)):
+            continue
+        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
 def _put(new: Path, place: Path) -> None:
@@ -130,8 +134,12 @@ def _put(new: Path, place: Path) -> None:
         old = _old(place)
         shutil.rmtree(old, ignore_errors=True)
         os.replace(place, old)
-        os.replace(new, place)
-        shutil.rmtree(old)
+        try:
+            os.replace(new, place)
+        except OSError:
+            os.replace(old, place)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _must_stay(folder: Path) -> bool:
@@ -158,42 +166,34 @@ def _exchange(a: Path, b: Path) -> bool:
     if not rename(at_working_directory, os.fsencode(a), at_working_directory, os.fsencode(b), _EXCHANGE):
         return True
     number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):  # the last of a sandbox
         return False
-    raise WriteError(number, f"{b} cannot be replaced: {os.strerror(number)}")
+    raise OSError(number, os.strerror(number), str(b))
 
 
 def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")  # no name that a person gives to a copy
 
 
-@contextlib.contextmanager
-def _partial(folder: Path) -> Iterator[Path]:
-    home = folder if folder.is_mount() else folder.parent  # names are exchanged within one file system
-    partial = home / f"{folder.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with _naming(folder, partial):
-            partial.mkdir(parents=True)
-            yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _home(path: Path) -> Path:
+    """Where temporary names go: names are exchanged within one file system."""
+    return path if path.is_mount() else path.parent
 
 
 @contextlib.contextmanager
-def _naming(path: Path, partial: Path) -> Iterator[None]:
-    """Errors of the system while `partial` is written name `path`; others pass."""
-    try:
-        yield
-    except OSError as error:
-        about = str(error.filename).startswith(str(partial)) if error.filename else error.errno in _WRITING
-        if not about:
-            raise
-        raise WriteError(error.errno, f"{path} cannot be written: {os.strerror(error.errno)}") from error
-    except SafetensorError as error:  # what it makes of the system's errors
-        if not str(error).startswith("Error while serializing"):
-            raise
-        raise WriteError(errno.EIO, f"{path} cannot be written: {first_line(error)}") from error
+def _temporary(path: Path, folder: Path, *, parents: bool = False) -> Iterator[Path]:
+    """Context giving the empty `folder`, gone afterwards; errors of writing there name `path`."""
+    remove_leftovers(path)
+    with naming(path, folder):
+        try:
+            folder.mkdir(parents=parents)
+        except FileExistsError:  # its lock is held: another thread here
+            raise WriteError(path, errno.EBUSY, "it is being written already") from None
+        try:
+            with held(folder):
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _link_missing(source: Path, target: Path) -> None:
