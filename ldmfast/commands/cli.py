@@ -19,6 +19,7 @@ A mistake in what was asked is answered with one sentence and exit code 2.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -34,13 +35,22 @@ def main(argv=None):
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0  # doctor and verify return a code
+        with _contract(arguments):
+            return arguments.run(arguments) or 0  # doctor and verify return a code
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
         print(f"ldmfast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ldmfast: stopped", file=sys.stderr)
         return 130
+
+
+def _contract(arguments):
+    if not getattr(arguments, "exact", False):
+        return contextlib.nullcontext()
+    from ldmfast.ops import numerics
+
+    return numerics("exact")
 
 
 def parser():

@@ -35,6 +35,11 @@ def add_model_options(command):
         default="float32",
         help="of the networks (default: float32)",
     )
+    command.add_argument(
+        "--exact",
+        action="store_true",
+        help="the same bits in any batch and at any number of threads, on a CPU; slower (LDMFAST_NUMERICS=exact)",
+    )
     command.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
     command.add_argument("--guidance", type=float, help="guidance scale; 1 turns it off (default: the model's)")
     command.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")

@@ -85,6 +85,7 @@ def _driver() -> str:
 
 def _modules():
     from ldmfast.ops import native
+    from ldmfast.ops.contract.switch import chosen_numerics
     from ldmfast.ops.registry import chosen_backend
 
     for name in ("cpu", "cuda"):
@@ -95,5 +96,6 @@ def _modules():
         module = native.module(name)
         isas = f"; instruction sets {module.compiled_isas()}, runs {module.active_isa()}" if name == "cpu" else ""
         yield f"{name} module", f"{module.flags}{isas}"
+    yield "numerics", chosen_numerics()
     if chosen := chosen_backend():
         yield "backend", f"{chosen}, asked for by LDMFAST_BACKEND"

@@ -22,6 +22,7 @@ from ldmfast.models.guard import obstacle, obstacles
 from ldmfast.models.input_checks import check_values
 from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of
 from ldmfast.models.tiled_decode import decode_in_strips
+from ldmfast.ops.contract.stock_ops import in_fixed_order
 
 
 class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
@@ -33,6 +34,7 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
     """
 
     stock = diffusers.AutoencoderKL
+    encode = in_fixed_order(diffusers.AutoencoderKL.encode)
 
     @classmethod
     def from_vae(cls, vae: diffusers.AutoencoderKL) -> AutoencoderKL:
@@ -50,6 +52,7 @@ class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
         h = h if self.quant_conv is None else conv2d(self.quant_conv, h)
         return in_layout_of(x, h)
 
+    @in_fixed_order
     @apply_forward_hook
     def decode(
         self,

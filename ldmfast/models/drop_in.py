@@ -16,11 +16,15 @@ from ldmfast.models.checks.head_counts import warn_of_heads, wide_heads
 from ldmfast.models.index_names import record_stock_names
 from ldmfast.models.limits import FUNCTIONS
 from ldmfast.models.weight_files import check_folder, check_loaded
+from ldmfast.ops.contract.switch import exact
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 record_stock_names()
+
+
+_EXACT = "The numerical contract is exact: the same bits in any batch and at any number of threads, on a CPU."
 
 
 class DropIn:
@@ -101,12 +105,14 @@ class DropIn:
     def explain(self, *arguments: Any, **named: Any) -> list[str]:
         """What does not go through ldmfast's ops, and why, a sentence each. Empty: everything that can does.
 
+        While the numerical contract `exact` is on, one sentence more says so; `fast` says nothing.
         arguments, named  of the call in question, where they decide: UNet's cross_attention_kwargs
         """
+        contract = [_EXACT] if exact() else []
         if reason := self.stock_reason(*arguments, **named):
-            return [f"The whole network runs as {self.stock.__name__}.forward: {reason}."]
+            return [f"The whole network runs as {self.stock.__name__}.forward: {reason}.", *contract]
         methods = [f"{name} is called as it is, because it was replaced." for name in self.replaced_methods()]
-        return [*methods, *guard.explain(self), *wide_heads(self), *self.remarks()]
+        return [*methods, *guard.explain(self), *wide_heads(self), *self.remarks(), *contract]
 
     def to_json_string(self) -> str:
         """The configuration as diffusers writes it, under the name of diffusers' class, so that diffusers loads it."""

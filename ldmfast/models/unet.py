@@ -27,6 +27,7 @@ from ldmfast.models.checks.residuals import add_residual, add_residuals, check_r
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.input_checks import STEPS, check_inputs, check_values, timestep_tensor
 from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of, timestep_embedding
+from ldmfast.ops.contract.stock_ops import in_fixed_order
 
 
 class UNet(DropIn, UNet2DConditionModel):
@@ -39,6 +40,7 @@ class UNet(DropIn, UNet2DConditionModel):
 
     stock = UNet2DConditionModel
 
+    @in_fixed_order
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
         self,

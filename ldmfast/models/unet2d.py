@@ -22,6 +22,7 @@ from ldmfast.models.blocks import BlockInputs, down_block, mid_block, up_block
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.input_checks import STEPS, check_sample, check_values, timestep_tensor
 from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of, timestep_embedding
+from ldmfast.ops.contract.stock_ops import in_fixed_order
 
 
 class UNet2D(DropIn, UNet2DModel):
@@ -60,6 +61,7 @@ class UNet2D(DropIn, UNet2DModel):
                     m.scale = width**-0.5
         self.register_to_config(attention_head_dim=widths)
 
+    @in_fixed_order
     def forward(
         self,
         sample: torch.Tensor,

@@ -16,6 +16,7 @@ from ldmfast.models.autoencoder import decode, encode, without_overflow
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.input_checks import check_values
 from ldmfast.models.layers import channels_last, conv2d, in_layout_of
+from ldmfast.ops.contract.stock_ops import in_fixed_order
 
 
 class VQModel(DropIn, diffusers.VQModel):
@@ -29,6 +30,7 @@ class VQModel(DropIn, diffusers.VQModel):
 
     stock = diffusers.VQModel
 
+    @in_fixed_order
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
         """Images [N, 3, H, W] to latents [N, c, H/f, W/f], not quantised."""
@@ -41,6 +43,7 @@ class VQModel(DropIn, diffusers.VQModel):
     def _encode_as_it_is(self, x: torch.Tensor) -> torch.Tensor:
         return in_layout_of(x, conv2d(self.quant_conv, encode(self.encoder, channels_last(x))))
 
+    @in_fixed_order
     @apply_forward_hook
     def decode(
         self,
@@ -61,6 +64,7 @@ class VQModel(DropIn, diffusers.VQModel):
         x = self.decode_quantised(quantised)
         return DecoderOutput(sample=x, commit_loss=commit_loss) if return_dict else (x, commit_loss)
 
+    @in_fixed_order
     def quantise(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(nearest codes [N, c, h, w] with the straight-through gradient, loss, indices [N h w]) of latents h.
 
@@ -75,6 +79,7 @@ class VQModel(DropIn, diffusers.VQModel):
         )
         return codes.to(h.dtype), loss.to(h.dtype), index
 
+    @in_fixed_order
     def decode_quantised(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [N, c, h, w] to images [N, 3, f h, f w]."""
         return without_overflow(self, "decoded", self._decode_as_it_is, codes)

@@ -26,6 +26,7 @@ from ldmfast.conditioning.condition import Condition
 from ldmfast.diffusion import sampling
 from ldmfast.diffusion.samplers import make_sampler
 from ldmfast.models.encode_decode import decode_latents, downsampling, encode_pictures
+from ldmfast.ops.contract.stock_ops import in_fixed_order
 from ldmfast.pictures import Images, to_pil
 from ldmfast.pipeline.assemble import assemble
 from ldmfast.pipeline.call import Canvas, SamplingOptions, check_channels, listed, make_canvas, seed_list, strength_of
@@ -84,6 +85,7 @@ class LatentDiffusionPipeline:
             part.to(*args, **kwargs)
         return self
 
+    @in_fixed_order
     def __call__(
         self,
         inputs: Any = None,
@@ -152,6 +154,7 @@ class LatentDiffusionPipeline:
         factor, enlarged = downsampling(self.vae), self.conditioner.enlarges
         return make_canvas(count, trained, factor, size=size, image=image, mask=mask, enlarged=enlarged)
 
+    @in_fixed_order
     @torch.no_grad()
     def denoise(
         self,
@@ -192,6 +195,7 @@ class LatentDiffusionPipeline:
             watch=watch and (lambda i, x0: watch(i, times, x0)),
         )
 
+    @in_fixed_order
     def condition(self, inputs: list, canvas: Canvas, guided: bool) -> Condition:
         """What the denoiser is conditioned on, [N]; guided, [2N], the first N unconditional but for the pictures."""
         condition = self.conditioner(self.conditioner.with_pictures(inputs, canvas.image, canvas.mask))
@@ -217,6 +221,7 @@ class LatentDiffusionPipeline:
         shape = (self.vae.config.latent_channels, *size)
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
+    @in_fixed_order
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [N, z, h, w] to pictures [N, 3, H, W] in [-1, 1], not clamped, float32 on the CPU."""
