@@ -13,7 +13,8 @@ def guide(output: torch.Tensor, guidance: float, rescale: float = 0.0) -> torch.
     Source: Ho & Salimans 2022 (arXiv 2207.12598); Lin et al. 2023 (arXiv 2305.08891), section 3.4.
     """
     unconditional, conditional = output.chunk(2)
-    guided = torch.add(unconditional, conditional - unconditional, alpha=guidance)
+    # two roundings, as stock: torch.add(alpha=) takes one in a vector and two in what fills none, so batches differed
+    guided = unconditional + guidance * (conditional - unconditional)
     return rescaled(guided, conditional, rescale) if rescale else guided
 
 

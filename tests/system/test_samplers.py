@@ -205,6 +205,14 @@ def test_guidance_rescale_gives_the_deviation_of_the_conditional_half():
     assert torch.isfinite(guide(torch.zeros(2, 3), 3.0, 1.0)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_guidance_does_not_depend_on_the_batch(dtype):
+    output = torch.randn(2, 5, 4, 7, 9).to(dtype)
+    together = guide(output.flatten(0, 1), 3.3)
+    for i in range(5):
+        assert torch.equal(guide(output[:, i : i + 1].flatten(0, 1), 3.3), together[i : i + 1])
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_guidance_is_the_same_by_every_way(name):
     """Fused where the sampler takes it, combined before where it does not: as if the model gave the combination."""
