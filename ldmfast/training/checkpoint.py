@@ -1,8 +1,5 @@
 """Checkpoints and exported folders that are complete or absent, whatever moment the process is killed at."""
 
-import pickle
-import zipfile
-
 import torch
 
 from ldmfast import files
@@ -19,12 +16,19 @@ def save(state, path):
 
 
 def load(path):
-    """Read what `save` wrote. Raises ValueError for a file that is cut short or is no checkpoint."""
+    """Read what `save` wrote. Raises ValueError for a file that is cut short or is no checkpoint, OSError for none."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # what unpickling comes upon; a file that is cut short can say "Invalid argument" alone
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         reason = files.first_line(error, 120)
         raise ValueError(f"{path} is damaged or no checkpoint ({reason}); remove it to begin again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(found).__name__}; remove it to begin again")
+    return found
 
 
 def replace_folder(folder, write):

@@ -64,3 +64,30 @@ def test_a_full_disk_under_safetensors_names_the_file(tmp_path):
     with pytest.raises(SafetensorError, match="header"), files.replacing(tmp_path / "latents.safetensors"):
         raise SafetensorError("invalid header")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_is_cut_short_or_changed_is_named(tmp_path):
+    path, rng = tmp_path / "run.pt", torch.Generator().manual_seed(0)
+    checkpoint.save({"step": 1, "weights": torch.zeros(300)}, path)
+    whole = path.read_bytes()
+    for length in [*range(0, 64, 4), *range(64, len(whole), 41), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"run\.pt is damaged or no checkpoint \(.+\); remove it to begin again"):
+            checkpoint.load(path)
+    for _ in range(100):
+        changed, (at, value) = bytearray(whole), torch.randint(2**20, (2,), generator=rng).tolist()
+        changed[at % len(whole)] = value % 256
+        path.write_bytes(changed)
+        try:
+            assert isinstance(checkpoint.load(path), dict)  # padding, or a weight: the format has no checksum of it
+        except ValueError as error:
+            assert str(error).startswith(f"{path} is ")
+
+
+def test_another_file_is_no_checkpoint(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"run\.pt is no checkpoint: it holds a Tensor"):
+        checkpoint.load(tmp_path / "run.pt")
+    for absent, kind in ((tmp_path / "none.pt", FileNotFoundError), (tmp_path, IsADirectoryError)):
+        with pytest.raises(kind, match=str(absent)):
+            checkpoint.load(absent)
