@@ -27,8 +27,8 @@ import sys
 def main(argv=None):
     """Run one command.
 
-    Returns the exit code: 0, 1 where `doctor` or `verify` finds what is wrong, 2 for a mistake in what was asked, 130
-    after Ctrl-C.
+    Returns the exit code: 0, 1 where `doctor`, `verify` or `data inspect` finds what is wrong, 2 for a mistake in what
+    was asked, 130 after Ctrl-C.
     """
     # read when torch loads libgomp: by default its threads spin for milliseconds at every barrier. One picture took
     # 34 to 46 s that way and 3 s with this on two cores that six processes shared (25 steps, shipped model).
@@ -36,7 +36,7 @@ def main(argv=None):
     arguments = parser().parse_args(argv)
     try:
         with _contract(arguments):
-            return arguments.run(arguments) or 0  # doctor and verify return a code
+            return arguments.run(arguments) or 0  # doctor, verify and data inspect return a code
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
         print(f"ldmfast: {error}", file=sys.stderr)
         return 2

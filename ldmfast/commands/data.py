@@ -27,6 +27,22 @@ def add(commands):
     made.add_argument("--crops", type=int, default=120, help="crops of each photograph (default: 120)")
     made.add_argument("--heldout", type=float, default=0.2, help="share of photographs held out (default: 0.2)")
     made.add_argument("--seed", type=int, default=0, help="seeds the split and the crops (default: 0)")
+    made = command(kinds, "inspect", "count what a folder would be trained on, and name what is broken", _data_inspect)
+    made.add_argument("folder", help="the folder of pictures")
+    made.add_argument("--sheet", metavar="FILE", help="a picture to write: some of those that are trained on")
+
+
+def _data_inspect(arguments):
+    from ldmfast.data.inspection import inspect
+    from ldmfast.pictures import grid, writing
+
+    said, shown, broken = inspect(arguments.folder)
+    print("\n".join(said))
+    if arguments.sheet and shown:
+        with writing(arguments.sheet) as write:
+            write(grid(shown))
+        print(arguments.sheet)
+    return int(broken)
 
 
 def _data_emoji(arguments):

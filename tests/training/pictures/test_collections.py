@@ -221,6 +221,21 @@ def test_skip_broken_on_the_command_line(tmp_path, capsys):
         assert main([*asked, *small.split(), "--skip-broken"]) == 0
 
 
+def test_inspect_says_what_would_be_trained_on(tmp_path, capsys):
+    draw(
+        tmp_path / "train" / "cat" / "1.png", tmp_path / "train" / "dog" / "1.png", tmp_path / "test" / "cat" / "2.png"
+    )
+    asked = ["data", "inspect", str(tmp_path), "--sheet", str(tmp_path / "sheet.png")]
+    assert main(asked) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "1 of split test, 2 of split train" and said[2] == "classes: cat 1, dog 1"
+    assert said[1] == "trained on: 2, 0 of them without a caption; 2 different captions"
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 64 + 4, 64)
+    damaged(tmp_path / "damaged")
+    assert main(["data", "inspect", str(tmp_path / "damaged")]) == 1
+    assert sum(line.startswith("broken: ") for line in capsys.readouterr().out.splitlines()) == 7
+
+
 @pytest.mark.parametrize("most", [10, 40])  # of 64 pixels: refused above twice as many, said to be one above
 def test_a_decompression_bomb_is_named(tmp_path, monkeypatch, most):
     draw(tmp_path / "bomb.png")
