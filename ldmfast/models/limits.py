@@ -202,7 +202,6 @@ PLACES: dict[type, tuple[tuple[str, type], ...]] = {
     Encoder: (("conv_norm_out", nn.GroupNorm),),
     Decoder: (("conv_norm_out", nn.GroupNorm),),
 }
-_PARAMETRIC = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 ALWAYS_CALLED = (nn.GELU, nn.Identity, nn.Embedding, nn.AvgPool2d)
 
 # What stock's code was. A class whose method somebody replaces later is not what our function stands in for.
