@@ -23,6 +23,7 @@ from ldmfast.models.input_checks import check_values
 from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of
 from ldmfast.models.tiled_decode import decode_in_strips
 from ldmfast.ops.contract.stock_ops import in_fixed_order
+from ldmfast.ops.dispatcher import transformed
 
 
 class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
@@ -166,7 +167,7 @@ def without_overflow(
 
 def _overflowed(x: torch.Tensor) -> bool:
     """Whether a finished float16 picture has values that are not finite. Waits for the device, once a picture."""
-    if x.dtype is not torch.float16 or torch.compiler.is_compiling():
+    if x.dtype is not torch.float16 or torch.compiler.is_compiling() or transformed():
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False

@@ -7,6 +7,8 @@ from typing import TypeAlias
 import diffusers
 import torch
 
+from ldmfast.ops.dispatcher import transformed
+
 Autoencoder: TypeAlias = "diffusers.AutoencoderKL | diffusers.VQModel"
 
 
@@ -25,7 +27,8 @@ def encode_pictures(vae: Autoencoder, x: torch.Tensor, generator: torch.Generato
         z = posterior.mode() if generator is None else posterior.sample(generator)
     else:
         raise _unknown("encode_pictures", vae)
-    if z.dtype is torch.float16 and not torch.compiler.is_compiling() and not torch.isfinite(z).all():
+    unseen = torch.compiler.is_compiling() or transformed()
+    if z.dtype is torch.float16 and not unseen and not torch.isfinite(z).all():
         raise FloatingPointError("encode_pictures: the latents are not finite (weights in torch.float16); use float32")
     return scaled(vae, z)
 

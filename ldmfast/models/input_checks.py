@@ -39,13 +39,13 @@ def check_inputs(
     check_sample(unet, sample)
     _check_context(unet, sample, context)
     check_added(unet, sample, added)
-    if class_labels is not None and unet.class_embedding is not None and len(class_labels) != len(sample):
-        raise ValueError(f"class_labels has batch {len(class_labels)}, sample has batch {len(sample)}")
+    if class_labels is not None and unet.class_embedding is not None and class_labels.shape[0] != sample.shape[0]:
+        raise ValueError(f"class_labels has batch {class_labels.shape[0]}, sample has batch {sample.shape[0]}")
     for name, mask in masks.items():
         if mask is not None and not isinstance(mask, torch.Tensor):
             raise ValueError(f"{name} must be a tensor [N, keys]; got {type(mask).__name__}")
-        if mask is not None and (mask.ndim != 2 or mask.shape[0] not in (1, len(sample))):
-            raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected (batch, keys), batch {len(sample)}")
+        if mask is not None and (mask.ndim != 2 or mask.shape[0] not in (1, sample.shape[0])):
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected (batch, keys), batch {sample.shape[0]}")
     mask = masks["encoder_attention_mask"]
     if mask is not None and isinstance(context, torch.Tensor) and mask.shape[1] != context.shape[1]:
         raise ValueError(f"encoder_attention_mask covers {mask.shape[1]} keys; the context has {context.shape[1]}")
@@ -118,7 +118,7 @@ def timestep_tensor(
            are read only where that waits for nothing: on a CPU; on a GPU with LDMFAST_DEBUG=1.
     Raises ValueError for anything else.
     """
-    n = len(sample)
+    n = sample.shape[0]
     if isinstance(timestep, _NUMPY) and timestep.dtype.kind in "iuf":
         timestep = torch.from_numpy(numpy.array(timestep, "int64" if timestep.dtype.kind in "iu" else "float32"))
     if isinstance(timestep, bool) or not isinstance(timestep, int | float | torch.Tensor):
@@ -128,7 +128,7 @@ def timestep_tensor(
         _check_time([timestep], steps)
         dtype = torch.int64 if isinstance(timestep, int) else torch.float32
         return torch.full((n,), timestep, dtype=dtype, device=sample.device)
-    if timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) not in (1, n)):
+    if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, n)):
         raise ValueError(f"timestep has shape {tuple(timestep.shape)}; expected () or ({n},), the sample's batch")
     if readable(timestep) and (timestep.device.type == "cpu" or _debugging()):
         _check_time(timestep.reshape(-1).tolist(), steps)

@@ -15,6 +15,7 @@ from torch import nn
 from ldmfast import ops
 from ldmfast.models.guard import plain
 from ldmfast.ops import native
+from ldmfast.ops.dispatcher import laid_out, transformed, vmapped
 from ldmfast.ops.gradients.products import SLOW
 from ldmfast.ops.registry import chosen_backend
 
@@ -33,12 +34,12 @@ def image(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    return laid_out(x, torch.channels_last)
 
 
 def in_layout_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """x channels_last if `like` is that and no more, else contiguous: what a stock model returns."""
-    if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
+    if not vmapped() and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         return x
     return x.contiguous()
 
@@ -64,13 +65,17 @@ def group_norm(
 
 
 def _taken(x: torch.Tensor) -> bool:
-    """Whether products of x go through our kernels, where they can: on a CPU, if no other backend was named."""
+    """Whether products of x go through our kernels, where they can: on a CPU, if no other backend was named.
+
+    Under forward-mode AD and torch.func's transforms the layers are torch's, as in the stock model.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype in _DTYPES
         and chosen_backend() in (None, "cpu")
         and _BUILT
         and not torch.is_autocast_enabled("cpu")
+        and not transformed()
     )
 
 
@@ -187,7 +192,7 @@ def joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
 
 def enlarged(x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Each pixel of x [N, C, H, W] repeated: twice the size, or `size`."""
-    if x.is_cuda and (len(x) >= 64 or 4 * x.numel() >= 2**31):
+    if x.is_cuda and (x.shape[0] >= 64 or 4 * x.numel() >= 2**31):
         x = x.contiguous()  # torch's channels_last kernel counts in 32 bits (pytorch#141831, diffusers#984)
     return F.interpolate(x, size=size, scale_factor=2.0 if size is None else None, mode="nearest")
 
@@ -202,7 +207,7 @@ def _module(m: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
         return m(x)
     if m.kernel_size == m.stride == (1, 1) and m.padding == (0, 0) and m.groups == 1:
         return image(F.linear(tokens(x), m.weight.flatten(1), m.bias), x.shape[2:])
-    if x.is_cuda and not torch.compiler.is_compiling():
+    if x.is_cuda and not torch.compiler.is_compiling() and not transformed():
         if not m.weight.is_contiguous(memory_format=torch.channels_last):
             m.weight.data = channels_last(m.weight.data)
     return m(x)

@@ -115,10 +115,10 @@ class UNet2D(DropIn, UNet2DModel):
             if labels is not None:
                 raise ValueError("class_labels were given; this UNet2D has no class embedding")
             return temb
-        if labels is None or len(labels) != len(sample):
-            got = "None" if labels is None else f"batch {len(labels)}"
+        if labels is None or labels.shape[0] != sample.shape[0]:
+            got = "None" if labels is None else f"batch {labels.shape[0]}"
             raise ValueError(
-                f"class_labels: this UNet2D is class-conditional and needs {len(sample)} of them; got {got}"
+                f"class_labels: this UNet2D is class-conditional and needs {sample.shape[0]} of them; got {got}"
             )
         if self.config.class_embed_type == "timestep":
             labels = self.time_proj(labels).to(sample.dtype)

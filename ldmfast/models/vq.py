@@ -60,7 +60,7 @@ class VQModel(DropIn, diffusers.VQModel):
         ):
             return super().decode(h, force_not_quantize, return_dict, shape)
         check_values(h=h)
-        quantised, commit_loss = (h, h.new_zeros(len(h))) if force_not_quantize else self.quantise(h)[:2]
+        quantised, commit_loss = (h, h.new_zeros(h.shape[0])) if force_not_quantize else self.quantise(h)[:2]
         x = self.decode_quantised(quantised)
         return DecoderOutput(sample=x, commit_loss=commit_loss) if return_dict else (x, commit_loss)
 

@@ -32,7 +32,7 @@ def check_added(unet: UNet2DConditionModel, sample: torch.Tensor, added: Mapping
     if missing:
         raise ValueError(f"added_cond_kwargs needs {' and '.join(missing)}: this UNet {_takes(unet)}")
     if kinds[0] == "text_time":
-        _check_text_time(unet, added["text_embeds"], added["time_ids"], len(sample))
+        _check_text_time(unet, added["text_embeds"], added["time_ids"], sample.shape[0])
 
 
 def _takes(unet) -> str:
@@ -53,7 +53,7 @@ def _check_text_time(unet, text, ids, batch: int) -> None:
     for name, value in (("text_embeds", text), ("time_ids", ids)):
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name} must be a tensor {expected[name]}; got {type(value).__name__}")
-    if text.ndim != 2 or len(text) != batch:
+    if text.ndim != 2 or text.shape[0] != batch:
         shape = tuple(text.shape)
         raise ValueError(f"text_embeds has shape {shape}; expected (B, T) with B = {batch}, the sample's batch")
     if text.numel() + ids.numel() * width == batch * total:
