@@ -91,7 +91,7 @@ def convolution_cases():
         everything = convolution(35, Co, 11, 37, N=2, C2=5, norm="silu", plain=False, padding=Co % 3)
         yield Case(CV, f"few-out-{Co}", everything)
     yield Case(CV, "few-out-enlarged", convolution(24, 4, 5, 18, N=2, upsample=2, norm="affine", sliced=True))
-    for Ci in (1, 3, 8):
+    for Ci in (1, 3, 8, 40):
         yield Case(CV, f"few-in-{Ci}", convolution(Ci, 41, 9, 13, N=2, stride=1 + Ci % 2, plain=False, padding=Ci % 3))
     yield Case(CV, "few-in-and-out", convolution(3, 5, 7, 9, N=2, upsample=2, plain=False))
     yield Case(CV, "1280-2x2", convolution(1280, 32, 2, 2))

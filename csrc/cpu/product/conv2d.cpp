@@ -21,7 +21,7 @@ namespace {
 template <class M> ConvForm form_of(const Conv2dArgs& a) {
   if (a.kernel != 3 || a.stride != 1) return ConvForm::kDirect;
   if (a.form != ConvForm::kAuto) return a.form;
-  if (has_few_inputs(a) || has_few_outputs(a)) return ConvForm::kDirect;
+  if (has_few_inputs<M>(a) || has_few_outputs(a)) return ConvForm::kDirect;
   const int64_t direct = 9 * a.N * a.Ho * a.Wo + 60;
   const int64_t two = 16 * a.N * ceil_div(a.Ho, 2) * ceil_div(a.Wo, 2) + 100 * M::kPack;
   const int64_t four = 36 * a.N * ceil_div(a.Ho, 4) * ceil_div(a.Wo, 4) + 160;
@@ -53,7 +53,7 @@ template <class T> void run(const Conv2dArgs& a) {
     case ConvForm::kF2: return run_winograd<M, T, 2>(a);
     default:
       if (has_few_outputs(a)) return run_few_outputs<M, T>(a);
-      if (has_few_inputs(a)) return run_few_inputs<M, T>(a);
+      if (has_few_inputs<M>(a)) return run_few_inputs<M, T>(a);
       return run_direct<M, T>(a);
   }
 }
@@ -65,7 +65,7 @@ template <class T> size_t floats_of(const Conv2dArgs& a) {
     case ConvForm::kF2: return winograd_plan<M, 2>(a).floats;
     default:
       if (has_few_outputs(a)) return few_outputs_floats<M, T>(a);
-      return has_few_inputs(a) ? few_inputs_floats<M, T>(a) : direct_floats<M, T>(a);
+      return has_few_inputs<M>(a) ? few_inputs_floats<M, T>(a) : direct_floats<M, T>(a);
   }
 }
 
