@@ -45,11 +45,16 @@ def heads(N, L, S, H, D, *, mask=None, fused=False, scale=None, spread=1.0):
     return make
 
 
+def no_keys(dtype, N=2):
+    """Queries whose layout the zeros that come out must not have."""
+    return (randn(N, 2, 16, 40, dtype=dtype).transpose(1, 2), *(randn(N, 0, 2, 40, dtype=dtype) for _ in "kv")), {}
+
+
 def timesteps(N, dim, F, E, *, kind=torch.int64, bias=True, **kwargs):
     def make(dtype, N=N):
         t = torch.randint(0, 1000, (N,)) if kind is torch.int64 else torch.rand(N) * 999
         b1, b2 = (randn(F, dtype=dtype), randn(E, dtype=dtype)) if bias else (None, None)
-        w1, w2 = randn(F, dim, dtype=dtype, std=dim**-0.5), randn(E, F, dtype=dtype, std=F**-0.5)
+        w1, w2 = randn(F, dim, dtype=dtype, std=dim**-0.5), randn(E, F, dtype=dtype, std=max(F, 1) ** -0.5)
         return (t.to(kind), w1, b1, w2, b2), {"dim": dim, **kwargs}
 
     return make
@@ -88,7 +93,13 @@ def _cases():
     yield Case(AT, "empty-batch", heads(0, 16, 16, 2, 40))
     yield Case(AT, "no-queries", heads(2, 0, 16, 2, 40))
     yield Case(AT, "no-keys", heads(2, 16, 0, 2, 40))
-    yield Case(AT, "scaled", heads(1, 33, 65, 2, 40, scale=0.5))
+    yield Case(AT, "no-keys-heads-first", no_keys)
+    for scale, name in (
+        (0.5, "scaled"),
+        (0.0, "scale-0"),
+        (-0.5, "scale-negative"),
+    ):  # 65 keys: the last block is padded
+        yield Case(AT, name, heads(1, 33, 65, 2, 40, scale=scale))
     yield Case(AT, "peaked", heads(1, 33, 130, 2, 64, spread=12.0))
     for mask in ("keys", "dead", "additive", "bias", "causal"):
         yield Case(AT, f"mask-{mask}", heads(2, 35, 77, 2, 40, mask=mask))
@@ -98,6 +109,7 @@ def _cases():
     yield Case(TM, "batch-17", timesteps(17, 64, 96, 80))
     yield Case(TM, "odd", timesteps(2, 33, 45, 27, flip_sin_to_cos=False, downscale_freq_shift=1.0))
     yield Case(TM, "no-bias", timesteps(2, 32, 64, 64, bias=False, max_period=100.0))
+    yield Case(TM, "no-hidden-layer", timesteps(2, 32, 0, 64))
     yield Case(TM, "empty", timesteps(0, 32, 64, 64))
 
     yield Case(DD, "sd15", latents(1, 4, 64, 64))

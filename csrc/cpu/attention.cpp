@@ -11,7 +11,10 @@
 //       sum = sum * decay + weight's sum
 //       o = o * decay + weight v, kRows queries and a strip of V in registers
 //     out = o / sum                                                                         finish()
+#include <float.h>
 #include <omp.h>
+
+#include <algorithm>
 
 #include "attention_tiles.h"
 #include "transpose.h"
@@ -151,7 +154,8 @@ template <class M, class T> struct Task {
   // scores to weights for kRows queries from r on; decay: what their sums so far are to be multiplied by
   void soften(int64_t r, int64_t s0, int64_t count, float* score, float* to, float* decay) {
     const int64_t padded = ceil_div(count, kTile) * kTile;
-    float factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e, shift[kRows], change[kLanes] = {};
+    // with a scale of 0 the keys that pad a block, whose score is -inf, would become NaN
+    float factor = std::max((a.scale < 0 ? -a.scale : a.scale) * kLog2e, FLT_MIN), shift[kRows], change[kLanes] = {};
     static_assert(kRows <= kLanes, "the changes of all rows are one vector");
     for (int i = 0; i < kRows; ++i) {
       for (int64_t s = count; s < padded; ++s) score[i * kKeys + s] = -kInf;

@@ -111,7 +111,7 @@ attention.op = op
 @op.backend("torch")
 def _reference(q, k, v, scale, mask):
     if q.numel() == 0 or k.numel() == 0:
-        return q * 0 + v.sum(1, keepdim=True)  # zeros that keep the way back for autograd
+        return (q * 0 + v.sum(1, keepdim=True)).contiguous()  # zeros that keep the way back for autograd
     heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if mask is None:
         return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2).contiguous()

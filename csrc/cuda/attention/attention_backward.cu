@@ -38,8 +38,10 @@ template <typename C, bool MASKED> void start_kernels(BackwardParams p, const La
   launch<queries_kernel<C, MASKED>>(op, p, Blocks(queries, a.H, a.N), kBackwardThreads, C::kShared, where);
 }
 template <typename T, int D> void start(const BackwardParams& p, const Launch& where) {
-  if (p.a.mask) start_kernels<BackwardConfig<T, D>, true>(p, where);
-  else start_kernels<BackwardConfig<T, D>, false>(p, where);
+  if (p.a.mask || p.a.scale <= 0.0f)  // as in attention.cu; and 0 would make NaN of the keys that pad a tile
+    start_kernels<BackwardConfig<T, D>, true>(p, where);
+  else
+    start_kernels<BackwardConfig<T, D>, false>(p, where);
 }
 
 bool wide(const void* p, int64_t D, int64_t a, int64_t b, int64_t c) {

@@ -63,10 +63,16 @@ def _reference(dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shi
     return tuple(into.copy_(value) for into, value in zip(_outputs(w1, w2), found, strict=True))
 
 
+def _without_kernel(dout, gradients):
+    """Where there is nothing to launch for: with no hidden layer (F = 0) the last bias still has a gradient."""
+    *others, db2 = gradients
+    return *(gradient.zero_() for gradient in others), db2.copy_(dout.float().sum(0))
+
+
 def _native(extension, dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
     dw1, db1, dw2, db2 = gradients = _outputs(w1, w2)
     if dout.numel() == 0 or w1.numel() == 0:
-        return tuple(gradient.zero_() for gradient in gradients)
+        return _without_kernel(dout, gradients)
     t, freqs, w1, b1, w2, _ = kernel_inputs(t, w1, b1, w2, None, dim, downscale_freq_shift, max_period)
     fields = native_fields(t, freqs, w1, b1, w2, dim, flip_sin_to_cos)
     fields |= {"dout": dout.contiguous(), "dw1": dw1, "db1": db1, "dw2": dw2, "db2": db2}
@@ -80,7 +86,7 @@ native.register(op, _native, lead=2)
 def _triton(kernel, dout, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shift, max_period):
     gradients = _outputs(w1, w2)
     if dout.numel() == 0 or w1.numel() == 0:
-        return tuple(gradient.zero_() for gradient in gradients)
+        return _without_kernel(dout, gradients)
     t, freqs, w1, b1, w2, _ = kernel_inputs(t, w1, b1, w2, None, dim, downscale_freq_shift, max_period)
     kernel(dout.contiguous(), t, freqs, w1, b1, w2, *gradients, flip_sin_to_cos)
     return gradients
