@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from ldmfast.conditioning.classes_and_boxes import check_objects
+
 
 def add_options(made):
     group = made.add_argument_group("conditions other than a prompt")
@@ -41,7 +43,11 @@ def inputs(arguments, conditioner):
     lengths = {len(values) for values in asked.values()}
     if len(lengths) > 1:
         raise ValueError(f"{', '.join(f'--{kind} {len(v)}' for kind, v in asked.items())}: give as many of each")
-    read = {"class": lambda text: _class(text, known["class"]), "boxes": _boxes, "map": _map}
+    read = {
+        "class": lambda text: _class(text, known["class"]),
+        "boxes": lambda path: _boxes(path, known["boxes"]),
+        "map": _map,
+    }
     columns = {kind: [read[kind](value) for value in values] for kind, values in asked.items()}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return conditioner.as_inputs(rows)
@@ -52,14 +58,18 @@ def _class(text, encoder):
     return int(text) if text.isdecimal() and text not in names else text
 
 
-def _boxes(path):
+def _boxes(path, encoder):
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     found = found.get("objects", found) if isinstance(found, dict) else found
     if not isinstance(found, list):
         raise ValueError(f'{path}: expected a list of {{"object": name, "box": [x0, y0, x1, y1]}}')
+    try:
+        check_objects(found, encoder.classes, encoder.objects)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
     return found
 
 

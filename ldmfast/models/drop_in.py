@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ldmfast.files import first_line
 from ldmfast.models import guard, originals
 from ldmfast.models.checks.head_counts import warn_of_heads, wide_heads
 from ldmfast.models.index_names import record_stock_names
@@ -25,6 +27,9 @@ record_stock_names()
 
 
 _EXACT = "The numerical contract is exact: the same bits in any batch and at any number of threads, on a CPU."
+
+# what diffusers and torch raise for a config.json that was damaged
+_DAMAGED = (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError)
 
 
 class DropIn:
@@ -70,8 +75,14 @@ class DropIn:
         Raises ValueError with one sentence for a missing weight, a truncated file, a web page saved in place of one,
         another model's or another family's checkpoint.
         """
-        check_folder(Path(source) / (kwargs.get("subfolder") or ""), cls.stock.__name__)
-        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        folder = Path(source) / (kwargs.get("subfolder") or "")
+        check_folder(folder, cls.stock.__name__)
+        try:
+            model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        except _DAMAGED as error:
+            if not folder.is_dir():
+                raise
+            raise ValueError(f"{folder} could not be loaded: {first_line(error)}") from error
         if not allow_missing:
             check_loaded(cls.stock.__name__, source, info)
         warn_of_heads(model, source)

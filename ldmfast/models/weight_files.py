@@ -45,7 +45,7 @@ def shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         file.seek(8)
         try:
             table = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: its header is not JSON, so it is no safetensors file") from error
     if not isinstance(table, dict):
         raise ValueError(f"{path}: its header is a {type(table).__name__}, so it is no safetensors file")
