@@ -1,0 +1,250 @@
+"""From a plan (op_plans.py) to the op's arguments, and the verdict on every backend that runs here."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+
+from case import randn
+from cases import FLOOR, backward_inputs, emulated, exactly, home, tuples
+from op_plans import DTYPES, laid
+from test_backward import NEGLIGIBLE, gradients
+
+from ldmfast.ops.registry import BACKWARD_OPS, OPS, RANKS
+
+BACKENDS = ("cpu", "torch", "cuda", "cuda-host")  # Triton's interpreter has tests of its own
+EMULATED = 60_000  # multiplications, about, that a plan may take where a GPU is emulated
+
+ROUNDINGS = {torch.float32: 32, torch.bfloat16: 4, torch.float16: 4}  # a sum of n numbers makes some sqrt(n) of them
+
+
+def maybe(wanted, *shape, dtype, mean=0.0):
+    return randn(*shape, dtype=dtype, mean=mean) if wanted else None
+
+
+def _attention(p, dtype):
+    N, L, S, H, D = (p[name] for name in "NLSHD")
+    q, k, v = randn(N, L, H, D, dtype=dtype, std=p["spread"]), *(randn(N, S, H, D, dtype=dtype) for _ in "kv")
+    shape = [1 if p["over"] >> i & 1 else size for i, size in enumerate((N, H, L, S))]
+    shape = shape[4 - p["dims"] :] if all(size == 1 for size in shape[: 4 - p["dims"]]) else shape
+    if p["mask"] == "keys":
+        mask = torch.rand(N, S) > 0.3
+    elif p["mask"] == "boolean":
+        mask = torch.rand(shape) > 0.3 if len(shape) != 2 else torch.rand(1, *shape) > 0.3
+    else:
+        mask = None if p["mask"] is None else randn(*shape, dtype=dtype if p["mask"] == "additive" else torch.float32)
+    if mask is not None and p["dead"] and mask.shape[0]:
+        mask[0] = False if mask.dtype is torch.bool else -torch.inf
+    return (q, k, v), {"scale": p["scale"], "mask": mask}
+
+
+def _picture(p, C, dtype):
+    x = randn(p["N"], C, *p["space"], dtype=dtype, mean=p["mean"], std=p["std"])
+    if p["outlier"] and x.numel():
+        x.reshape(p["N"], C, -1)[:, :, 0] *= p["outlier"]
+    return x
+
+
+def _group_norm(p, dtype, C, **more):
+    params = torch.float32 if p["float_params"] else dtype
+    weight, bias = (maybe(p["affine"] in (name, "both"), C, dtype=params) for name in ("weight", "bias"))
+    modulated = {n: maybe(p["modulated"] in (n, "both"), p["N"], C, dtype=dtype) for n in ("scale", "shift")}
+    return weight, bias, p["groups"], {"eps": p["eps"], **modulated, **more}
+
+
+def _group_norm_silu(p, dtype):
+    C = p["groups"] * p["width"]
+    *params, named = _group_norm(p, dtype, C, silu=p["silu"], add=maybe(p["add"], p["N"], C, dtype=dtype))
+    return (_picture(p, C, dtype), *params), named
+
+
+def _group_norm_affine(p, dtype):
+    C = p["groups"] * p["width"]
+    C2 = min(p["C2"], C - 1)
+    x2 = _picture(p, C2, dtype) if p["add"] and C2 else None
+    *params, named = _group_norm(p, dtype, C, x2=x2)
+    return (_picture(p, C if x2 is None else C - C2, dtype), *params), named
+
+
+def _layer_norm(p, dtype):
+    weight, bias = (maybe(p["affine"] in (name, "both"), p["K"], dtype=dtype) for name in ("weight", "bias"))
+    return (randn(*p["rows"], p["K"], dtype=dtype, mean=p["mean"], std=p["std"]), weight, bias, p["eps"]), {}
+
+
+def _linear(p, dtype):
+    K, N = p["K"], p["N"]
+    outputs = 2 * N if p["activation"] == "geglu" else N
+    named = {"activation": p["activation"], "output_scale": p["output_scale"]}
+    if p["norm"]:
+        named["layer_norm"] = *(maybe(p["norm"] in (n, "both"), K, dtype=dtype) for n in ("weight", "bias")), 1e-5
+    named["residual"] = maybe(p["residual"], *p["rows"], N, dtype=dtype)
+    x, weight = randn(*p["rows"], K, dtype=dtype, mean=p["mean"]), randn(outputs, K, dtype=dtype, std=K**-0.5)
+    return (x, weight, maybe(p["bias"], outputs, dtype=dtype)), named
+
+
+def _conv2d(p, dtype):
+    N, C1, H, W, Co, k, stride, padding, upsample = (
+        p[name] for name in ("N", "C1", "H", "W", "Co", "k", "stride", "padding", "upsample")
+    )
+    H, W = (max(side, -(-(k - 2 * padding) // upsample)) for side in (H, W))  # at least one output
+    Ci = C1 + (p["C2"] or 0)
+    out = [(upsample * side + 2 * padding - k) // stride + 1 for side in (H, W)]
+    named = {name: p[name] for name in ("stride", "padding", "upsample", "output_scale", "exact")}
+    if p["norm"]:
+        named |= {"norm_scale": 1 + randn(N, Ci, dtype=torch.float32, std=0.3), "norm_silu": p["norm"] == "silu"}
+        named["norm_shift"] = randn(N, Ci, dtype=torch.float32)
+    named["x2"] = maybe(p["C2"], N, p["C2"] or 0, H, W, dtype=dtype)
+    named["add"] = maybe(p["add"], N, Co, dtype=dtype)
+    named["residual"] = maybe(p["residual"], N, Co, *out, dtype=dtype)
+    weight = randn(Co, Ci, k, k, dtype=dtype, std=(Ci * k * k) ** -0.5)
+    return (randn(N, C1, H, W, dtype=dtype), weight, maybe(p["bias"], Co, dtype=dtype)), named
+
+
+def _timestep_mlp(p, dtype):
+    dim, F, E = (p[name] for name in ("dim", "F", "E"))
+    t = (torch.rand(p["N"]) * (250 if p["kind"] == "uint8" else 999)).to(getattr(torch, p["kind"]))
+    w1, w2 = randn(F, dim, dtype=dtype, std=dim**-0.5), randn(E, F, dtype=dtype, std=max(F, 1) ** -0.5)
+    b1, b2 = maybe(p["biases"] & 1, F, dtype=dtype), maybe(p["biases"] & 2, E, dtype=dtype)
+    return (t, w1, b1, w2, b2), {n: p[n] for n in ("dim", "flip_sin_to_cos", "downscale_freq_shift", "max_period")}
+
+
+def _ddim_step(p, dtype):
+    N, shape = p["N"], p["shape"]
+    output = randn(N if p["guidance"] is None else 2 * N, *shape, dtype=DTYPES[p["output_dtype"] or p["dtype"]])
+    alphas, table = p["alphas"], p["table"]
+    if table:
+        alphas = [torch.tensor(alpha) if table == "0-d" else torch.full((N,), alpha) for alpha in alphas]
+        alphas = [alphas[0], p["alphas"][1]] if table == "alpha_t" else alphas
+    named = {name: p[name] for name in ("guidance", "prediction", "clip")}
+    if p["sigma"] is not None:
+        alphas = [alphas[0], alphas[1] * 0.9]  # sigma is at most sqrt(1 - alpha_prev)
+        named |= {"sigma": p["sigma"], "noise": randn(N, *shape, dtype=dtype)}
+    return (randn(N, *shape, dtype=dtype), output, *alphas), named
+
+
+MAKERS = {
+    "attention": _attention,
+    "group_norm_silu": _group_norm_silu,
+    "group_norm_affine": _group_norm_affine,
+    "layer_norm": _layer_norm,
+    "linear": _linear,
+    "conv2d": _conv2d,
+    "timestep_mlp": _timestep_mlp,
+    "ddim_step": _ddim_step,
+}
+
+
+def arguments(plan: dict):
+    """(args, kwargs) of the public function."""
+    torch.manual_seed(plan["seed"])
+    if "space" in plan and plan["width"] * math.prod(plan["space"]) == 1:
+        plan = {**plan, "width": 2}  # one number a group: torch's group_norm, so the reference, refuses it
+    if plan["op"] == "group_norm_silu_backward":
+        if plan["width"] * math.prod(plan["space"]) < 8:  # of two numbers, +-1 is left: the gradient is a difference
+            plan = {**plan, "width": 8}
+        if plan["affine"] == "bias":  # torch's own gradient refuses a bias without a weight
+            plan = {**plan, "affine": "both"}
+    if plan["op"] == "ddim_step_backward":
+        plan = {**plan, "clip": None}  # at the clip the gradient jumps: the last bit of a number decides
+    return laid(plan, *MAKERS[plan["op"].removesuffix("_backward")](plan, DTYPES[plan["dtype"]]))
+
+
+def work(args) -> int:
+    """Multiplications, roughly: the product of the two largest tensors' sizes under a root, or the largest size."""
+    counts = sorted(value.numel() for value in args if isinstance(value, torch.Tensor))
+    return max(counts[-1], int((counts[-1] * counts[-2]) ** 0.5) * 8) if len(counts) > 1 else counts[-1]
+
+
+def _applied(outputs, values):
+    """Of group_norm_affine: a shift, a mean are as good as what is made of them, however near to zero they are."""
+    scale, shift, moments = outputs
+    x = values[0] if values[5] is None else torch.cat([values[0], values[5]], 1)
+    y = x.to(scale.dtype) * scale[:, :, None, None] + shift[:, :, None, None]
+    return scale, y, moments[..., 1]
+
+
+def nearby(arguments, dtype):
+    """The arguments in float64, a rounding of `dtype` away."""
+    shift = torch.finfo(dtype).eps / 2
+    return [
+        value * (1 + shift * (2 * torch.rand_like(value) - 1))
+        if isinstance(value, torch.Tensor) and value.dtype is torch.float64
+        else value
+        for value in exactly(arguments)
+    ]
+
+
+def misfit(y, same, true) -> str | None:
+    """What is wrong with the output but its values."""
+    if y.shape != true.shape or y.dtype != same.dtype:
+        return f"{y.dtype} {list(y.shape)}, expected {same.dtype} {list(true.shape)}"
+    strides = [[s for s, size in zip(tensor.stride(), y.shape, strict=True) if size > 1] for tensor in (y, same)]
+    if strides[0] != strides[1] and y.numel() > 1:
+        return f"strides {y.stride()}, expected {same.stride()}"
+    return None
+
+
+def faults(plan: dict, backends=BACKENDS) -> tuple[int, list[str]]:
+    """(backends that ran, what is wrong: a sentence for each output outside its budget, each error).
+
+    The budget is that of cases.py. A result that nearly cancels has a large relative error by any route: where the
+    budget is exceeded, what some ROUNDINGS of the inputs do to the exact result is allowed beside it, and to a gradient
+    the floor of the largest one: that of a single key is zero, as a difference.
+    """
+    torch.set_num_threads(plan["threads"])
+    backward = plan["op"].endswith("_backward")
+    dtype, name = DTYPES[plan["dtype"]], plan["op"].removesuffix("_backward")
+    args, kwargs = arguments(plan)
+    op = OPS[name]
+    given = op.normalise(*args, **kwargs)
+    op.check(*given)
+    grads = tuple(torch.randn_like(out) for out in tuples(op.reference(*given))) if backward else ()
+
+    def run(function, values, gs=grads):
+        if backward:
+            return tuple(gradients(function, name, list(values), gs))
+        return _applied(tuples(function(*values)), values) if name == "group_norm_affine" else tuples(function(*values))
+
+    same, exact = run(op.reference, given), run(op.reference, exactly(given), exactly(grads))
+    largest = max((true.norm().item() for true in exact), default=0.0) if backward else 0.0
+    ran, found = 0, []
+    for backend in backends:
+        if backend not in op.backends or backend not in RANKS or home(backend) != "cpu":
+            continue
+        if op.backends[backend].refusal(given) or emulated(backend) and work(given) > EMULATED:
+            continue
+        if backward and _refuses(BACKWARD_OPS[f"{name}_backward"], backend, backward_inputs(name, given, grads)):
+            continue
+        ran += 1
+        outputs = run(lambda *values, b=backend: op(*values, b), given)
+        for i, triple in enumerate(zip(outputs, same, exact, strict=True)):
+            sentence = None if backward else misfit(*triple)
+            shifted = lambda i=i: run(op.reference, nearby(given, dtype), nearby(grads, dtype))[i]  # noqa: E731
+            sentence = sentence or _too_far(*triple, dtype, largest, shifted)
+            if sentence:
+                found.append(f"{backend}, output {i}: {sentence}")
+    return ran, found
+
+
+def _refuses(op, backend, arguments):
+    return backend not in op.backends or op.backends[backend].refusal(arguments)
+
+
+def _too_far(y, same, true, dtype, largest, shifted) -> str | None:
+    """largest: of the gradients, the norm of the largest; 0 for an op's results"""
+    norm = max(true.norm().item(), NEGLIGIBLE * largest) or 1.0
+
+    def error(value):
+        return (value.double() - true).norm().item() / norm
+
+    mine, budget = error(y), 2 * error(same) + FLOOR[dtype]
+    if mine <= budget or not true.isfinite().all() and torch.equal(y.isfinite(), same.isfinite()):
+        return None
+    budget += ROUNDINGS[dtype] * max(error(shifted()) for _ in range(3)) + 8 * FLOOR[dtype] * largest / norm
+    return None if mine <= budget else f"error {mine:.3g}, budget {budget:.3g}"

@@ -1,0 +1,146 @@
+"""A few seconds of the fuzzing that `python tests/fuzz` does for hours, always the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+
+from damage import FILES, bounded, edited, outcome
+from op_calls import faults, misfit
+from search import kinds, prepare, search, verdict
+
+from ldmfast.ops import native
+
+HERE = Path(__file__).resolve().parent
+OPS = [kind for kind in kinds() if kind.startswith("op ")]
+NETWORKS = [kind for kind in kinds() if kind.startswith("network ")]
+# the other kinds are for the command: what reads them lets errors of Pillow and torch through
+MENDED = ("unet weights", "unet config", "checkpoint", "lora", "boxes", "bmp", "recipe")
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch):
+    threads = torch.get_num_threads()
+    prepare(monkeypatch.setattr)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_random_calls(op):
+    strategy, check = kinds()[op]
+    found = search(strategy, check, 100, 0)
+    assert found.findings == []
+    assert found.checked == 100 and found.calls >= 100
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_random_configurations(network):
+    strategy, check = kinds()[network]
+    found = search(strategy, check, 25, 0)
+    assert found.findings == []
+    assert found.checked == 25 and found.calls >= 5
+
+
+def other_instruction_sets():
+    return [isa for isa in native.module("cpu").compiled_isas().split() if isa != native.module("cpu").active_isa()]
+
+
+@pytest.mark.parametrize("isa", other_instruction_sets())
+def test_random_calls_of_an_older_instruction_set(isa, tmp_path):
+    environment = {**os.environ, "LDMFAST_CPU_ISA": isa}
+    log = tmp_path / "log.jsonl"
+    command = [sys.executable, str(HERE), "--calls", "25", "--seed", "1", "--log", str(log)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "this processor does not have it" in ran.stderr:
+        pytest.skip(f"{isa}: this processor does not have it")
+    assert ran.returncode == 0 and not log.exists(), ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("kind", MENDED)
+def test_damaged_files(kind):
+    strategy, check = kinds()[f"file {kind}"]
+    assert search(strategy, check, 100, 0).findings == []
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_files_are_right_before_they_are_damaged(kind, tmp_path):
+    name, content, read = FILES[kind]
+    if kind in ("safetensors", "ckpt"):  # tables of tensors, no model's
+        with pytest.raises(ValueError, match=name):
+            write_and_read(tmp_path, kind)
+    else:
+        write_and_read(tmp_path, kind)
+
+
+def write_and_read(folder, kind):
+    from damage import _unet_files
+
+    name, content, read = FILES[kind]
+    if kind.startswith("unet"):
+        for other, its in _unet_files().items():
+            (folder / other).write_bytes(its)
+    (folder / name).write_bytes(content())
+    read(folder / name)
+
+
+def test_a_header_that_claims_a_huge_tensor_is_refused_in_little_memory(tmp_path):
+    from ldmfast.models.weight_files import shapes
+
+    name, content, _ = FILES["unet weights"]
+    path = tmp_path / name
+    path.write_bytes(edited(content(), name, [["json", 0.999, 2**62]]))
+    with bounded(64 << 20), pytest.raises(ValueError, match=f"{name}: truncated"):
+        shapes(path)
+
+
+# --- the search itself sees what is wrong ----------------------------------------------------------------------------
+
+
+def test_a_wrong_kernel_is_found_and_made_small(monkeypatch):
+    """One that leaves out the last row, where there are more than five."""
+    from ldmfast.ops.registry import OPS
+
+    backend = OPS["layer_norm"].backends["cpu"]
+    right = backend.run
+
+    def wrong(x, *others):
+        y = right(x, *others)
+        if x.dim() > 1 and x.shape[-2] > 5:
+            y[..., -1, :] = float("nan")
+        return y
+
+    monkeypatch.setattr(backend, "run", wrong)
+    strategy, _ = kinds()["op layer_norm"]
+    found = search(strategy, lambda plan: faults(plan, ("cpu",)), 300, 0)
+    assert [finding["plan"]["rows"][-1] for finding in found.findings] == [6]
+    assert "error nan" in found.findings[0]["what"]
+
+
+def test_an_error_that_is_not_caught_is_a_finding():
+    def check(plan):
+        raise KeyError("x")
+
+    calls, what = verdict(check, {})
+    assert what.startswith("KeyError: 'x' (test_fuzz.py:")
+
+
+def test_another_layout_or_dtype_is_a_finding():
+    a = torch.zeros(2, 3)
+    assert misfit(a, a, a) is None
+    assert "strides" in misfit(torch.zeros(3, 2).mT, a, a)
+    assert "float16" in misfit(a.half(), a, a)
+
+
+def test_memory_beyond_the_bound_is_a_finding(monkeypatch):
+    monkeypatch.setitem(FILES, "boxes", ("boxes.json", lambda: b"[]", lambda path: torch.zeros(1 << 40)))
+    _, found = outcome({"kind": "boxes", "edits": []})
+    assert found and "memory" in found[0]
