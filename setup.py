@@ -3,7 +3,8 @@
 Without a C++ compiler the package still installs; the ops then say that the backend was not built
 (`python -m ldmfast doctor`). A compiler that is there and fails is an error.
 
-LDMFAST_CUDA=OFF leaves the CUDA module out where nvcc is found. A checkout (`pip install -e .`, `build_ext --inplace`)
+LDMFAST_CUDA=OFF leaves the CUDA module out where nvcc is found. LDMFAST_SANITIZE=address or thread builds for that
+sanitizer; `make sanitize` puts such modules beside the package. A checkout (`pip install -e .`, `build_ext --inplace`)
 is always built in the same folder under build/, so that only what changed is compiled.
 """
 
@@ -63,6 +64,10 @@ class BuildModules(build_ext):
             print("ldmfast: no C++ compiler on PATH: the cpu and cuda backends are not built", file=sys.stderr)
             return
         inplace = self.inplace or self.editable_mode
+        if inplace and os.environ.get("LDMFAST_SANITIZE"):
+            raise SystemExit(
+                "ldmfast: LDMFAST_SANITIZE builds beside the package only: give build_ext --build-lib FOLDER"
+            )
         output = ROOT / "ldmfast" if inplace else Path(self.build_lib).resolve() / "ldmfast"
         build = self.folder(inplace)
         build.mkdir(parents=True, exist_ok=True)
@@ -82,6 +87,7 @@ class BuildModules(build_ext):
         settings = {
             "LDMFAST_OUTPUT": output,
             "LDMFAST_CUDA": "ON" if wants_cuda() else "OFF",
+            "LDMFAST_SANITIZE": os.environ.get("LDMFAST_SANITIZE", ""),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }

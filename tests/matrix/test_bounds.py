@@ -1,0 +1,26 @@
+"""The versions that README states are the bounds of pyproject.toml, from which `make test-matrix` takes the oldest."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matrix_run as run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_readme_states_the_bounds():
+    stated = re.search(r"Supported: Python ([\d.]+) to [\d.]+, (.+?) and later", (ROOT / "README.md").read_text())
+    assert dict(part.split() for part in stated[2].split(", ")) == run.lower_bounds()
+    assert f'requires-python = ">={stated[1]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_oldest_are_pinned_and_the_newest_are_not():
+    oldest, newest = run.requirements("oldest"), run.requirements("newest")
+    assert [f"{name}=={version}.*" for name, version in run.lower_bounds().items()] == oldest[:3]
+    assert newest[:3] == list(run.PACKAGES) and oldest[3:] == newest[3:]
+
+
+def test_the_tests_that_it_names_are_there():
+    assert [name for name in run.TESTS if not (ROOT / "tests" / name).is_file()] == []
