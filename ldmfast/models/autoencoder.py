@@ -21,12 +21,13 @@ from ldmfast.models.drop_in import DropIn
 from ldmfast.models.guard import obstacle, obstacles
 from ldmfast.models.input_checks import check_values
 from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of
+from ldmfast.models.missing_weights import SingleFile
 from ldmfast.models.tiled_decode import decode_in_strips
 from ldmfast.ops.contract.stock_ops import in_fixed_order
 from ldmfast.ops.dispatcher import transformed
 
 
-class AutoencoderKL(DropIn, diffusers.AutoencoderKL):
+class AutoencoderKL(SingleFile, DropIn, diffusers.AutoencoderKL):
     """Images to latents and back.
 
     Constructed, configured, loaded and saved as diffusers' AutoencoderKL is, with the same encode, decode, slicing and

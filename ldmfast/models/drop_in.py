@@ -17,6 +17,7 @@ from ldmfast.models import guard, originals
 from ldmfast.models.checks.head_counts import warn_of_heads, wide_heads
 from ldmfast.models.index_names import record_stock_names
 from ldmfast.models.limits import FUNCTIONS
+from ldmfast.models.missing_weights import initialise_missing
 from ldmfast.models.weight_files import check_folder, check_loaded
 from ldmfast.ops.contract.switch import exact
 
@@ -71,12 +72,12 @@ class DropIn:
     ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers' from_pretrained, from a folder or the hub; weights that the checkpoint lacks are an error.
 
-        allow_missing  take them at random, as diffusers does
+        allow_missing  take them at random, as a new model has them
         Raises ValueError with one sentence for a missing weight, a truncated file, a web page saved in place of one,
         another model's or another family's checkpoint.
         """
         folder = Path(source) / (kwargs.get("subfolder") or "")
-        check_folder(folder, cls.stock.__name__)
+        check_folder(folder, cls.stock.__name__, kwargs.get("variant"))
         try:
             model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         except _DAMAGED as error:
@@ -85,6 +86,7 @@ class DropIn:
             raise ValueError(f"{folder} could not be loaded: {first_line(error)}") from error
         if not allow_missing:
             check_loaded(cls.stock.__name__, source, info)
+        initialise_missing(model)
         warn_of_heads(model, source)
         return (model, info) if output_loading_info else model
 

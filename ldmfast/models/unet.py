@@ -27,10 +27,11 @@ from ldmfast.models.checks.residuals import add_residual, add_residuals, check_r
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.input_checks import STEPS, check_inputs, check_values, timestep_tensor
 from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of, timestep_embedding
+from ldmfast.models.missing_weights import SingleFile
 from ldmfast.ops.contract.stock_ops import in_fixed_order
 
 
-class UNet(DropIn, UNet2DConditionModel):
+class UNet(SingleFile, DropIn, UNet2DConditionModel):
     """A conditional U-Net: (noisy latents, timestep, prompt) -> noise.
 
     Constructed, configured, loaded and saved as diffusers' UNet2DConditionModel is; a folder that it saved is one

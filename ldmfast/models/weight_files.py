@@ -6,7 +6,9 @@ Only headers are read: a safetensors file begins with the length of a JSON table
 from __future__ import annotations
 
 import json
+import re
 import struct
+import zipfile
 from pathlib import Path
 
 from ldmfast.files import read_json
@@ -80,6 +82,26 @@ def _not_safetensors(start: bytes) -> str | None:
     return None if len(start) >= 8 else f"has only {len(start)} bytes; download it again"
 
 
+def check_single_file(source: str | Path) -> None:
+    """Refuse a local file that holds no weights, or not all of them. Raises ValueError in one sentence.
+
+    What is no file is left to diffusers, which may find it on the hub.
+    """
+    path = Path(source)
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(64)
+    if problem := not_weights(start):
+        raise ValueError(f"{path}: {problem}")
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        shapes(path)
+    elif start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: truncated, a torch file without its end; download it again")
+    elif not start.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path}: neither a torch file nor a pickle nor safetensors (begins with {start[:8]!r})")
+
+
 def kind(table: dict[str, tuple]) -> str:
     """What a table of names belongs to: the first entry of `_KINDS` that occurs in it."""
     for mark, meaning in _KINDS:
@@ -93,7 +115,7 @@ def prompt_width(table: dict[str, tuple]) -> int | None:
     return next((shape[1] for name, shape in table.items() if name.endswith("attn2.to_k.weight")), None)
 
 
-def check_folder(folder: Path, stock_name: str) -> None:
+def check_folder(folder: Path, stock_name: str, variant: str | None = None) -> None:
     """Refuse a local folder that does not hold a `stock_name` with whole files of the family its config says.
 
     Raises ValueError with one sentence. A folder that is not there is left to diffusers, which asks the hub.
@@ -108,10 +130,18 @@ def check_folder(folder: Path, stock_name: str) -> None:
     name = config.get("_class_name", stock_name)
     if name != stock_name:
         raise ValueError(f"{folder} holds a {name}, not a {stock_name}; load it with diffusers' {name}")
-    tables = {file: shapes(file) for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors"))}
+    tables = {file: shapes(file) for file in sorted(_weights(folder, variant))}
     together = {name: shape for table in tables.values() for name, shape in table.items()}
     if together:
         _check_family(folder, stock_name, config, together)
+
+
+def _weights(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of one variant's weights, whole or in shards; those of others may be what they are."""
+    shard = r"(-\d+-of-\d+)?"
+    named = "" if variant is None else rf"\.{re.escape(variant)}"
+    name = re.compile(rf"diffusion_pytorch_model({named}{shard}|{shard}{named})\.safetensors")
+    return [path for path in folder.glob("diffusion_pytorch_model*.safetensors") if name.fullmatch(path.name)]
 
 
 def _check_family(folder: Path, stock_name: str, config: dict, table: dict[str, tuple]) -> None:
@@ -129,7 +159,7 @@ def _check_family(folder: Path, stock_name: str, config: dict, table: dict[str, 
 
 def check_loaded(model_name: str, source: str | Path, info: dict) -> None:
     """Refuse a model with weights that its checkpoint did not have. Raises ValueError naming the first of them."""
-    missing = sorted(set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]})
+    missing = sorted({*info["missing_keys"], *(entry[0] for entry in info.get("mismatched_keys", ()))})
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
