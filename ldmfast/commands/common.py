@@ -19,6 +19,7 @@ def add_model_options(command):
         help="a pipeline's folder, a released file, or a model that ships: "
         f"{', '.join(shipped.names())} (default: {shipped.TEXT})",
     )
+    command.add_argument("--variant", help="of the weights in --model's folder, such as fp16")
     command.add_argument("--text-encoder", help="'minilm', a hub name or a folder; default: the one trained with")
     command.add_argument(
         "--lora",
@@ -72,7 +73,7 @@ def _lora(text):
 
 
 def pipeline(arguments, default=shipped.ASSETS / shipped.TEXT):
-    """The pipeline that --model (else `default`), --text-encoder, --lora, --device and --dtype name."""
+    """The pipeline that --model (else `default`), --variant, --text-encoder, --lora, --device and --dtype name."""
     import torch
 
     from ldmfast.pipeline import LatentDiffusionPipeline
@@ -83,7 +84,8 @@ def pipeline(arguments, default=shipped.ASSETS / shipped.TEXT):
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise ValueError(f"--device {device} cannot be used: {first_line(error)}") from error
     dtype, model = getattr(torch, arguments.dtype), default if arguments.model is None else arguments.model
-    pipe = LatentDiffusionPipeline.from_pretrained(model, text_encoder=arguments.text_encoder, dtype=dtype)
+    options = {"text_encoder": arguments.text_encoder, "dtype": dtype, "variant": arguments.variant}
+    pipe = LatentDiffusionPipeline.from_pretrained(model, **options)
     if arguments.lora:
         from ldmfast.pipeline.load_lora import load_lora
 

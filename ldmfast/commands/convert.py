@@ -9,6 +9,7 @@ def add(commands):
     parser.add_argument("target", metavar="OUT", help="a folder, or a .safetensors or .ckpt")
     parser.add_argument("--ema", action="store_true", help="the averaged weights of the denoiser")
     parser.add_argument("--config", help="the original YAML, its file or text ('parameterization: v')")
+    parser.add_argument("--variant", help="of a folder's weights, such as fp16")
     parser.add_argument("--allow-missing", action="store_true", help="go on without weights that IN should have")
 
 
@@ -21,5 +22,6 @@ def _convert(arguments):
         ema=arguments.ema,
         config=arguments.config,
         allow_missing=arguments.allow_missing,
+        variant=arguments.variant,
     )
     print(*lines, arguments.target, sep="\n")

@@ -47,6 +47,7 @@ def assemble(
     tokenizer: str | Path | None = None,
     autoencoder: str | Path | None = None,
     conditioner: Conditioner | None = None,
+    variant: str | None = None,
 ) -> dict[str, Any] | nn.Module | diffusers.DiffusionPipeline:
     """The arguments of a LatentDiffusionPipeline; for a model that is none, what it is: see `ldmfast.load`."""
     path = _located(source)
@@ -56,8 +57,8 @@ def assemble(
     if text_encoder is not None and conditioner is not None:
         raise ValueError(f"text_encoder={str(text_encoder)!r} and conditioner were both given; give one")
     if _is_ours(path) and autoencoder is None:
-        return _with_encoder(path, _ours(path, text_encoder, conditioner, dtype, tokenizer))
-    model = _published(path, ema, config, allow_missing)
+        return _with_encoder(path, _ours(path, text_encoder, conditioner, dtype, tokenizer, variant))
+    model = _published(path, ema, config, allow_missing, variant)
     networks = {_PLACES[name]: network(part, dtype) for name, part in model.parts.items() if name in _PLACES}
     for made in networks.values() if path.is_dir() else ():
         made.register_to_config(_name_or_path=str(path))  # as diffusers does; verify reads the weights there
@@ -107,15 +108,16 @@ def _is_ours(path: Path) -> bool:
     return whole and not (path / "text_encoder").is_dir()
 
 
-def _ours(path: Path, text_encoder, conditioner, dtype: torch.dtype | None, tokenizer) -> dict[str, Any]:
+def _ours(path: Path, text_encoder, conditioner, dtype: torch.dtype | None, tokenizer, variant) -> dict[str, Any]:
     if tokenizer is not None:
         raise ValueError(f"tokenizer={str(tokenizer)!r}, but {path} has no text tower that reads CLIP's tokens")
-    return load_parts(path, text_encoder=text_encoder, conditioner=conditioner, dtype=dtype or torch.float32)
+    options = {"dtype": dtype or torch.float32, "variant": variant}
+    return load_parts(path, text_encoder=text_encoder, conditioner=conditioner, **options)
 
 
-def _published(path: Path, ema: bool, config, allow_missing: bool) -> Model:
+def _published(path: Path, ema: bool, config, allow_missing: bool, variant: str | None) -> Model:
     """What released/ reads there, nothing missing. Warns of tensors without a place, and of what was guessed."""
-    model = read(path, ema=ema, config=config)
+    model = read(path, ema=ema, config=config, variant=variant)
     check_missing(path, model, allow_missing)
     if unknown := [note for note in model.notes if "(unknown" in note]:
         warnings.warn(f"{path}: {'; '.join(unknown)}", stacklevel=4)

@@ -22,6 +22,7 @@ from ldmfast import files
 from ldmfast.conditioning.base import Conditioner, load_conditioner
 from ldmfast.conditioning.text import TextEncoder
 from ldmfast.diffusion import catalogue
+from ldmfast.released.weights import check_variant, chosen_variant
 
 
 def load_parts(
@@ -30,20 +31,23 @@ def load_parts(
     text_encoder: str | Path | None = None,
     conditioner: Conditioner | None = None,
     dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """{"unet", "vae", "scheduler", "conditioner", "guidance"?} of a saved pipeline.
 
     text_encoder  "minilm", a hub name or a folder, in place of the one that the pipeline names
     conditioner   in place of the saved one, which is not read then
+    variant       of the networks' weights, such as "fp16"
     Raises FileNotFoundError if a part is missing, ValueError if one is damaged, OSError without a text encoder.
     """
     folder = Path(folder)
     for part in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
         if not (folder / part).is_file():
             raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no {part}")
+    check_variant(folder, variant)
     extra = folder / "ldmfast.json"
     settings = files.read_json(extra) if extra.is_file() else {}
-    parts = {name: _network(folder / name, dtype) for name in ("unet", "vae")}
+    parts = {name: _network(folder / name, dtype, variant) for name in ("unet", "vae")}
     parts["scheduler"] = _scheduler(folder / "scheduler")
     if conditioner is None:
         conditioner = _conditioner(folder / "conditioner", settings, text_encoder)
@@ -70,10 +74,11 @@ def _scheduler(folder: Path) -> diffusers.SchedulerMixin:
         raise ValueError(f"{folder} could not be loaded: {files.first_line(error)}") from error
 
 
-def _network(folder: Path, dtype: torch.dtype) -> nn.Module:
+def _network(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
     name = files.read_json(folder / "config.json").get("_class_name")
+    variant = chosen_variant(folder, variant)
     try:
-        return catalogue.network(name).from_pretrained(folder, torch_dtype=dtype)
+        return catalogue.network(name).from_pretrained(folder, torch_dtype=dtype, variant=variant)
     except Exception as error:  # diffusers and safetensors raise many types for a damaged file
         raise ValueError(f"{folder} could not be loaded: {files.first_line(error)}") from error
 

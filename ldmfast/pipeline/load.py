@@ -31,6 +31,7 @@ def load(
     tokenizer: str | Path | None = None,
     autoencoder: str | Path | None = None,
     conditioner: Conditioner | None = None,
+    variant: str | None = None,
     lora: Lora | Iterable[Lora] | None = None,
 ) -> LatentDiffusionPipeline | Any:
     """A ready model: denoiser, autoencoder, conditioner and noise schedule.
@@ -50,6 +51,8 @@ def load(
     autoencoder    a file or folder with the autoencoder, for a denoiser saved without one
     conditioner    a Conditioner, for a denoiser saved without one
     lora           a LoRA file, (file, scale), or several of either, as `load_lora` takes them
+    variant        of a folder's weights, such as "fp16"; parts without it give their plain ones. None: the plain ones,
+                   or the only variant that is there
     returns        a LatentDiffusionPipeline; a diffusers pipeline over ldmfast's networks where the model needs more
                    than a prompt and a mask: depth, editing, SDXL's refiner; a network if there is only that
 
@@ -66,6 +69,7 @@ def load(
         tokenizer=tokenizer,
         autoencoder=autoencoder,
         conditioner=conditioner,
+        variant=variant,
     )
     pipeline = LatentDiffusionPipeline(**found) if isinstance(found, dict) else found
     if lora is not None:

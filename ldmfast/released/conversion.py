@@ -27,6 +27,7 @@ def convert(
     ema: bool = False,
     config: dict | str | Path | None = None,
     allow_missing: bool = False,
+    variant: str | None = None,
 ) -> list[str]:
     """Write `target` in the layout that `source` does not have.
 
@@ -35,6 +36,7 @@ def convert(
     ema            the averaged denoiser in the folder's unet/; the plain one stays beside it
     config         the original YAML (its path, text or content), for what the file and its family leave open
     allow_missing  go on without the tensors that the source should have and has not
+    variant        of a folder's weights, such as "fp16"
     returns        a line for each thing worth knowing: what it is, what was put beside the model
 
     Raises ValueError, FileNotFoundError in one sentence; nothing is written then.
@@ -48,7 +50,7 @@ def convert(
         )
     if to_file and (ema or config is not None):
         raise ValueError("ema and config are for reading a released file; the folder has its own configuration")
-    model = read(source, ema=ema, config=config)
+    model = read(source, ema=ema, config=config, variant=variant)
     check_missing(source, model, allow_missing)
     if to_file:
         if target.exists():

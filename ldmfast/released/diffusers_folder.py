@@ -27,7 +27,7 @@ from ldmfast.released.model import (
     text_part,
     unet_part,
 )
-from ldmfast.released.weights import part_weights, read_weights
+from ldmfast.released.weights import check_variant, part_weights, read_weights
 
 REST, RECORD = "released.safetensors", "released.json"
 CARRIED = "ldmfast."  # before the tensors of parts that the released layout has no place for
@@ -132,13 +132,15 @@ def _pipeline_settings(model: Model) -> dict:
     return {**settings, "conditioner": conditioner.config["_class_name"] if conditioner else "TextEncoder"}
 
 
-def read_folder(folder: Path) -> Model:
+def read_folder(folder: Path, variant: str | None = None) -> Model:
     """Read a diffusers folder: a pipeline's, or one network's. `missing` names what its parts should hold and do not.
 
+    variant   of the weights, such as "fp16"; parts without it give their plain ones
     Raises ValueError for a part of another kind or a damaged file, FileNotFoundError for a folder that is neither.
     """
     if not (folder / "config.json").is_file() and not (folder / "unet" / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no diffusers folder: it has neither unet/config.json nor config.json")
+    check_variant(folder, variant)
     alone = (folder / "config.json").is_file()
     record = files.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     record = {"ema": False, "shapes": {}, "names": [], "legacy": True, **record}
@@ -147,7 +149,7 @@ def read_folder(folder: Path) -> Model:
     model = Model(record["names"], {}, None, rest, record)
     names = [""] if alone else sorted(p.parent.name for p in folder.glob("*/config.json"))
     for where in names:
-        _read_part(model, folder, where)
+        _read_part(model, folder, where, variant)
     schedule = folder / "scheduler" / "scheduler_config.json"
     if not alone:
         if not schedule.is_file():
@@ -177,9 +179,9 @@ def _config(folder: Path) -> dict:
     return files.read_json(folder / "config.json")
 
 
-def _read_part(model: Model, folder: Path, where: str) -> None:
+def _read_part(model: Model, folder: Path, where: str, variant: str | None) -> None:
     """Add a part, or, where the released layout has no place for it, its tensors to the rest."""
-    tensors, _ = part_weights(folder / where)
+    tensors, _ = part_weights(folder / where, variant)
     prefix = model.record["prefixes"].get(where)
     if prefix is None:
         model.rest |= {f"{CARRIED}{where}/{name}": value for name, value in tensors.items()}

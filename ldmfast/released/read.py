@@ -15,14 +15,18 @@ _ABOUT = "modelspec."  # a safetensors file's description of itself
 HEADER = "ldmfast"  # in a safetensors file's metadata: the folder's configurations
 
 
-def read(source: str | Path, *, ema: bool = False, config: dict | str | Path | None = None) -> Model:
+def read(
+    source: str | Path, *, ema: bool = False, config: dict | str | Path | None = None, variant: str | None = None
+) -> Model:
     """The parts of a released file or a diffusers folder. Raises FileNotFoundError, ValueError."""
     source = Path(source)
     files.recover(source)
     if source.is_dir():
-        return read_folder(source)
+        return read_folder(source, variant)
     if not source.is_file():
         raise FileNotFoundError(f"{source} is neither a file nor a folder")
+    if variant is not None:
+        raise ValueError(f"variant={variant!r} is for a folder; {source} is a file")
     tensors, others = read_weights(source)
     try:
         header = json.loads(others.pop(HEADER, "{}"))

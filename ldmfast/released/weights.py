@@ -79,20 +79,78 @@ def _what(content: Any) -> str:
     return f"a {content.kind.name.replace(' ', '.')}" if named else f"a {type(content).__name__}"
 
 
-def part_weights(folder: Path) -> tuple[dict[str, torch.Tensor], str | None]:
+def part_weights(folder: Path, variant: str | None = None) -> tuple[dict[str, torch.Tensor], str | None]:
     """(tensors, stem of the file's name) of a diffusers or transformers part, whole or in shards; None: no weights.
 
+    variant   as `chosen_variant` takes it
     Raises ValueError as `read_weights`, FileNotFoundError for a shard that is missing.
     """
-    for stem in STEMS:
-        for suffix in (".safetensors", ".bin"):
-            if (folder / (stem + suffix)).is_file():
-                return read_weights(folder / (stem + suffix))[0], stem
-            index = folder / f"{stem}{suffix}.index.json"
-            if index.is_file():
-                files = sorted(set(read_json(index)["weight_map"].values()))
-                return {k: v for file in files for k, v in read_weights(folder / file)[0].items()}, stem
-    variants = sorted(folder.glob("*.safetensors"))  # such as diffusion_pytorch_model.fp16.safetensors
-    if len(variants) > 1:
-        raise ValueError(f"{folder} has {', '.join(p.name for p in variants)}: name one by keeping only that")
-    return (read_weights(variants[0])[0], variants[0].name.split(".")[0]) if variants else ({}, None)
+    stored = _stored(folder)
+    if not stored:
+        return {}, None
+    kinds = stored[chosen_variant(folder, variant)]
+    stem, ending = min(kinds, key=lambda kind: (STEMS.index(kind[0]), _ENDINGS.index(kind[1])))
+    return {k: v for file in kinds[stem, ending] for k, v in read_weights(folder / file)[0].items()}, stem
+
+
+def chosen_variant(folder: Path, variant: str | None = None) -> str | None:
+    """The variant of a part's weights to take: the one asked for, the plain ones (None), or the only one that is there.
+
+    A part that lacks the one asked for and has plain weights gives these, as in diffusers. Raises ValueError naming
+    those that are there, where that leaves a choice.
+    """
+    there = _stored(folder)
+    if variant in there or not there:
+        return variant if there else None
+    if None in there:
+        return None
+    names = sorted(there)
+    if variant is None and len(names) == 1:
+        return names[0]
+    has = f"{folder} has the weights of {'variants' if len(names) > 1 else 'the variant'} {', '.join(names)} alone"
+    raise ValueError(f"{has}; name one: variant={names[0]!r} (--variant {names[0]})")
+
+
+def check_variant(folder: Path, variant: str | None) -> None:
+    """Raises ValueError for a variant that no part of a folder has."""
+    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    there = {name for place in places for name in _stored(place)}
+    if variant is not None and variant not in there:
+        names = ", ".join(sorted(name for name in there if name)) or "none"
+        raise ValueError(f"{folder} has no weights of the variant {variant!r}; its variants: {names}")
+
+
+_FILE = re.compile(
+    rf"({'|'.join(STEMS)})(?:\.([^.]+?))?(-\d+-of-\d+)?(?:\.([^.]+))?({'|'.join(map(re.escape, _ENDINGS))})"
+)
+_INDEX = re.compile(rf"({'|'.join(STEMS)})({'|'.join(map(re.escape, _ENDINGS))})\.index(?:\.([^.]+))?\.json")
+
+
+def _stored(folder: Path) -> dict[str | None, dict[tuple[str, str], list[str]]]:
+    """{variant: {(stem, ending): the files that it is in}} of a part's weights; a whole file goes before shards."""
+    found: dict[str | None, dict[tuple[str, str], list[str]]] = {}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    matches = [match for name in names if (match := _FILE.fullmatch(name))]
+    for stem, early, shard, late, ending in (match.groups() for match in matches):
+        if not shard and not (early and late):
+            found.setdefault(early or late, {})[stem, ending] = [
+                f"{stem}{f'.{early or late}' * bool(early or late)}{ending}"
+            ]
+    for name, match in ((name, match) for name in names if (match := _INDEX.fullmatch(name))):
+        stem, ending, variant = match.groups()
+        files = sorted(set(read_json(folder / name)["weight_map"].values()))
+        found.setdefault(variant, {}).setdefault((stem, ending), files)
+    for match in matches:  # shards whose index is lost
+        stem, early, shard, late, ending = match.groups()
+        if shard:
+            kinds = found.setdefault(early or late, {})
+            if (stem, ending) not in kinds:
+                kinds[stem, ending] = _all_shards(match)
+    return found
+
+
+def _all_shards(match: re.Match) -> list[str]:
+    """The names of a shard and of its siblings."""
+    width, count = len(match[3].split("-")[1]), match[3].split("-")[3]
+    before, after = match.string[: match.start(3)], match.string[match.end(3) :]
+    return [f"{before}-{i:0{width}}-of-{count}{after}" for i in range(1, int(count) + 1)]
