@@ -78,6 +78,7 @@ class UNet2D(DropIn, UNet2DModel):
             return super().forward(sample, timestep, class_labels, return_dict)
         check_sample(self, sample)
         t = timestep_tensor(timestep, sample, self._steps())
+        t = t if isinstance(timestep, torch.Tensor) else t.long()  # stock's UNet2DModel drops a number's fraction
         check_values(sample=sample, timestep=t, class_labels=class_labels)
         temb = self._time(t, sample, class_labels)
         cond = BlockInputs(temb=temb, temb_silu=F.silu(temb))

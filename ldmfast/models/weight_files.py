@@ -129,6 +129,7 @@ def check_folder(folder: Path, stock_name: str, variant: str | None = None) -> N
     config = read_json(folder / "config.json")
     name = config.get("_class_name", stock_name)
     if name != stock_name:
+        name = str(name)[:80]
         raise ValueError(f"{folder} holds a {name}, not a {stock_name}; load it with diffusers' {name}")
     tables = {file: shapes(file) for file in sorted(_weights(folder, variant))}
     together = {name: shape for table in tables.values() for name, shape in table.items()}

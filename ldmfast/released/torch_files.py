@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,7 +67,11 @@ class TorchFile:
                     raise ValueError("a zip file without its end")
                 file.seek(0)
                 self.content, self._places = _open_zip(file) if self._zip else _open_older(file)
-        except (*_FAULTS, zipfile.BadZipFile, struct.error, EOFError) as error:
+        except (*_FAULTS, zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
+            raise self._damaged(error) from error
+        except OSError as error:  # a place before the file's beginning is an "Invalid argument"
+            if error.filename is not None:
+                raise
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> ValueError:

@@ -215,6 +215,8 @@ def _compare_scheduler(plan):
 
     if plan["name"] == "PNDMScheduler" and plan["prediction_type"] == "v_prediction":
         return 0, []  # ours keeps v in the multistep part, by choice
+    if plan["rescale_betas_zero_snr"] and plan["prediction_type"] == "epsilon":
+        return 0, []  # stock divides by zero; ours says that epsilon does not determine x0
     try:
         wanted = list(_steps(_scheduler_of(diffusers, plan), plan))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, NotImplementedError):

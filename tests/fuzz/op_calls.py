@@ -146,6 +146,10 @@ def arguments(plan: dict):
     if "space" in plan and plan["width"] * math.prod(plan["space"]) == 1:
         plan = {**plan, "width": 2}  # one number a group: torch's group_norm, so the reference, refuses it
     if plan["op"] == "group_norm_silu_backward":
+        plan = {
+            **plan,
+            "space": [max(side, 1) for side in plan["space"]],
+        }  # torch leaves the gradients of none unwritten
         if plan["width"] * math.prod(plan["space"]) < 8:  # of two numbers, +-1 is left: the gradient is a difference
             plan = {**plan, "width": 8}
         if plan["affine"] == "bias":  # torch's own gradient refuses a bias without a weight

@@ -64,7 +64,7 @@ def search(strategy, check, count: int, seed: int, *, shrink: bool = True) -> Se
 
     try:
         test()
-    except Found:
+    except (Found, hypothesis.errors.Flaky):
         plan, what = failing[-1]  # hypothesis runs the smallest last
         found.findings.append({"plan": plan, "what": what})
     return found

@@ -192,6 +192,14 @@ def test_a_wrong_argument_is_refused_with_a_sentence(case):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("timestep", [12.5, 12, torch.tensor(12.5)])
+def test_a_number_as_timestep_loses_its_fraction_as_in_stock(timestep):
+    stock, ours = pair()
+    given = {**inputs(ours), "timestep": timestep}
+    assert tiny.error(ours(**given).sample, stock(**given).sample) <= CLOSE
+
+
+@torch.no_grad()
 def test_an_autoencoder_with_attention_at_some_levels_goes_through_ours():
     types = {
         "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"),
