@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 
 CUTOUTS = Path(__file__).parent / "data" / "emoji"
 
@@ -67,6 +67,15 @@ def vae(**changes) -> AutoencoderKL:
         "sample_size": 32,
     }
     return AutoencoderKL(**{**config, **changes}).eval()
+
+
+def unet2d() -> UNet2DModel:
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    return UNet2DModel(block_out_channels=(32, 64), attention_head_dim=32, layers_per_block=1, **blocks).eval()
+
+
+def vq() -> VQModel:
+    return VQModel(block_out_channels=(32,), norm_num_groups=32).eval()
 
 
 def to(tree, dtype: torch.dtype):

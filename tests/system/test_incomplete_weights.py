@@ -7,7 +7,6 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_load import small
-from test_saved_pipelines import plain_parts
 
 import ldmfast
 from ldmfast.released.conversion import convert
@@ -78,8 +77,7 @@ def test_weights_that_a_single_file_lacks(home):
 @pytest.mark.parametrize("kind", ["UNet", "UNet2D", "AutoencoderKL", "VQModel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_weights_that_a_folder_lacks_are_a_new_models(kind, dtype, tmp_path):
-    stock = {"UNet": tiny.unet, "AutoencoderKL": tiny.vae}.get(kind)
-    stock = stock() if stock else plain_parts()["unet" if kind == "UNet2D" else "vqvae"]
+    stock = {"UNet": tiny.unet, "UNet2D": tiny.unet2d, "AutoencoderKL": tiny.vae, "VQModel": tiny.vq}[kind]()
     stock.save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)

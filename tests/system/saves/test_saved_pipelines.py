@@ -23,10 +23,7 @@ def text_parts():
 
 
 def plain_parts():
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    unet = diffusers.UNet2DModel(block_out_channels=(32, 64), attention_head_dim=32, layers_per_block=1, **blocks)
-    vqvae = diffusers.VQModel(block_out_channels=(32,), norm_num_groups=32)
-    return {"unet": unet, "vqvae": vqvae, "scheduler": diffusers.DDPMScheduler(**SD)}
+    return {"unet": tiny.unet2d(), "vqvae": tiny.vq(), "scheduler": diffusers.DDPMScheduler(**SD)}
 
 
 def ours(parts):
