@@ -28,7 +28,7 @@ _PREDICTIONS = {
     "sample": ("x0", "sample"),
 }
 _SAYINGS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type", "parameterization")
-_STEPS = {875000: "epsilon", 220000: "epsilon", 140000: "v_prediction", 110000: "v_prediction"}  # 2.0 and 2.1
+_STEPS = {875000: "epsilon", 220000: "epsilon", 110000: "v_prediction"}  # 2.0 base, 2.1 base, 2.1: as other readers
 _ZERO_SNR = ("rescale_betas_zero_snr", "zero_terminal_snr", "use_ztsnr", "ztsnr", "zero_snr")
 # the released code's names (make_beta_schedule) -> diffusers'; None: written out
 _BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2", "sqrt": None}
