@@ -34,8 +34,10 @@ def read(path: str | Path, convert: Callable[[Image.Image, str], Image.Image] | 
             warnings.simplefilter("always")
             with Image.open(path) as picture:
                 found = (convert or rgb)(picture, str(path))
-    except (FileNotFoundError, MemoryError):
+    except FileNotFoundError:
         raise
+    except MemoryError as error:  # a PNG of 90 bytes may say that 4 GB follow
+        raise ValueError(f"{path} does not fit into memory: it is damaged or too large") from error
     except Exception as error:  # on damaged files Pillow's readers raise what their parsing comes upon
         raise ValueError(f"{path} is not a picture that can be read: {first_line(error)}") from error
     for each in said:  # Pillow's, which leave out which file it was

@@ -31,7 +31,7 @@ MOST_PICTURE = (
     3 << 30
 )  # ... and a picture: Pillow refuses more than 179 million pixels, and a small file may have those
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-LONGEST = 600  # of a sentence
+LONGEST = 1500  # of a sentence
 
 
 def _unet():

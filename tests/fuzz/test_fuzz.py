@@ -69,6 +69,21 @@ def test_damaged_files(kind):
     assert search(strategy, check, 100, 0).findings == []
 
 
+FOUND = {  # damage that was an error without a name, or another type's
+    "a config with null as its norm's groups": ("unet config", ["json", 0.5, None]),
+    "a block's name": ("unet config", ["drop", 0.3359375, 1]),
+    "a place before the file": ("ckpt", ["drop", 0.25, 1]),
+    "three numbers as a box": ("boxes", ["remove", 1.0, None]),
+    "a PNG that says that 3 GB follow": ("map", ["bytes", 0.3515625, "c1"]),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_stays_mended(name):
+    kind, edit = FOUND[name]
+    assert outcome({"kind": kind, "edits": [edit]}) == (1, [])
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_the_files_are_right_before_they_are_damaged(kind, tmp_path):
     name, content, read = FILES[kind]
