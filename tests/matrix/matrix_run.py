@@ -30,7 +30,7 @@ TESTS = (  # a part of tests/: what changes with those packages
     "models/test_dropin.py",
     "system/test_samplers.py",
     "system/test_pipeline.py",
-    "system/test_load.py",
+    "test_load.py",
 )
 
 
