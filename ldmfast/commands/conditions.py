@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from ldmfast.conditioning.classes_and_boxes import check_objects
-
 
 def add_options(made):
     group = made.add_argument_group("conditions other than a prompt")
@@ -59,6 +57,8 @@ def _class(text, encoder):
 
 
 def _boxes(path, encoder):
+    from ldmfast.conditioning.classes_and_boxes import check_objects
+
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

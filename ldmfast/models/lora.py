@@ -40,7 +40,7 @@ def save_lora(unet: nn.Module, folder: str | Path) -> Path:
     layers = {name: value.detach().cpu().contiguous() for name, value in layers.items()}
     with replacing(Path(folder, NAME)) as partial:
         StableDiffusionPipeline.save_lora_weights(
-            folder,
+            partial.parent,
             unet_lora_layers=layers,
             weight_name=partial.name,
             unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
