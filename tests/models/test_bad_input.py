@@ -1,14 +1,9 @@
-"""What people hand over by mistake, and the sentence that it earns: a row each, by each way on which it can arise.
-
-The ways: UNet (or the autoencoder) itself, a diffusers pipeline under `ldmfast.optimize`, ldmfast's own pipeline, and
-`ldmfast sample`.
-"""
+"""What people hand over by mistake, and the sentence that it earns: a row each, by each way on which it can arise."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import warnings
 
 import diffusers
@@ -16,124 +11,25 @@ import numpy
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from ways import (
+    SMALL,
+    XL,
+    adapters,
+    added,
+    call,
+    controlled,
+    optimized,
+    ours,
+    pipeline,
+    residuals,
+    said_by_sample,
+    unet,
+)
 
-import ldmfast
 from ldmfast import UNet
-from ldmfast.commands import cli
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
 from ldmfast.models.autoencoder import AutoencoderKL
-from ldmfast.models.checks import head_counts
 from ldmfast.models.unet2d import UNet2D
-from ldmfast.ops import attention
-from ldmfast.pipeline import LatentDiffusionPipeline
-
-SMALL = {
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "sample_size": 8,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-XL = {"block_out_channels": (16, 32), "layers_per_block": 1, "transformer_layers_per_block": 1, "sample_size": 8}
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def unet(family="sd1", **changes):
-    return UNet.from_unet(tiny.unet(family, **{**(XL if family == "sdxl" else SMALL), **changes}))
-
-
-def call(family="sd1", /, **changed):
-    """One call of a small U-Net, one argument of it changed."""
-    model = unet(family)
-    return model(**{**tiny.inputs(model, (8, 8)), **changed})
-
-
-def stock_pipeline(scheduler=None, kind=diffusers.StableDiffusionPipeline, network=None, **more):
-    """diffusers' own, for prompts that are encoded already, under `optimize`."""
-    absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    parts = {**absent, "image_encoder": None, "requires_safety_checker": False, **more}
-    if kind is diffusers.StableDiffusionControlNetPipeline:
-        parts.pop("image_encoder")
-    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, beta_schedule="scaled_linear")
-    pipe = kind(vae=tiny.vae(), unet=network or tiny.unet(**SMALL), scheduler=scheduler, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return ldmfast.optimize(pipe)
-
-
-def optimized(scheduler=None, kind=diffusers.StableDiffusionPipeline, network=None, parts=None, width=32, **changed):
-    pipe = stock_pipeline(scheduler, kind, network, **(parts or {}))
-    prompt = {name: torch.randn(1, 7, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    return pipe(**{"num_inference_steps": 2, "output_type": "np", **prompt, **changed})
-
-
-def ours(**parts):
-    made = {
-        "unet": unet(cross_attention_dim=8),
-        "vae": AutoencoderKL.from_vae(tiny.vae()),
-        "scheduler": diffusers.DDIMScheduler(clip_sample=False),
-        "conditioner": ClassEmbedder(3, 8),
-    }
-    return LatentDiffusionPipeline(**{**made, **parts})
-
-
-def pipeline(**changed):
-    return ours()([1], **{"steps": 2, **changed})
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    ours().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    """A copy of a saved pipeline, to be damaged."""
-    import shutil
-
-    return shutil.copytree(saved, tmp_path / "model")
-
-
-def said_by_sample(folder, out, capsys, *arguments):
-    """What `ldmfast sample` prints to stderr, having failed."""
-    options = ["--model", str(folder), "-o", str(out), "--quiet", "--class", "1"]
-    steps = [] if "--steps" in arguments else ["--steps", "2"]
-    assert cli.main(["sample", *options, *steps, *arguments]) == 2
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1 and said.startswith("ldmfast: ")
-    return said
-
-
-def residuals(count=4, channels=16):
-    """As a ControlNet for the small U-Net leaves them, or one for another."""
-    shapes = [(2, channels, 8, 8), (2, channels, 8, 8), (2, channels, 4, 4), (2, 2 * channels, 4, 4)][:count]
-    down = [torch.zeros(shape) for shape in shapes]
-    return {
-        "down_block_additional_residuals": down,
-        "mid_block_additional_residual": torch.zeros(2, 2 * channels, 4, 4),
-    }
-
-
-def adapters(*shapes):
-    return {"down_intrablock_additional_residuals": [torch.zeros(2, *shape) for shape in shapes]}
-
-
-def controlled():
-    """A ControlNet of another model's in a pipeline."""
-    control = diffusers.ControlNetModel.from_unet(
-        tiny.unet(**{**SMALL, "layers_per_block": 2}), conditioning_embedding_out_channels=(16, 32, 32)
-    )
-    kind = diffusers.StableDiffusionControlNetPipeline
-    options = {"image": torch.rand(1, 3, 32, 32), "height": 32, "width": 32}
-    return optimized(kind=kind, parts={"controlnet": control}, **options)
-
-
-def added(text=(2, 32), ids=(2, 6)):
-    return {"added_cond_kwargs": {"text_embeds": torch.zeros(text), "time_ids": torch.zeros(ids)}}
-
 
 LIST = {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 32), "time_ids": [[8, 8, 0, 0, 8, 8]] * 2}}
 IMG2IMG = {"kind": diffusers.StableDiffusionImg2ImgPipeline, "image": torch.rand(1, 3, 32, 32)}
@@ -221,6 +117,13 @@ REFUSED = {
         "strength=1.5 must lie between 0 and 1",
     ),
 }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    ours().save_pretrained(folder)
+    return folder
 
 
 def unet_2d(**changed):
@@ -361,144 +264,3 @@ def test_residuals_that_fit_are_taken(size):
             down = [torch.randn(2, 16, *size), *map(torch.randn_like, seen)]
             control = {"down_block_additional_residuals": down, "mid_block_additional_residual": down[-1][:1]}
             assert tiny.error(model(**inputs, **control).sample, stock(**inputs, **control).sample) <= 1e-5
-
-
-# --- heads ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def family(monkeypatch):
-    """The small U-Net's shapes as a family of their own, with four heads."""
-    monkeypatch.setitem(head_counts._USUAL, ((16, 32), 8), (4, 4))
-    monkeypatch.setitem(head_counts.WIDTHS, 8, "SD0")
-
-
-WRONG_HEADS = "attention_head_dim=2; SD0 has 4 heads. A wrong number loads, and draws noise"
-
-
-def test_a_wrong_number_of_heads_is_warned_of_by_every_way(family, folder, tmp_path, capsys):
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        UNet.from_pretrained(folder / "unet")
-    (folder / "unet" / "config.json").write_text(json.dumps({**config, "attention_head_dim": 2}))
-    with pytest.warns(UserWarning, match=WRONG_HEADS):
-        UNet.from_pretrained(folder / "unet")
-    with pytest.warns(UserWarning, match=WRONG_HEADS):
-        ldmfast.load(folder)
-    with pytest.warns(UserWarning, match=WRONG_HEADS):
-        stock_pipeline(network=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"))
-    with pytest.warns(UserWarning, match=WRONG_HEADS):
-        out = str(tmp_path / "a.png")
-        assert cli.main(["sample", "--model", str(folder), "-o", out, "--quiet", "--class", "1", "--steps", "1"]) == 0
-
-
-@pytest.mark.parametrize(
-    "channels, width, heads, sentence",
-    [
-        ((320, 640, 1280, 1280), 1024, 8, r"attention_head_dim=8; SD2.x has \[5, 10, 20, 20\] heads"),
-        ((320, 640, 1280), 2048, (8, 8, 8), r"attention_head_dim=\[8, 8, 8\]; SDXL has \[5, 10, 20\] heads"),
-        ((320, 640, 1280), [2048] * 3, 8, r"attention_head_dim=8; SDXL has"),  # another way to say the width
-        ((320, 640, 1280, 1280), 768, 8, None),
-        ((320, 640, 1280), 2048, (5, 10, 20), None),
-    ],
-)
-def test_the_families_heads(channels, width, heads, sentence):
-    levels = len(channels)
-    kinds = [*["CrossAttnDownBlock2D"] * (levels - 1), "DownBlock2D"]
-    if levels == 3:
-        kinds = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
-    up = [kind.replace("Down", "Up") for kind in reversed(kinds)]
-    with torch.device("meta"):
-        stock = diffusers.UNet2DConditionModel(
-            block_out_channels=channels,
-            cross_attention_dim=width,
-            attention_head_dim=heads,
-            down_block_types=kinds,
-            up_block_types=up,
-            layers_per_block=1,
-        )
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        UNet.from_unet(stock)
-    said = [str(each.message) for each in seen if "heads" in str(each.message)]
-    assert len(said) == (sentence is not None)
-    if sentence:
-        with pytest.warns(UserWarning, match=sentence):
-            head_counts.warn_of_heads(stock, "it")
-
-
-def test_a_head_that_no_kernel_takes_runs_by_the_reference_and_is_explained(monkeypatch):
-    """As on a GPU, whose kernels end at 256; the CPU's take any width."""
-    stock = tiny.unet(**{**SMALL, "block_out_channels": (288, 288)}, attention_head_dim=1)
-    model, inputs = UNet.from_unet(stock), tiny.inputs(stock, (4, 4))
-    assert model.explain() == []
-    for backend in attention.op.automatic("cpu"):
-        if backend.name != "torch":
-            refuses = [*backend.conditions, lambda q, *others: "over 256" if q.shape[3] > 256 else None]
-            monkeypatch.setattr(backend, "conditions", refuses)
-    with torch.no_grad():
-        assert tiny.error(model(**inputs).sample, stock(**inputs).sample) <= 1e-5
-    said = model.explain()
-    assert len(said) == 1 and "attention's reference runs" in said[0] and "over 256" in said[0]
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def missing(path):
-    state = load_file(path)
-    del state["mid_block.resnets.0.conv1.weight"]
-    save_file(state, path, metadata={"format": "pt"})
-
-
-def web_page(path):
-    path.write_text("<html><body>Not found</body></html>" * 9)
-
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def another_family(path):
-    config = json.loads((path.parent / "config.json").read_text())
-    (path.parent / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 2048}))
-
-
-DAMAGED = {
-    missing: "mid_block.resnets.0.conv1.weight",
-    web_page: "starts with `<html`: a failed download",
-    truncated: "truncated",
-    another_family: "prompts of width 8, its config.json says 2048 .SDXL.",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGED, ids=lambda each: each.__name__)
-def test_a_damaged_file_is_refused_by_every_way(damage, folder, tmp_path, capsys):
-    damage(folder / "unet" / WEIGHTS)
-    for load in (lambda: UNet.from_pretrained(folder / "unet"), lambda: ldmfast.load(folder)):
-        with pytest.raises(ValueError, match=DAMAGED[damage]) as raised:
-            load()
-        assert "\n" not in str(raised.value)
-    said = said_by_sample(folder, tmp_path / "a.png", capsys)
-    assert DAMAGED[damage].replace(" .SDXL.", " (SDXL)") in said
-
-
-def test_an_overflowing_float16_autoencoder_under_optimize():
-    pipe = stock_pipeline()
-    with torch.no_grad():
-        pipe.vae.decoder.conv_in.weight *= 3e5
-        pipe.vae.half()
-        with pytest.warns(UserWarning, match="float16 autoencoder overflowed; decoded again in float32"):
-            assert torch.isfinite(pipe.vae.decode(torch.randn(1, 4, 8, 8).half()).sample).all()
-
-
-def test_no_time_ids_from_the_command_line_either(folder, tmp_path, capsys):
-    unet("sdxl", cross_attention_dim=8).save_pretrained(folder / "unet")
-    assert "needs text_embeds and time_ids" in said_by_sample(folder, tmp_path / "a.png", capsys)
-
-
-def test_a_width_that_does_not_fit_from_the_command_line(folder, tmp_path, capsys):
-    unet(cross_attention_dim=16).save_pretrained(folder / "unet")
-    said = said_by_sample(folder, tmp_path / "a.png", capsys)
-    assert "states are 8 wide; this U-Net expects 16" in said
