@@ -60,11 +60,12 @@ _ZEN = "Zen 4, 2 cores, {}, {}: {} of the reference's speed"
 _ALONE = ("folded", 0, 0)
 _FLOAT32, _BFLOAT16 = (torch.float32, (_ALONE,)), (torch.bfloat16, (_ALONE, ("lanes", 16, 16)))
 _PRODUCTS = (
-    ("conv2d", "1x1 at 32x32 and more", (("k", 1, 1), ("pixels", 1024, ANY)), ("0.77-0.95", "0.89-0.94")),
-    ("conv2d", "stride 2 to 32x32", (("stride", 2, ANY), ("pixels", 1024, ANY)), ("0.83", "0.89")),
-    ("conv2d", "4 channels in", (("Ci", 0, 31),), ("0.56-0.70", "0.29-0.87")),
-    ("conv2d", "3 to 16 channels out", (("Co", 0, 31),), ("0.73-1.01", "0.46-0.76")),
-    ("linear", "one or two rows", (("M", 0, 2),), ("0.27-0.90", None)),
+    ("conv2d", "1x1 at 32x32 and more", (("k", 1, 1), ("pixels", 1024, ANY)), ("0.93-1.02", "0.88-1.05")),
+    ("conv2d", "stride 2 to 32x32", (("stride", 2, ANY), ("pixels", 1024, ANY)), ("0.85-0.86", "0.85-0.88")),
+    ("conv2d", "3 to 24 channels in", (("Ci", 0, 31),), ("0.82-1.11", "0.71-0.99")),
+    ("conv2d", "12 to 24 channels out", (("Co", 9, 31),), ("0.64-1.28", "0.65-1.10")),
+    ("conv2d", "1x1 to 4 channels", (("k", 1, 1), ("Co", 0, 8)), ("0.54", "0.58")),
+    ("linear", "one row", (("M", 0, 1),), ("0.74-1.24", None)),
 )
 _GENERIC = (("lanes", 0, 4),)
 _TILES = "a processor with AMX: 8 times the products of AVX512-BF16 a cycle, whatever is folded"

@@ -105,7 +105,9 @@ def test_attention_leaves_to_sdpa_what_it_does_faster(arch, D, S, dtype, runs, m
         ((64, 64, 1), {"stride": 2}, torch.float32, 16, "cpu"),  # 16x16: laying the weight out costs oneDNN more
         ((64, 64, 1), {"upsample": 2}, torch.float32, 16, "cpu"),  # the enlarged picture is not written
         ((4, 64, 3), {"padding": 1}, torch.float32, 16, "torch"),
-        ((64, 4, 3), {"padding": 1}, torch.bfloat16, 16, "torch"),
+        ((64, 4, 3), {"padding": 1}, torch.bfloat16, 16, "cpu"),  # scalar products along the channels
+        ((64, 12, 3), {"padding": 1}, torch.bfloat16, 16, "torch"),
+        ((64, 4, 1), {"stride": 2}, torch.float32, 16, "torch"),
         ((64, 64, 3), {"padding": 1}, torch.bfloat16, 4, "torch"),
         ((64, 64, 3), {"padding": 1}, torch.float32, 4, "cpu"),
     ],
