@@ -165,7 +165,7 @@ def layers(found: list[dict]) -> str:
             ]
             summary = f"{len(mine)} layers, {escape(dtype)}"
             drawn.append(f"<details open><summary>{summary}</summary>{charts.bars(lines, most)}</details>")
-    about = "Share of the fastest matrix product in that dtype; operations counted as a direct convolution's."
+    about = "Share of the processor's multiply-adds in that dtype; operations counted as a direct convolution's."
     return f"<p class='soft'>{about}</p><div class='grid'>{''.join(drawn)}</div>"
 
 
