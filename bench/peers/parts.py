@@ -5,7 +5,7 @@
 
 Every op's time is taken around its call; what the ops call of each other counts once. The rest is the pass without
 ops: what PyTorch does, and Python. Of several passes the one with the median time is shown. Operations are counted as
-a direct convolution's; the peak is the fastest product of two square matrices in that dtype.
+a direct convolution's; the peak is the processor's multiply-adds in that dtype, measured by a loop of them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(BENCH.parent), str(BENCH), str(BENCH / "peers")]
 
-import layers  # noqa: E402
 import torch  # noqa: E402
 import worker  # noqa: E402
+from roofs import roof  # noqa: E402
 
 from ldmfast.files import write_text  # noqa: E402
 from ldmfast.ops.registry import OPS  # noqa: E402
@@ -91,15 +91,15 @@ def passed(run: Callable) -> tuple[float, dict[str, list]]:
     return whole, watch.parts
 
 
-def record(whole: float, parts: dict[str, list], roof: float) -> list[dict]:
-    """The parts, longest first, and the rest. roof: operations a second."""
+def record(whole: float, parts: dict[str, list], peak: float) -> list[dict]:
+    """The parts, longest first, and the rest. peak: operations a second."""
     rows = []
     for name, (calls, seconds, amount) in sorted(parts.items(), key=lambda item: -item[1][1]):
         row = {"part": name, "calls": calls, "seconds": round(seconds, 6)}
         if amount:
             rate = amount / seconds
             row |= {"gflop": round(amount / 1e9, 3), "gflops": round(rate / 1e9, 1)}
-            row["percent_of_peak"] = round(100 * rate / roof, 1)
+            row["percent_of_peak"] = round(100 * rate / peak, 1)
         rows.append(row)
     rest = whole - sum(seconds for _, seconds, _ in parts.values())
     return [*rows, {"part": "rest", "calls": 1, "seconds": round(max(rest, 0.0), 6)}]
@@ -118,15 +118,15 @@ def main() -> int:
     from conftest import machine  # here, since tests/ has a conftest, too
 
     dtype = getattr(torch, options.dtype)
-    roof = layers.peak(dtype, 2048, 0.5)
+    peak = roof.multiply_adds(dtype, 0.5)
     run = worker.prepared(worker.ldmfast, options.work, options.dtype, options.size, options.batch, cache="")
     run()
     passes = sorted((passed(run) for _ in range(options.rounds)), key=lambda found: found[0])
     whole, parts = passes[len(passes) // 2]
     shape = {name: getattr(options, name) for name in ("work", "dtype", "size", "batch")}
     found = {"what": "parts", "machine": machine(), **shape, "total_s": round(whole, 6)}
-    found |= {"passes_s": [round(took, 4) for took, _ in passes], "peak_gflops": round(roof / 1e9, 1)}
-    found["parts"] = record(whole, parts, roof)
+    found |= {"passes_s": [round(took, 4) for took, _ in passes], "peak_gflops": round(peak / 1e9, 1)}
+    found["parts"] = record(whole, parts, peak)
     for row in found["parts"]:
         rate = f"{row['gflops']:8.1f} GFLOP/s {row['percent_of_peak']:6.1f} %" if "gflops" in row else ""
         print(f"{row['part']:20} {row['calls']:5} {1e3 * row['seconds']:10.2f} ms {rate}")
