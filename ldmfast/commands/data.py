@@ -20,6 +20,13 @@ def add(commands):
     made.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
     made.add_argument("--count", type=int, default=6000, help="scenes; one in ten is held out (default: 6000)")
     made.add_argument("--seed", type=int, default=0, help="seed of the arrangements (default: 0)")
+    made = command(kinds, "objects", "one or two emoji of 320 in any size and place, with captions", _data_objects)
+    made.add_argument("output", help="the folder to write")
+    made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
+    made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
+    made.add_argument("--size", type=int, default=128, help="pixels a side (default: 128)")
+    made.add_argument("--count", type=int, default=24000, help="pictures; one in ten is held out (default: 24000)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the arrangements (default: 0)")
     made = command(kinds, "photos", "crops of the photographs that are installed, split by photograph", _data_photos)
     made.add_argument("output", help="the folder to write")
     made.add_argument("--photos", help="a folder of photographs to use in place of the installed ones")
@@ -62,6 +69,15 @@ def _data_scenes(arguments):
     cutouts = emoji.folder_cutouts(arguments.cutouts) if arguments.cutouts else emoji.font_cutouts(arguments.font)
     count = scenes.build(cutouts, arguments.output, count=arguments.count, size=arguments.size, seed=arguments.seed)
     print(f"{arguments.output}: {count} scenes")
+
+
+def _data_objects(arguments):
+    from ldmfast.data import emoji, objects
+
+    folder, font = arguments.cutouts, arguments.font
+    cutouts = emoji.folder_cutouts(folder) if folder else emoji.font_cutouts(font, "320")
+    count = objects.build(cutouts, arguments.output, count=arguments.count, size=arguments.size, seed=arguments.seed)
+    print(f"{arguments.output}: {count} pictures")
 
 
 def _data_photos(arguments):

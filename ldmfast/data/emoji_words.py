@@ -78,7 +78,7 @@ UNCOUNTED = set(
 )
 SINGULAR = set("abacus bus cactus compass hibiscus hippopotamus lis lotus octopus rhinoceros".split())
 
-CATALOGUES = ("64", "all")
+CATALOGUES = ("64", "320", "all")
 
 TEMPLATES = (
     "{a} on a {colour} background",
@@ -89,13 +89,22 @@ TEMPLATES = (
 
 
 def catalogue(which="64"):
-    """{code point: names} of "64" objects, or of "all" 600: those and the rest of emoji_names.txt."""
+    """{code point: names} of "64" objects, of "all" 600 (those and the rest of emoji_names.txt), or of the "320" that
+    stay distinct at a small size: the 64 and those that emoji_320.txt names."""
     if which not in CATALOGUES:
         raise ValueError(f"objects={which!r} is none of {', '.join(CATALOGUES)}")
     if which == "64":
         return OBJECTS
-    lines = Path(__file__).with_name("emoji_names.txt").read_text(encoding="utf-8").splitlines()
-    return OBJECTS | {int(code, 16): (name,) for code, name in (line.split(" ", 1) for line in lines)}
+    lines = _lines("emoji_names.txt")
+    rest = {int(code, 16): (name,) for code, name in (line.split(" ", 1) for line in lines)}
+    if which == "320":
+        kept = set(_lines("emoji_320.txt"))
+        rest = {code: names for code, names in rest.items() if names[0] in kept}
+    return OBJECTS | rest
+
+
+def _lines(file):
+    return Path(__file__).with_name(file).read_text(encoding="utf-8").splitlines()
 
 
 def with_article(name):

@@ -17,6 +17,7 @@ from ldmfast.data.collection import Pictures
 from ldmfast.models.encode_decode import downsampling
 from ldmfast.training.step import Step
 
+TOGETHER = 1024  # inputs that a frozen conditioner is asked for at a time: what it answers is kept in half as much
 LEAST, MOST = 0.25, 0.75  # a mask's sides, in parts of the picture's
 
 
@@ -62,8 +63,9 @@ class InputSource:
     """N pictures, each described by one or more inputs; a frozen conditioner's answers are computed once."""
 
     conditioner: Conditioner
-    inputs: list  # M distinct inputs, those of a picture one after another
-    first: torch.Tensor  # [N] index into inputs of a picture's first one
+    inputs: list  # M distinct inputs
+    described: torch.Tensor  # indices into inputs: those of a picture one after another
+    first: torch.Tensor  # [N] index into `described` of a picture's first one
     count: torch.Tensor  # [N] how many it has
     conditions: Condition | None  # of M inputs, on the CPU; None where the conditioner is trained
     unconditional: Condition | None  # of 1: what guidance dropout puts in their place
@@ -74,7 +76,7 @@ class InputSource:
         """The Condition of the pictures `index` [B], some of them unconditional, on the step's device."""
         first, other, dropped = step.uniform(3).unbind(1)
         other = torch.where(first < self.first_share, 0, (other * self.count[index]).long())
-        chosen, dropped = self.first[index] + other, dropped < self.dropout
+        chosen, dropped = self.described[self.first[index] + other], dropped < self.dropout
         if self.conditions is None:
             condition = self.conditioner([self.inputs[i] for i in chosen.tolist()])
             return condition.dropped(dropped, self.conditioner.empty(1))
@@ -94,21 +96,29 @@ def gather(conditioner, described, config, device="cpu"):
     described  for each picture the inputs that describe it
     config     its first_input_share and guidance_dropout are read
     """
-    inputs, start, first, count = [], {}, [], []
+    inputs, known, indices, first, count = [], {}, [], [], []
     for each in described:
-        key = tuple(map(repr, each))
-        if key not in start:
-            start[key] = len(inputs)
-            inputs.extend(each)
-        first.append(start[key])
+        first.append(len(indices))
         count.append(len(each))
+        for one in each:
+            if (key := repr(one)) not in known:
+                known[key] = len(inputs)
+                inputs.append(one)
+            indices.append(known[key])
     conditions = unconditional = None
     if not conditioner.trainable:
         conditioner.to(device)
-        conditions, unconditional = (c.to("cpu", torch.float16) for c in (conditioner(inputs), conditioner.empty(1)))
-    shares = config.first_input_share, config.guidance_dropout
+        parts = (inputs[i : i + TOGETHER] for i in range(0, len(inputs), TOGETHER))
+        conditions = Condition.cat(conditioner(part).to("cpu", torch.float16) for part in parts)
+        unconditional = conditioner.empty(1).to("cpu", torch.float16)
     return InputSource(
-        conditioner, inputs, torch.tensor(first), torch.tensor(count), conditions, unconditional, *shares
+        conditioner,
+        inputs,
+        *map(torch.tensor, (indices, first, count)),
+        conditions,
+        unconditional,
+        config.first_input_share,
+        config.guidance_dropout,
     )
 
 

@@ -156,6 +156,9 @@ class FreshDenoiserConfig(LatentsConfig):
     time_embedding: str = option(
         "default", "the time is added to features (default), or scales and shifts them", ("default", "scale_shift")
     )
+    first_weights: str = option(
+        "", "a pipeline's folder or a shipped model whose U-Net's weights are begun with, where name and shape agree"
+    )
     prediction: str = option("epsilon", "what the network predicts", ("epsilon", "v_prediction", "sample"))
     beta_start: float = option(0.0015, "first beta of the scaled-linear schedule", above=0, below=1)
     beta_end: float = option(0.0195, "last beta of the scaled-linear schedule", above=0, below=1)

@@ -13,6 +13,7 @@ from ldmfast.models import UNet
 from ldmfast.models.unet2d import UNet2D
 from ldmfast.pictures import grid
 from ldmfast.pipeline import LatentDiffusionPipeline, saved_autoencoder
+from ldmfast.shipped import locate
 from ldmfast.training import checkpoint, condition_sources, latents, parallel
 from ldmfast.training.loop import fit
 from ldmfast.training.run import Run
@@ -59,7 +60,25 @@ def network(config, shape, conditioner):
     joined = 0 if empty.concat is None else empty.concat.shape[1]
     classes = None if empty.label is None else int(empty.label.max()) + 1  # "no class" is the last of them
     pooled = getattr(config, "pooled_text", False) and width is not None
-    return build(config, shape[0], shape[-1], width, joined, classes, pooled)
+    unet = build(config, shape[0], shape[-1], width, joined, classes, pooled)
+    if config.first_weights:
+        begin_with(unet, config.first_weights)
+    return unet
+
+
+def begin_with(unet, model):
+    """Give `unet` the weights of a finished pipeline's U-Net that it has under the same name and in the same shape.
+
+    model  a folder or a shipped model's name
+    Returns the names that keep their random first weights. Raises ValueError if nothing agrees.
+    """
+    found = type(unet).from_pretrained(locate(model), subfolder="unet").state_dict()
+    own = unet.state_dict()
+    same = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
+    if not same:
+        raise ValueError(f"first_weights={model}: none of its {len(found)} weights has a name and shape of this U-Net")
+    unet.load_state_dict(same, strict=False)
+    return sorted(set(own) - set(same))
 
 
 def learner(unet, conditioner, config):

@@ -1,0 +1,230 @@
+"""Pictures of one or two objects: emoji cut-outs on a coloured ground, in a few sizes, anywhere, with captions.
+
+Synthetic: the cut-outs are real artwork, the arrangement is drawn at random on a grid of 16 x 16 cells, which are those
+of the latent of an autoencoder with f = size / 16: an object looks the same to the denoiser wherever it stands. Two
+objects overlap little. A caption says what is there in one of many orders and phrasings; what it does not say (size,
+place) is free. Every object has one ground, and every eleventh pair of objects, that training never sees: those
+pictures are marked `"split": "heldout"`.
+"""
+
+from itertools import combinations
+
+import numpy as np
+from PIL import Image
+
+from ldmfast import files
+from ldmfast.data import scenes
+from ldmfast.data.collection import write_rows
+from ldmfast.data.emoji import COLOURS
+from ldmfast.data.emoji_words import catalogue, file_stem, with_article
+
+GROUNDS = COLOURS | {
+    "pink": (250, 170, 200),
+    "brown": (142, 98, 70),
+    "grey": (156, 160, 166),
+    "turquoise": (84, 204, 200),
+}
+CELLS = 16  # of the grid, a side
+SIZES = {"small": (6, 7), "": (9, 12), "large": (13, 14)}  # the longer side of a lone object in cells, by the word
+SHARES = {"small": 0.18, "": 0.64, "large": 0.18}
+CENTRED = 2.5, 2.5  # of the beta distribution that a lone object's place is drawn from
+PAIR = (6, 8)  # of each of two
+CELL_OF_MIDDLE, CELL_OF_SIDE = 0.06, 0.12  # a centre this near to the middle is in it; this far from it is at a side
+MOST_HIDDEN, TRIES = 0.1, 200
+CAPTIONS = 3  # of a picture
+
+ALONE = (
+    "{a} on {a_ground} background",
+    "{n}, {ground} background",
+    "a picture of {a} on {a_ground} background",
+    "{n} on {ground}",
+    "{a_ground} background with {a}",
+    "{a}, {ground} background",
+    "on {a_ground} background, {a}",
+    "{ground} background, {n}",
+    "{n}, on {ground}",
+)
+TOGETHER = (
+    "{a} and {b} on {a_ground} background",
+    "{a_ground} background with {a} and {b}",
+    "{n} and {m}, {ground} background",
+    "a picture of {a} and {b} on {a_ground} background",
+    "{a} and {b}, {ground} background",
+    "{n} and {m} on {ground}",
+    "{a} with {b} on {a_ground} background",
+)
+RELATED = (
+    "{a} {relation} {b} on {a_ground} background",
+    "{a_ground} background with {a} {relation} {b}",
+    "{n} {relation} {m}, {ground} background",
+)
+RELATIONS = {
+    "left of": ("left of", "to the left of", "beside", "next to"),
+    "right of": ("right of", "to the right of", "beside", "next to"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def names_of(cutouts):
+    """The first names of the catalogue's objects that there are cut-outs of, in the catalogue's order."""
+    return [names[0] for names in catalogue("all").values() if names[0] in cutouts]
+
+
+def held_out_ground(index):
+    """The ground that object number `index` is never trained on."""
+    return list(GROUNDS)[index * 5 % len(GROUNDS)]
+
+
+def held_out_pair(indices):
+    """Whether a pair of the objects `indices` is one that training never sees together."""
+    return any((3 * i + 5 * j) % 11 == 0 for i, j in combinations(sorted(indices), 2))
+
+
+def place_of(box):
+    """Where the middle of `box` [x0, y0, x1, y1] in 0..1 is: "on the left", ..., "in the middle", or "" between."""
+    dx, dy = ((box[i] + box[i + 2]) / 2 - 0.5 for i in (0, 1))
+    if max(abs(dx), abs(dy)) < CELL_OF_MIDDLE:
+        return "in the middle"
+    if abs(dx) >= abs(dy):
+        return "" if abs(dx) < CELL_OF_SIDE else "on the left" if dx < 0 else "on the right"
+    return "" if abs(dy) < CELL_OF_SIDE else "at the top" if dy < 0 else "at the bottom"
+
+
+def compose(placed, ground, size):
+    """The picture, RGB uint8 [size, size, 3], of scenes.Placed objects, later ones in front."""
+    picture = np.broadcast_to(np.array(GROUNDS[ground], dtype=float), (size, size, 3))
+    for each in placed:
+        picture = picture * (1 - each.alpha[..., None]) + each.colour
+    return picture.clip(0, 255).round().astype(np.uint8)
+
+
+def arrange(cutouts, rng, names, size):
+    """Places for `names` (one or two): (scenes.Placed each, "small", "large" or "" each)."""
+    cell, alone = size // CELLS, len(names) == 1
+    for _ in range(TRIES):
+        words = [str(rng.choice(list(SHARES), p=list(SHARES.values())))] if alone else [""] * len(names)
+        sides = [cell * rng.integers(*(SIZES[w] if alone else PAIR), endpoint=True) for w in words]
+        placed = [
+            scenes.place(cutouts[n], n, size, side, *(rng.beta(*CENTRED, 2) if alone else rng.uniform(0, 1, 2)), cell)
+            for n, side in zip(names, sides, strict=True)
+        ]
+        if max(scenes.hidden(placed)) <= MOST_HIDDEN:
+            return placed, words
+    raise RuntimeError(f"{TRIES} arrangements of {' and '.join(names)} hid one of them")
+
+
+def box_of(placed):
+    """The box [x0, y0, x1, y1] in 0..1 of a scenes.Placed."""
+    y, x = np.nonzero(placed.alpha >= scenes.OPAQUE / 255)
+    return [round(float(v) / len(placed.alpha), 5) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)]
+
+
+def captions(rng, objects, ground, aliases):
+    """CAPTIONS different ways to say a picture, the plainest first.
+
+    objects  its one or two dicts of object, box and size ("small", "large", "")
+    aliases  {name: every name of the object}
+    """
+    plain = ALONE[0] if len(objects) == 1 else TOGETHER[0]
+    first = [objects[i] for i in rng.permutation(len(objects))]
+    found = [_fill(plain, first, [each["object"] for each in first], ground)]
+    for _ in range(TRIES):
+        text = _alone(rng, objects, ground, aliases) if len(objects) == 1 else _together(rng, objects, ground, aliases)
+        if text not in found:
+            found.append(text)
+        if len(found) == CAPTIONS:
+            break
+    return found
+
+
+def _alone(rng, objects, ground, aliases):
+    """One object in any words, with its size or place in half of them where it has one."""
+    each = objects[0]
+    name = _alias(rng, each["object"], aliases)
+    colour, _, rest = name.partition(" ")
+    if colour in GROUNDS and rest and rng.uniform() < 0.3:  # "apple, red, on yellow"
+        return f"{rest}, {colour}, on {ground}"
+    name = f"{each['size']} {name}" if each["size"] and rng.uniform() < 0.6 else name
+    text = _fill(str(rng.choice(ALONE)), objects, [name], ground)
+    place = place_of(each["box"])
+    if place and rng.uniform() < 0.5:
+        where = f"{_phrase(name)} {place}"
+        text = str(rng.choice([f"{where}, {ground} background", f"{where} of {with_article(ground)} background"]))
+    return text
+
+
+def _together(rng, objects, ground, aliases):
+    """Two objects in any words and order, where one is seen from the other in half of them."""
+    one, other = (objects[i] for i in rng.permutation(2))
+    names = [_alias(rng, each["object"], aliases) for each in (one, other)]
+    if rng.uniform() < 0.5:
+        return _fill(str(rng.choice(TOGETHER)), [one, other], names, ground)
+    relation = str(rng.choice(RELATIONS[scenes.relation(one, other)]))
+    return _fill(str(rng.choice(RELATED)), [one, other], names, ground, relation)
+
+
+def _alias(rng, name, aliases):
+    return name if rng.uniform() < 0.6 else str(rng.choice(aliases[name]))
+
+
+def _phrase(name):
+    """ "a small red apple", "large grapes"."""
+    size, _, rest = name.partition(" ")
+    if size in ("small", "large") and rest:
+        return f"a {size} {rest}" if with_article(rest) != rest else name
+    return with_article(name)
+
+
+def _fill(template, objects, names, ground, relation=""):
+    words = dict(zip("nm", names, strict=False)) | dict(zip("ab", map(_phrase, names), strict=False))
+    return template.format(**words, ground=ground, a_ground=with_article(ground), relation=relation)
+
+
+def build(cutouts, folder, *, count=24000, size=128, seed=0, single=0.5):
+    """Write the collection: pictures and metadata.jsonl (file_name, text, texts, objects, ground, split).
+
+    single  share of pictures with one object; the others have two. One in ten is held out.
+    Returns the number of pictures. The folder appears complete or not at all.
+    Raises ValueError for a size that the grid does not divide, and for fewer than two cut-outs.
+    """
+    if size % CELLS:
+        raise ValueError(f"objects: size={size} is no multiple of {CELLS}, the cells of the grid")
+    names = names_of(cutouts)
+    if len(names) < 2:
+        raise ValueError(f"objects: two cut-outs or more are needed, got {len(names)}")
+    rng = np.random.default_rng(seed)
+    aliases = {each[0]: each for each in catalogue("all").values()}
+    with files.new_folder(folder) as partial:
+        rows = [_write(cutouts, names, aliases, rng, partial, i, size, single) for i in range(count)]
+        write_rows(rows, partial)
+    return len(rows)
+
+
+def choose(rng, names, count, split):
+    """(`count` different names, ground) of the split "train" or "heldout"."""
+    for _ in range(TRIES):
+        indices = [int(i) for i in rng.choice(len(names), count, replace=False)]
+        grounds = [held_out_ground(i) for i in indices]
+        if split == "train":
+            free = [g for g in GROUNDS if g not in grounds]
+            if count == 1 or not held_out_pair(indices):
+                return [names[i] for i in indices], str(rng.choice(free))
+        elif count == 1:
+            return [names[indices[0]]], grounds[0]
+        elif held_out_pair(indices):
+            return [names[i] for i in indices], str(rng.choice(list(GROUNDS)))
+    raise RuntimeError(f"no {count} objects were found for the split {split!r}")
+
+
+def _write(cutouts, names, aliases, rng, folder, index, size, single):
+    """Compose and write picture number `index`; returns its row."""
+    split = "heldout" if index % 10 == 9 else "train"
+    chosen, ground = choose(rng, names, 1 if rng.uniform() < single else 2, split)
+    placed, words = arrange(cutouts, rng, chosen, size)
+    objects = [{"object": p.name, "box": box_of(p), "size": w} for p, w in zip(placed, words, strict=True)]
+    file_name = f"{index:05d}-{'-'.join(map(file_stem, chosen))}.png"
+    Image.fromarray(compose(placed, ground, size)).save(folder / file_name)
+    texts = captions(rng, objects, ground, aliases)
+    return dict(file_name=file_name, text=texts[0], texts=texts, objects=objects, ground=ground, split=split)
