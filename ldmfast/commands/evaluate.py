@@ -9,12 +9,12 @@ from ldmfast.commands.common import add_model_options, command, pipeline
 
 
 def add(commands):
-    made = command(commands, "evaluate", "score a model: PSNR, SSIM, retrieval; classes, boxes, maps", run)
-    made.add_argument("--data", help="a labelled collection (default: emoji or scenes, built from the font)")
+    made = command(commands, "evaluate", "score a model: reconstruction, what its samples show, variety", run)
+    made.add_argument("--data", help="a labelled collection (default: emoji, objects or scenes, built from the font)")
     made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
     made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
     made.add_argument("--samples", type=int, default=128, help="samples for each split (default: 128)")
-    made.add_argument("--objects", choices=("64", "all"), default="64", help="the emoji to build (default: 64)")
+    made.add_argument("--objects", choices=("64", "320", "all"), default="64", help="the emoji to build (default: 64)")
     made.add_argument("--distances", action="store_true", help="also KID, precision, recall")
     made.add_argument("--inception", metavar="FILE", help="also FID: Inception's weights as TorchScript")
     made.add_argument("--output", help="also write the figures to this JSON file")
@@ -24,7 +24,7 @@ def add(commands):
 
 def run(arguments):
     from ldmfast import files
-    from ldmfast.data import emoji, scenes
+    from ldmfast.evaluation.object_samples import evaluate as evaluate_objects
     from ldmfast.evaluation.samples import evaluate
     from ldmfast.evaluation.scene_samples import evaluate as evaluate_scenes
     from ldmfast.pictures import grid, writing
@@ -44,15 +44,15 @@ def run(arguments):
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         write = stack.enter_context(writing(arguments.sheet)) if arguments.sheet else None
-        data, cutouts = arguments.data or Path(scratch, "pictures"), None
-        if composed or not arguments.data:
-            folder, font = arguments.cutouts, arguments.font
-            cutouts = emoji.folder_cutouts(folder) if folder else emoji.font_cutouts(font, arguments.objects)
+        data = arguments.data or Path(scratch, "pictures")
+        kind = "scenes" if composed else _kind(arguments)
+        cutouts = _cutouts(arguments) if kind != "captions" or not arguments.data else None
         if not arguments.data:
-            size = pipe.vae.config.sample_size
-            scenes.build(cutouts, data, size=size, count=1000) if composed else emoji.build(cutouts, data, size=size)
-        if composed:
+            _build(kind, cutouts, data, pipe.vae.config.sample_size)
+        if kind == "scenes":
             report = evaluate_scenes(pipe, data, cutouts, **settings)
+        elif kind == "objects":
+            report = evaluate_objects(pipe, data, cutouts, **settings)
         else:
             report = evaluate(pipe, data, **settings, extractors=_extractors(arguments))
         if write:
@@ -61,6 +61,32 @@ def run(arguments):
     if arguments.output:
         files.write_text(arguments.output, text + "\n")
     print(text)
+
+
+def _kind(arguments):
+    """ "objects" for a collection of one or two objects (data/objects.py), else "captions"."""
+    from ldmfast.data.collection import read_rows
+
+    if not arguments.data:
+        return "objects" if arguments.objects == "320" else "captions"
+    rows = read_rows(arguments.data)
+    return "objects" if rows and all({"objects", "ground"} <= row.keys() for row in rows) else "captions"
+
+
+def _cutouts(arguments):
+    from ldmfast.data import emoji
+
+    folder, font = arguments.cutouts, arguments.font
+    return emoji.folder_cutouts(folder) if folder else emoji.font_cutouts(font, arguments.objects)
+
+
+def _build(kind, cutouts, folder, size):
+    from ldmfast.data import emoji, objects, scenes
+
+    if kind == "captions":
+        emoji.build(cutouts, folder, size=size)
+    else:
+        {"scenes": scenes, "objects": objects}[kind].build(cutouts, folder, size=size, count=1000)
 
 
 def _require_sense(arguments, conditioner, composed):

@@ -129,7 +129,7 @@ def captions(rng, objects, ground, aliases):
     """
     plain = ALONE[0] if len(objects) == 1 else TOGETHER[0]
     first = [objects[i] for i in rng.permutation(len(objects))]
-    found = [_fill(plain, first, [each["object"] for each in first], ground)]
+    found = [fill(plain, [each["object"] for each in first], ground)]
     for _ in range(TRIES):
         text = _alone(rng, objects, ground, aliases) if len(objects) == 1 else _together(rng, objects, ground, aliases)
         if text not in found:
@@ -147,7 +147,7 @@ def _alone(rng, objects, ground, aliases):
     if colour in GROUNDS and rest and rng.uniform() < 0.3:  # "apple, red, on yellow"
         return f"{rest}, {colour}, on {ground}"
     name = f"{each['size']} {name}" if each["size"] and rng.uniform() < 0.6 else name
-    text = _fill(str(rng.choice(ALONE)), objects, [name], ground)
+    text = fill(str(rng.choice(ALONE)), [name], ground)
     place = place_of(each["box"])
     if place and rng.uniform() < 0.5:
         where = f"{_phrase(name)} {place}"
@@ -160,9 +160,9 @@ def _together(rng, objects, ground, aliases):
     one, other = (objects[i] for i in rng.permutation(2))
     names = [_alias(rng, each["object"], aliases) for each in (one, other)]
     if rng.uniform() < 0.5:
-        return _fill(str(rng.choice(TOGETHER)), [one, other], names, ground)
+        return fill(str(rng.choice(TOGETHER)), names, ground)
     relation = str(rng.choice(RELATIONS[scenes.relation(one, other)]))
-    return _fill(str(rng.choice(RELATED)), [one, other], names, ground, relation)
+    return fill(str(rng.choice(RELATED)), names, ground, relation)
 
 
 def _alias(rng, name, aliases):
@@ -177,7 +177,8 @@ def _phrase(name):
     return with_article(name)
 
 
-def _fill(template, objects, names, ground, relation=""):
+def fill(template, names, ground, relation=""):
+    """A template of this file with its words.   names  of the one or two objects, size words before them"""
     words = dict(zip("nm", names, strict=False)) | dict(zip("ab", map(_phrase, names), strict=False))
     return template.format(**words, ground=ground, a_ground=with_article(ground), relation=relation)
 

@@ -113,9 +113,9 @@ def hidden(placed):
     return shares
 
 
-def box_of(label, name):
-    """The box [x0, y0, x1, y1] in 0..1 of the pixels of class `name`."""
-    y, x = np.nonzero(label == CLASSES.index(name))
+def box_of(label, index):
+    """The box [x0, y0, x1, y1] in 0..1 of the pixels of class `index` of a map [size, size]."""
+    y, x = np.nonzero(label == index)
     size = len(label)
     return [round(float(v) / size, 5) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)]
 
@@ -129,7 +129,7 @@ def compose_scene(cutouts, rng, names, ground, size):
         placed = [place(cutouts[n], n, size, s, *rng.uniform(0, 1, 2), cell) for n, s in zip(names, sides, strict=True)]
         if max(hidden(placed)) <= MOST_HIDDEN:
             picture, label = compose(placed, ground, size)
-            return picture, label, [{"object": n, "box": box_of(label, n)} for n in names]
+            return picture, label, [{"object": n, "box": box_of(label, CLASSES.index(n))} for n in names]
     raise RuntimeError(f"{TRIES} scenes of {', '.join(names)} hid one of them; the cut-outs are too large")
 
 

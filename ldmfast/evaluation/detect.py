@@ -1,4 +1,4 @@
-"""Which objects a composed scene shows, and where: greedy template matching, which knows nothing of what was asked.
+"""Which objects a composed picture shows, and where: greedy template matching, which knows nothing of what was asked.
 
 The ground is the one of the palette that most pixels are nearest to. Then, at half resolution, every object in every
 size at every place is tried: how much less is the squared error against the picture with the template there than with
@@ -33,19 +33,26 @@ class Found:
 
     ground: str
     objects: tuple  # of {"object", "box"}, the best match first; boxes are of the visible pixels
-    label: np.ndarray  # [size, size] indices into scenes.CLASSES
+    label: np.ndarray  # [size, size] indices into the grounds, then the objects: scenes.CLASSES for scenes
 
 
 class Detector:
-    """cutouts as `emoji.font_cutouts` gives them; size is the scenes'."""
+    """Of scenes, unless said otherwise.
 
-    def __init__(self, cutouts, size=64):
+    cutouts  as `emoji.font_cutouts` gives them
+    size     of the pictures, pixels a side
+    names    the objects to look for
+    grounds  {name: RGB} of the grounds
+    sides    an object's longer side in pixels, each that is tried; by default every one that a scene has
+    """
+
+    def __init__(self, cutouts, size=64, *, names=scenes.OBJECTS, grounds=None, sides=None):
         self.size, self.side = size, size // HALF
-        low = min(low for low, _ in scenes.SIDES.values()) / scenes.CELLS
-        high = max(high for _, high in scenes.SIDES.values()) / scenes.CELLS
-        sides = range(int(low * self.side), int(high * self.side) + 2)
-        self.sizes = [_templates(cutouts, side) for side in sides]
-        self.grounds = torch.tensor([COLOURS[g] for g in scenes.GROUNDS], dtype=torch.float32) / 255
+        self.names, self.ground_names = tuple(names), tuple(grounds or scenes.GROUNDS)
+        sides = _sides_of_scenes(self.side) if sides is None else [side // HALF for side in sides]
+        self.sizes = [_templates(cutouts, self.names, side) for side in sides]
+        colours = [(grounds or COLOURS)[g] for g in self.ground_names]
+        self.grounds = torch.tensor(colours, dtype=torch.float32) / 255
 
     @torch.no_grad()
     def __call__(self, picture, most=3):
@@ -56,18 +63,21 @@ class Detector:
         ground = distance.argmin(dim=0).flatten().bincount(minlength=len(self.grounds)).argmax()
         bare = self.grounds[ground][:, None, None]
         free = torch.ones(1, *x.shape[1:])
-        label = torch.full(x.shape[1:], int(ground), dtype=torch.uint8)
+        label = torch.full(x.shape[1:], int(ground), dtype=torch.int64)
         names = []
         while len(names) < most:
             name, mask = self._best(x, bare, free)
             if name is None:
                 break
-            label[(mask * free)[0] > 0] = scenes.CLASSES.index(name)
+            label[(mask * free)[0] > 0] = self._class(name)
             free = free * (1 - mask)
             names.append(name)
-        label = np.kron(label.numpy(), np.ones((HALF, HALF), dtype=np.uint8))
-        objects = tuple({"object": n, "box": scenes.box_of(label, n)} for n in dict.fromkeys(names))
-        return Found(scenes.GROUNDS[ground], objects, label)
+        label = np.kron(label.numpy(), np.ones((HALF, HALF), dtype=np.int64))
+        objects = tuple({"object": n, "box": scenes.box_of(label, self._class(n))} for n in dict.fromkeys(names))
+        return Found(self.ground_names[ground], objects, label)
+
+    def _class(self, name):
+        return len(self.ground_names) + self.names.index(name)
 
     def _best(self, x, bare, free):
         """(name, mask [1, side, side]) of the template that gains most, or (None, None)."""
@@ -91,13 +101,19 @@ class Detector:
         mask = torch.zeros_like(free)
         side = templates.mask.shape[-1]
         mask[:, y : y + side, left : left + side] = templates.mask[k]
-        return scenes.OBJECTS[k], mask
+        return self.names[k], mask
 
 
-def _templates(cutouts, side):
-    """Every object with its longer side `side`, in the middle of its square."""
+def _sides_of_scenes(side):
+    low = min(low for low, _ in scenes.SIDES.values()) / scenes.CELLS
+    high = max(high for _, high in scenes.SIDES.values()) / scenes.CELLS
+    return range(int(low * side), int(high * side) + 2)
+
+
+def _templates(cutouts, names, side):
+    """Each of `names` with its longer side `side`, in the middle of its square."""
     masks, colours = [], []
-    for name in scenes.OBJECTS:
+    for name in names:
         placed = scenes.place(cutouts[name], name, side, side, 0.5, 0.5)
         mask = torch.from_numpy(placed.alpha >= scenes.OPAQUE / 255).float()
         colour = torch.from_numpy(placed.colour).float().permute(2, 0, 1) / 255

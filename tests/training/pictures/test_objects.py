@@ -1,0 +1,139 @@
+"""Pictures of one or two objects: the collection, and the scores of a model that is trained on it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CUTOUTS
+
+from ldmfast.commands import cli
+from ldmfast.data import emoji, emoji_words, objects, scenes
+from ldmfast.evaluation import object_samples
+from ldmfast.evaluation.detect import Found
+from ldmfast.training import train_denoiser
+from ldmfast.training.config import DenoiserConfig
+
+
+@pytest.fixture(scope="module")
+def cutouts():
+    return emoji.folder_cutouts(CUTOUTS)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("objects") / "made"
+    assert cli.main(["data", "objects", str(folder), "--cutouts", str(CUTOUTS), "--count", "120", "--size", "64"]) == 0
+    return folder, [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_the_catalogue_of_320_holds_the_64_and_names_of_the_600():
+    few, some, every = (set(map(str, emoji_words.catalogue(which).values())) for which in emoji_words.CATALOGUES)
+    assert (len(few), len(some)) == (64, 320) and few < some < every
+
+
+def test_boxes_are_where_the_objects_are_and_lie_on_the_grid(collection):
+    folder, rows = collection
+    for row in rows:
+        picture = np.asarray(Image.open(folder / row["file_name"]), dtype=int)
+        off = np.abs(picture - objects.GROUNDS[row["ground"]]).sum(axis=2) > 0
+        outside = off.copy()
+        for each in row["objects"]:
+            x0, y0, x1, y1 = (round(64 * v) for v in each["box"])
+            assert off[y0:y1, x0:x1].any(), row
+            outside[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1] = False  # a soft rim is outside the box
+        assert outside.mean() < 0.01, row
+    assert {len(row["objects"]) for row in rows} == {1, 2}
+
+
+def test_what_is_held_out_is_never_trained_on(cutouts, collection):
+    names = objects.names_of(cutouts)
+    for row in collection[1]:
+        indices = [names.index(each["object"]) for each in row["objects"]]
+        pair = len(indices) == 2 and objects.held_out_pair(indices)
+        ground = row["ground"] in map(objects.held_out_ground, indices)
+        unseen = pair if len(indices) == 2 else ground
+        assert unseen if row["split"] == "heldout" else not (pair or ground), row
+
+
+def test_every_caption_names_what_is_there_and_none_comes_twice(collection):
+    aliases = {names[0]: names for names in emoji_words.catalogue("all").values()}
+    for row in collection[1]:
+        assert row["text"] == row["texts"][0] and len(set(row["texts"])) == len(row["texts"]) == objects.CAPTIONS
+        for text in row["texts"]:
+            assert row["ground"] in text.split("on ")[-1] or row["ground"] in text
+            for each in row["objects"]:
+                said = [*aliases[each["object"]], each["object"].partition(" ")[2] or each["object"]]
+                assert any(name in text for name in said), (text, each)
+
+
+def test_a_caption_says_the_place_size_and_relation_that_is_seen(collection):
+    for row in collection[1]:
+        for text in row["texts"]:
+            if len(row["objects"]) == 1:
+                place = objects.place_of(row["objects"][0]["box"])
+                for other in ("on the left", "on the right", "at the top", "at the bottom", "in the middle"):
+                    assert other not in text or other == place, (text, row)
+                for word in ("small", "large"):
+                    assert f"{word} " not in text or row["objects"][0]["size"] == word
+            elif "left of" in text:
+                first = min(row["objects"], key=lambda each: text.index(each["object"].split()[-1]))
+                second = next(each for each in row["objects"] if each is not first)
+                assert scenes.relation(first, second) == "left of" or first["object"] not in text
+
+
+@pytest.mark.parametrize(
+    "box, place",
+    [
+        ([0.25, 0.25, 0.75, 0.75], "in the middle"),
+        ([0.0, 0.2, 0.5, 0.7], "on the left"),
+        ([0.5, 0.3, 1.0, 0.7], "on the right"),
+        ([0.2, 0.0, 0.8, 0.5], "at the top"),
+        ([0.3, 0.6, 0.7, 1.0], "at the bottom"),
+        ([0.33, 0.25, 0.83, 0.75], ""),
+    ],
+)
+def test_the_word_for_a_place(box, place):
+    assert objects.place_of(box) == place
+
+
+def test_what_cannot_be_built_is_said(cutouts, tmp_path):
+    with pytest.raises(ValueError, match="size=100 is no multiple of 16"):
+        objects.build(cutouts, tmp_path / "made", size=100)
+    with pytest.raises(ValueError, match="two cut-outs or more are needed, got 1"):
+        objects.build({"cat": cutouts["cat"]}, tmp_path / "made")
+
+
+def test_the_scores_count_what_was_asked_for():
+    row = lambda *names: {"objects": [{"object": n} for n in names], "ground": "red"}  # noqa: E731
+    seen = lambda *names: Found("red", tuple({"object": n} for n in names), np.zeros((1, 1)))  # noqa: E731
+    assert object_samples.object_score([seen("cat"), seen(), seen("dog")], [row("cat")] * 3) == {
+        "object": round(1 / 3, 4),
+        "ground": 1.0,
+    }
+    found, rows = [seen("dog", "cat"), seen("cat"), seen("pig")], [row("cat", "dog")] * 3
+    assert object_samples.pair_score(found, rows) == {"both": round(1 / 3, 4), "one": round(2 / 3, 4), "ground": 1.0}
+
+
+def test_gradient_energy_and_spread():
+    steps = torch.tensor([0.0, 1.0, 0.0, 1.0]).expand(1, 3, 4, 4)
+    assert object_samples.gradient_energy(steps) == 1.0 and object_samples.gradient_energy(0 * steps) == 0.0
+    pictures = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+    absolute = lambda x, y: (x - y).abs().mean(dim=(1, 2, 3))  # noqa: E731
+    assert object_samples.spread(pictures, absolute) == pytest.approx(4 / 3)
+
+
+def test_a_denoiser_begins_with_another_ones_weights(tmp_path):
+    settings = dict(channels=(16, 32), attention=(0, 1), groups=8, head_width=16)
+    source = train_denoiser.build(DenoiserConfig(**settings, seed=1), 4, 16, 24)
+    source.save_pretrained(tmp_path / "unet")
+    wider = train_denoiser.build(DenoiserConfig(**settings), 8, 16, 24)
+    fresh = {name: value.clone() for name, value in wider.state_dict().items()}
+    kept = train_denoiser.begin_with(wider, tmp_path)
+    assert kept == ["conv_in.weight", "conv_out.bias", "conv_out.weight"]
+    for name, value in wider.state_dict().items():
+        assert torch.equal(value, fresh[name] if name in kept else source.state_dict()[name]), name
+    other = train_denoiser.build(DenoiserConfig(**settings | {"channels": (8, 24), "head_width": 8}), 3, 16, 20)
+    with pytest.raises(ValueError, match=r"first_weights=.*: none of its \d+ weights has a name and shape"):
+        train_denoiser.begin_with(other, tmp_path)
