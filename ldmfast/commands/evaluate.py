@@ -18,7 +18,7 @@ def add(commands):
     made.add_argument("--distances", action="store_true", help="also KID, precision, recall")
     made.add_argument("--inception", metavar="FILE", help="also FID: Inception's weights as TorchScript")
     made.add_argument("--output", help="also write the figures to this JSON file")
-    made.add_argument("--sheet", metavar="FILE", help="also write all samples, unpicked, as one picture, 16 a row")
+    made.add_argument("--sheet", metavar="FILE", help="also write all samples, unpicked, as one picture, 8 or 16 a row")
     add_model_options(made)
 
 
@@ -56,7 +56,7 @@ def run(arguments):
         else:
             report = evaluate(pipe, data, **settings, extractors=_extractors(arguments))
         if write:
-            write(grid(drawn, 16))
+            write(grid(drawn, 8 if len(drawn) <= 64 else 16))
     text = json.dumps(report, indent=2)
     if arguments.output:
         files.write_text(arguments.output, text + "\n")

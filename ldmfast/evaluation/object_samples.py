@@ -74,8 +74,8 @@ def _share(values):
 class _Drawing:
     """The pipeline with its settings, and the detector that reads what it draws."""
 
-    def __init__(self, pipe, cutouts, drawn, **settings):
-        self.pipe, self.drawn, self.settings, self.size = pipe, drawn, settings, pipe.vae.config.sample_size
+    def __init__(self, pipe, cutouts, **settings):
+        self.pipe, self.settings, self.size = pipe, settings, pipe.vae.config.sample_size
         names, cell = objects.names_of(cutouts), self.size // objects.CELLS
         reader = lambda low, high: Detector(  # noqa: E731
             cutouts, self.size, names=names, grounds=objects.GROUNDS, sides=[cell * s for s in range(low, high + 1)]
@@ -83,24 +83,21 @@ class _Drawing:
         self.readers = {1: reader(objects.SIZES["small"][0], objects.SIZES["large"][1]), 2: reader(*objects.PAIR)}
 
     def __call__(self, texts, seeds):
-        pictures = self.pipe(texts, seeds=seeds, **self.settings)
-        if self.drawn is not None:
-            self.drawn.extend(pictures)
-        return pictures
+        return self.pipe(texts, seeds=seeds, **self.settings)
 
     def read(self, pictures, count):
         return [self.readers[count](picture, most=count) for picture in pictures]
 
-    def score(self, texts, rows, seed):
-        """The scores of one sample for each row, drawn from its text; all rows have as many objects."""
+    def score(self, pictures, rows):
+        """The scores of one picture for each row; all rows have as many objects."""
         count = len(rows[0]["objects"])
-        return (object_score, pair_score)[count - 1](self.read(self(texts, seed), count), rows)
+        return (object_score, pair_score)[count - 1](self.read(pictures, count), rows)
 
 
 def evaluate(pipe, data, cutouts, *, samples=128, steps=25, guidance=3.0, seed=0, progress=False, drawn=None):
     """The scores on the collection `data`, of training pictures and of held-out ones (grounds and pairs never seen).
 
-    drawn  a list to which all samples are added, PIL pictures in the order of drawing
+    drawn  a list to which the samples of both splits are added, PIL pictures: of one object, then of two
     Raises ValueError for a collection without objects and grounds.
     """
     if samples < 1:
@@ -109,11 +106,11 @@ def evaluate(pipe, data, cutouts, *, samples=128, steps=25, guidance=3.0, seed=0
     bare = next((row["file_name"] for row in pictures.rows if not {"objects", "ground"} <= row.keys()), None)
     if bare:
         raise ValueError(f"{data}: {bare} has no objects and ground; this is scored on `ldmfast data objects`")
-    draw = _Drawing(pipe, cutouts, drawn, steps=steps, guidance=guidance, progress=progress)
+    draw = _Drawing(pipe, cutouts, steps=steps, guidance=guidance, progress=progress)
     report = {"samples": samples, "steps": steps, "guidance": guidance, "seed": seed, "pictures": len(pictures)}
     for split in ("train", "heldout"):
         report[split] = {
-            kind: _split(draw, pictures.where(split=split), count, samples, seed)
+            kind: _split(draw, pictures.where(split=split), count, samples, seed, drawn)
             for kind, count in (("one object", 1), ("two objects", 2))
         }
     report["phrasings"] = _phrasings(draw, pictures.where(split="train").rows, seed)
@@ -122,13 +119,15 @@ def evaluate(pipe, data, cutouts, *, samples=128, steps=25, guidance=3.0, seed=0
     return report
 
 
-def _split(draw, pictures, count, samples, seed):
+def _split(draw, pictures, count, samples, seed, drawn):
     chosen = [i for i, row in enumerate(pictures.rows) if len(row["objects"]) == count]
     chosen = random.Random(seed).sample(chosen, min(samples, len(chosen)))
     rows = [pictures.rows[i] for i in chosen]
-    own = draw.read([p.permute(1, 2, 0).numpy() for p in pictures.pixels[chosen]], count)
-    score = (object_score, pair_score)[count - 1]
-    return {**draw.score([row["text"] for row in rows], rows, seed), "pictures themselves": score(own, rows)}
+    made = draw([row["text"] for row in rows], seed)
+    if drawn is not None:
+        drawn.extend(made)
+    own = [p.permute(1, 2, 0).numpy() for p in pictures.pixels[chosen]]
+    return {**draw.score(made, rows), "pictures themselves": draw.score(own, rows)}
 
 
 def _phrasings(draw, rows, seed):
@@ -137,7 +136,7 @@ def _phrasings(draw, rows, seed):
     found = {}
     for phrasing in PHRASINGS:
         texts = [objects.fill(phrasing, [row["objects"][0]["object"]], row["ground"]) for row in alone]
-        found[phrasing] = draw.score(texts, alone, seed)["object"]
+        found[phrasing] = draw.score(draw(texts, seed), alone)["object"]
     return {**found, "apart": round(max(found.values()) - min(found.values()), 4)}
 
 

@@ -116,14 +116,19 @@ def _forget_origin(path):
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
+def _stock_name(part):
+    """diffusers' name of a network, ours or stock's own."""
+    return getattr(part, "stock", type(part)).__name__
+
+
 def _model_index(unet, vae, scheduler, conditioner):
     """For a text model what StableDiffusionPipeline.from_pretrained(folder, text_encoder=..., tokenizer=...) reads."""
     index = {
         "_class_name": "LatentDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", type(scheduler).__name__],
-        "unet": ["diffusers", unet.stock.__name__],
-        "vae": ["diffusers", vae.stock.__name__],
+        "unet": ["diffusers", _stock_name(unet)],
+        "vae": ["diffusers", _stock_name(vae)],
     }
     if not isinstance(conditioner, TextEncoder) or not isinstance(vae, diffusers.AutoencoderKL):
         return index

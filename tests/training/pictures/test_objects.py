@@ -1,17 +1,22 @@
 """Pictures of one or two objects: the collection, and the scores of a model that is trained on it."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from tiny import CUTOUTS
 
 from ldmfast.commands import cli
+from ldmfast.conditioning.text import TextEncoder
 from ldmfast.data import emoji, emoji_words, objects, scenes
+from ldmfast.diffusion.schedule import make_scheduler
 from ldmfast.evaluation import object_samples
 from ldmfast.evaluation.detect import Found
+from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.training import train_denoiser
 from ldmfast.training.config import DenoiserConfig
 
@@ -137,3 +142,36 @@ def test_a_denoiser_begins_with_another_ones_weights(tmp_path):
     other = train_denoiser.build(DenoiserConfig(**settings | {"channels": (8, 24), "head_width": 8}), 3, 16, 20)
     with pytest.raises(ValueError, match=r"first_weights=.*: none of its \d+ weights has a name and shape"):
         train_denoiser.begin_with(other, tmp_path)
+
+
+def test_a_model_is_scored_from_the_command_line(collection, tmp_path, monkeypatch, capsys):
+    """An untrained one, with a stock autoencoder: each kind is drawn and counted, and the sheet shows the samples."""
+    monkeypatch.setattr(object_samples, "REQUESTS", 2)
+    monkeypatch.setattr(object_samples, "PROMPTS", 1)
+    monkeypatch.setattr(object_samples, "RECONSTRUCTED", 8)
+    conditioner = TextEncoder.from_pretrained("minilm")
+    unet = train_denoiser.build(DenoiserConfig(channels=(16, 32), attention=(0, 1), groups=8), 4, 32, 384)
+    pipe = LatentDiffusionPipeline(unet, tiny.vae(sample_size=64), make_scheduler(0.0015, 0.0195), conditioner)
+    pipe.save_pretrained(tmp_path / "model")
+    options = ["--samples", "3", "--steps", "1", "--quiet", "--sheet", str(tmp_path / "sheet.png")]
+    data = ["--data", str(collection[0]), "--cutouts", str(CUTOUTS)]
+    assert cli.main(["evaluate", "--model", str(tmp_path / "model"), *data, *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    for split in ("train", "heldout"):
+        one, two = report[split]["one object"], report[split]["two objects"]
+        assert one["object"] <= 1 and two["both"] <= two["one"]
+        assert one["pictures themselves"] == {"object": 1.0, "ground": 1.0}
+    assert (
+        set(object_samples.PHRASINGS) < set(report["phrasings"]) and report["variety"]["share of the collection's"] > 0
+    )
+    assert {"psnr", "ssim", "crispness", "efficientnet-lite0"} == set(report["autoencoder"])
+    width, height = Image.open(tmp_path / "sheet.png").size
+    assert width > 8 * 64 and height > 2 * 64  # 3 of each kind of each split, 8 a row
+
+
+def test_a_collection_without_objects_is_refused(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat")
+    pipe = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(sample_size=64)))
+    with pytest.raises(ValueError, match="a.png has no objects and ground; this is scored on `ldmfast data objects`"):
+        object_samples.evaluate(pipe, tmp_path, {})
