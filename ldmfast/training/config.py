@@ -88,7 +88,11 @@ class AutoencoderConfig(PictureLossConfig):
         (32, 64, 96), "channels at each resolution; one halving fewer than there are entries", least=1
     )
     layers: int = option(1, "residual blocks at each resolution", least=0)
-    start: str = option("torch", "first weights: torch's, or of unit gain with biases of 0", ("torch", "unit"))
+    start: str = option(
+        "torch",
+        "first weights: torch's; of unit gain with biases of 0; kl: those of a linear autoencoder of the pictures",
+        ("torch", "unit", "linear"),
+    )
     groups: int = option(8, "groups of GroupNorm; with a channel a group the ground's colour is lost", least=1)
     latent_channels: int = option(4, "channels of the latent", least=1)
     family: str = option("kl", "regulariser of the latent: a KL term, or a codebook (vq)", ("kl", "vq"))
@@ -110,6 +114,8 @@ class AutoencoderConfig(PictureLossConfig):
             if not self.channels or getattr(self, name) % f:
                 got = f"{name}={getattr(self, name)}"
                 raise ValueError(f"{got} is not divisible by f={f}, which channels={self.channels} amounts to")
+        if self.start == "linear" and self.family != "kl":
+            raise ValueError(f"start=linear is for family=kl; this one is family={self.family}")
         if self.crop > self.size:
             raise ValueError(f"crop={self.crop} must be at most size={self.size}")
 
