@@ -1,4 +1,4 @@
-"""A picture collection in memory: a folder of pictures, with captions as data/listing.py finds them."""
+"""A picture collection: a folder of pictures, with captions as data/listing.py finds them."""
 
 import json
 import warnings
@@ -9,17 +9,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ldmfast.data import listing
+from ldmfast.data import decoded, listing
+from ldmfast.data.decoded import Decoded
 from ldmfast.pictures import read
 
+CACHE = "pictures.cache"  # in a training's folder, where its pictures are too many for the memory
 NAMED = 20  # pictures without a caption that are named, where more are
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures in memory: 3 * size * size bytes each."""
+    """Pictures of one size, in memory (3 * size * size bytes each) or in a file that they are read from."""
 
-    pixels: torch.Tensor  # [N, 3, size, size] uint8
+    pixels: torch.Tensor | Decoded  # [N, 3, size, size] uint8
     rows: tuple  # N dicts: file_name, text, texts, split, labels
 
     def __len__(self):
@@ -39,7 +41,8 @@ class Pictures:
         return self._part(order[:count].sort().values.tolist())
 
     def _part(self, keep):
-        return Pictures(self.pixels[keep], tuple(self.rows[i] for i in keep))
+        pixels = self.pixels.part(keep) if isinstance(self.pixels, Decoded) else self.pixels[keep]
+        return Pictures(pixels, tuple(self.rows[i] for i in keep))
 
 
 def _has(row, key, value):
@@ -72,9 +75,11 @@ def write_rows(rows, folder):
     Path(folder, "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def load_pictures(folder, size, *, split=None, captions=False, skip_broken=False):
+def load_pictures(folder, size, *, split=None, captions=False, skip_broken=False, cache=None):
     """Read a collection. `split` keeps one split; `captions` demands a caption for every picture.
 
+    cache        a file: where the pictures take more than decoded.IN_MEMORY bytes they are decoded into it, once, and
+                 read from there a batch at a time; without it all of them are in memory
     skip_broken  leave out what cannot be read, with a warning that names each file and line, in place of stopping
     Raises FileNotFoundError for a missing folder, ValueError for an empty or caption-less collection, and one that
     names every broken file and line.
@@ -85,18 +90,29 @@ def load_pictures(folder, size, *, split=None, captions=False, skip_broken=False
         raise ValueError(f"{folder} holds no pictures" + (f" with split {split!r}" if split else ""))
     if captions:
         _check_captions(folder, rows)
-    pixels, kept = [], []
+    pixels, kept, unread = _decode(folder, rows, size, cache)
+    problems += unread
+    if problems and not (skip_broken and kept):
+        raise ValueError(_list(folder, problems))
+    if problems:
+        warnings.warn(f"left out of the training: {_list(folder, problems)}", stacklevel=2)
+    return Pictures(pixels, tuple(kept))
+
+
+def _decode(folder, rows, size, cache):
+    """(pixels, the rows whose pictures could be read, sentences on the others)."""
+    if cache and len(rows) * 3 * size * size > decoded.IN_MEMORY:
+        names = [row["file_name"] for row in rows]
+        pixels, read, problems = decoded.kept(cache, folder, names, size, lambda path: read_picture(path, size))
+        return pixels, [rows[i] for i in read], problems
+    pixels, kept, problems = [], [], []
     for row in rows:
         try:
             pixels.append(read_picture(Path(folder, row["file_name"]), size))
             kept.append(row)
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    if problems and not (skip_broken and kept):
-        raise ValueError(_list(folder, problems))
-    if problems:
-        warnings.warn(f"left out of the training: {_list(folder, problems)}", stacklevel=2)
-    return Pictures(torch.stack(pixels), tuple(kept))
+    return torch.stack(pixels) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8), kept, problems
 
 
 def _find(folder):

@@ -66,14 +66,18 @@ def encode(pictures, vae, device="cpu", batch=64):
     A VQModel's are its latents before the codebook, and 0.
     """
     vae.to(device)
-    means, deviations = [], []
+    means = deviations = None
     for start in range(0, len(pictures), batch):
         found = vae.encode(pictures.batch(slice(start, start + batch)).to(device, vae.dtype))
         exact = not hasattr(found, "latent_dist")
         mean = found.latents if exact else found.latent_dist.mean
-        means.append(mean.float().cpu())
-        deviations.append(torch.zeros_like(means[-1]) if exact else found.latent_dist.std.float().cpu())
-    return torch.cat(means), torch.cat(deviations)
+        if means is None:  # their size; two lists and what joins them would take twice the memory
+            means, deviations = (torch.zeros(len(pictures), *mean.shape[1:]) for _ in range(2))
+        here = slice(start, start + len(mean))
+        means[here] = mean
+        if not exact:
+            deviations[here] = found.latent_dist.std
+    return means, deviations
 
 
 def deviation(mean, std):
@@ -82,7 +86,7 @@ def deviation(mean, std):
 
 
 def _kept(pictures, vae, file, device):
-    made_from = {"pictures": _digest([pictures.pixels]), WEIGHTS: _digest(vae.state_dict().values())}
+    made_from = {"pictures": _digest_of(pictures.pixels), WEIGHTS: _digest(vae.state_dict().values())}
     if not file.exists():
         mean, std = encode(pictures, vae, device)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,4 +112,12 @@ def _digest(tensors):
         tensor = tensor.detach().cpu().contiguous()
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _digest_of(pixels, together=256):
+    """As `_digest` of the one tensor, read a part at a time."""
+    found = hashlib.sha256(f"{torch.uint8} {tuple(pixels.shape)}".encode())
+    for start in range(0, len(pixels), together):
+        found.update(pixels[start : start + together].contiguous().flatten().numpy())
     return found.hexdigest()

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from ldmfast import files
-from ldmfast.data.collection import load_pictures
+from ldmfast.data.collection import CACHE, load_pictures
 from ldmfast.metrics.reconstruction import reconstruct, score
 from ldmfast.models import AutoencoderKL, VQModel
 from ldmfast.pictures import grid, to_pil
-from ldmfast.training import checkpoint, latents
+from ldmfast.training import checkpoint, latents, linear_start
 from ldmfast.training.autoencoder_loss import AutoencoderLoss
 from ldmfast.training.loop import fit
 from ldmfast.training.run import Run
@@ -135,9 +135,14 @@ def books_of(run):
 
 def train(data, folder, config, *, restart=False, quiet=False):
     """Train on the folder `data`, write checkpoints and the finished `vae/` to `folder`. Returns the metrics."""
-    pictures = load_pictures(data, config.size, split="train", skip_broken=config.skip_broken)
+    pictures = load_pictures(
+        data, config.size, split="train", skip_broken=config.skip_broken, cache=Path(folder, CACHE)
+    )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    model = AutoencoderLoss(build(config), config)
+    vae = build(config)
+    if config.start == "linear":
+        linear_start.begin(vae, pictures.sample(SCORED, config.seed).batch(slice(None)))
+    model = AutoencoderLoss(vae, config)
     run = Run(model, config, phases=model.phases())
     shown = pictures.sample(SHOWN, config.seed).batch(slice(None))
     history = fit(

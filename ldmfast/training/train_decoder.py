@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ldmfast.data.collection import load_pictures
+from ldmfast.data.collection import CACHE, load_pictures
 from ldmfast.pipeline import saved_autoencoder
 from ldmfast.training import latents
 from ldmfast.training.autoencoder_loss import PictureLoss
@@ -46,7 +46,9 @@ def loss_of(model, pictures, mean, std, config):
 def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     """Train on the folder `data` and write `folder`/vae. Returns the metrics."""
     vae = saved_autoencoder.load(autoencoder)
-    pictures = load_pictures(data, vae.config.sample_size, split="train", skip_broken=config.skip_broken)
+    pictures = load_pictures(
+        data, vae.config.sample_size, split="train", skip_broken=config.skip_broken, cache=Path(folder, CACHE)
+    )
     mean, std = latents.encode(pictures, vae)
     Path(folder).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)  # of a discriminator's first weights

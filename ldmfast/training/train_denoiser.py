@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ldmfast import files
-from ldmfast.data.collection import load_pictures
+from ldmfast.data.collection import CACHE, load_pictures
 from ldmfast.diffusion.loss import add_noise, denoising_loss
 from ldmfast.diffusion.schedule import alphas_cumprod, make_scheduler
 from ldmfast.models import UNet
@@ -118,9 +118,8 @@ def train(data, autoencoder, folder, config, *, conditioner=None, describe=None,
     """
     vae = saved_autoencoder.load(autoencoder)
     captions = conditioner is None and config.condition in ("text", "transformer")
-    pictures = load_pictures(
-        data, vae.config.sample_size, split="train", captions=captions, skip_broken=config.skip_broken
-    )
+    reading = dict(captions=captions, skip_broken=config.skip_broken, cache=Path(folder, CACHE))
+    pictures = load_pictures(data, vae.config.sample_size, split="train", **reading)
     own = dict(conditioner=conditioner, describe=describe, unet=unet)
     return train_on(pictures, vae, folder, config, **own, restart=restart, quiet=quiet)
 

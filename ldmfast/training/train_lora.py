@@ -7,7 +7,7 @@ import torch
 
 from ldmfast import files
 from ldmfast.conditioning.text import TextEncoder
-from ldmfast.data.collection import load_pictures
+from ldmfast.data.collection import CACHE, load_pictures
 from ldmfast.models.encode_decode import downsampling
 from ldmfast.models.lora import add_lora, save_lora
 from ldmfast.pipeline import LatentDiffusionPipeline
@@ -32,7 +32,9 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     side = unet.config.sample_size * downsampling(pipeline.vae)
-    pictures = load_pictures(data, side, split="train", captions=True, skip_broken=config.skip_broken)
+    pictures = load_pictures(
+        data, side, split="train", captions=True, skip_broken=config.skip_broken, cache=Path(folder, CACHE)
+    )
     codes = latents.prepare(pictures, pipeline.vae, file=config.latents, accelerator=accelerator)
     described = map(condition_sources.captions, pictures.rows)
     source = condition_sources.gather(pipeline.conditioner, described, config, accelerator.device)

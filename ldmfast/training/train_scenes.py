@@ -13,7 +13,7 @@ from ldmfast.conditioning import Hybrid
 from ldmfast.conditioning.classes_and_boxes import BoxEncoder, PlacedClass
 from ldmfast.conditioning.spatial import MapEncoder
 from ldmfast.data import scenes
-from ldmfast.data.collection import load_pictures
+from ldmfast.data.collection import CACHE, load_pictures
 from ldmfast.models.encode_decode import downsampling
 from ldmfast.pipeline import saved_autoencoder
 from ldmfast.training import train_denoiser
@@ -61,7 +61,9 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     """Train on the scenes in `data`, write checkpoints and the finished pipeline to `folder`. Returns the losses."""
     vae = saved_autoencoder.load(autoencoder)
     f = downsampling(vae)
-    pictures = load_pictures(data, vae.config.sample_size, split="train", skip_broken=config.skip_broken)
+    pictures = load_pictures(
+        data, vae.config.sample_size, split="train", skip_broken=config.skip_broken, cache=Path(folder, CACHE)
+    )
     for row in pictures.rows:
         if absent := [key for key in ("objects", "map") if key not in row]:
             raise ValueError(f"{data}: {row['file_name']} has no {absent[0]}; `ldmfast data scenes` makes scenes")
