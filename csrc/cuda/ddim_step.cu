@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) ddim_step_kernel(const __grid_consta
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     float x = c.x0_sample * sample[j] + c.x0_model * model[j];
-    if (a.clipped) x = fminf(fmaxf(x, -a.clip), a.clip);
+    if (a.clipped) x = x < -a.clip ? -a.clip : x > a.clip ? a.clip : x;   // a NaN stays one, which fmaxf would drop
     const float eps = c.eps_sample * sample[j] + c.eps_model * model[j];
     x0[j] = x;
     prev[j] = c.prev_x0 * x + c.prev_eps * eps + c.sigma * noise[j];

@@ -23,7 +23,7 @@ __device__ __forceinline__ float masked_score(const AttentionArgs& a, float s, i
   const int64_t at = mask_row + key * a.stride_ms;
   if (a.mask_dtype == DType::kBool) return static_cast<const uint8_t*>(a.mask)[at] ? s : -INFINITY;
   const float m = load_as_float(a.mask, at, a.mask_dtype);
-  return m == -INFINITY ? m : fmaxf(s + m * kLog2e, -3.4028235e38f);
+  return m == -INFINITY ? m : max_or_nan(s + m * kLog2e, -3.4028235e38f);   // fmaxf would make a number of a NaN
 }
 
 // D > 256, or float32: attention_simt.cu

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kBackwardThreads, C::kBlocks) rows_kernel(cons
     total += shuffle_xor(total, 1);
     total += shuffle_xor(total, 2);
     const int l = row + r * 8 + lane / 4;
-    if (lane % 4 == 0 && l < L) rows[l] = base, rows[L + l] = total > 0.0f ? 1.0f / total : 0.0f;
+    if (lane % 4 == 0 && l < L) rows[l] = base, rows[L + l] = total == 0.0f ? 0.0f : 1.0f / total;
   }
   const T* out = static_cast<const T*>(a.out) + head.queries(p);
   for (int l = row; l < row + 16 && l < L; ++l) {

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1) rows_simt_kernel(const __grid_con
     delta = row_sum(delta);
     if (tx == 0 && l < a.L) {
       rows[l] = top[i] == -INFINITY ? 0.0f : top[i];
-      rows[a.L + l] = total > 0.0f ? 1.0f / total : 0.0f;
+      rows[a.L + l] = total == 0.0f ? 0.0f : 1.0f / total;
       rows[2 * a.L + l] = delta;
     }
   }
