@@ -176,15 +176,27 @@ struct DdimStepArgs {
   void* x0;                            // [N, M]
   int64_t N, M;
   DdimCoefficients coefficients;       // for every sample, unless table is given
-  const float* table;                  // [N, 7] in the order of DdimCoefficients, or null
+  const float* table;                  // [rows, 7] in the order of DdimCoefficients, or null
+  const int64_t* row;                  // sample n takes row[n * stride_row] of the table, or row n where it is null;
+  int64_t rows, stride_row;            // the coefficients of a row that the table has not are NaN
   float guidance;
   bool guided;
   float clip;                          // used if clipped
   bool clipped;
+  // A linear multistep method, where multistep is true: the terms that are null are left out.
+  //   h = eps_sample * sample + eps_model * m                  which x0 takes in place of the clean sample
+  //   e = weight0 * h + weight1 * history1 + weight2 * history2 + weight3 * history3
+  //   x0 = clamp(x0_sample * sample + x0_model * e, -clip, clip),  prev = prev_x0 * x0 + prev_eps * e + sigma * noise
+  bool multistep;
+  float weight0, weight1, weight2, weight3;
+  const void* history1;                // [N, M] or null
+  const void* history2;                // [N, M] or null
+  const void* history3;                // [N, M] or null
   DType dtype;                         // of every tensor but the table
 };
-LDMFAST_FIELDS(DdimStepArgs, sample, model_output, noise, prev, x0, N, M, coefficients, table, guidance, guided, clip,
-               clipped, dtype)
+LDMFAST_FIELDS(DdimStepArgs, sample, model_output, noise, prev, x0, N, M, coefficients, table, row, rows, stride_row,
+               guidance, guided, clip, clipped, multistep, weight0, weight1, weight2, weight3, history1, history2,
+               history3, dtype)
 
 // With c = 1, or 0 where the clamp held x0:  d0 = c * (dx0 + prev_x0 * dprev),  de = prev_eps * dprev
 // dsample = x0_sample * d0 + eps_sample * de,  dm = x0_model * d0 + eps_model * de,  dnoise = sigma * dprev

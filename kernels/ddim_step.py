@@ -30,36 +30,69 @@ def row_of_table(table_ptr, row):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit
+def picked_row(table_ptr, row_ptr, row, rows, stride_row):
+    # as above, of the row of the table that row_ptr names for this sample; NaN where there is none
+    picked = tl.load(row_ptr + row * stride_row)
+    known = (picked >= 0) & (picked < rows)
+    table_ptr += tl.where(known, picked, 0) * 7
+    nan = float("nan")
+    return (
+        tl.load(table_ptr, known, nan), tl.load(table_ptr + 1, known, nan), tl.load(table_ptr + 2, known, nan),
+        tl.load(table_ptr + 3, known, nan), tl.load(table_ptr + 4, known, nan), tl.load(table_ptr + 5, known, nan),
+        tl.load(table_ptr + 6, known, nan),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["blocks", "rows", "stride_row"])
 def ddim_step_kernel(
     sample_ptr,  # [N, M]
     output_ptr,  # [N, M], or [2N, M] when GUIDED, unconditional half first
     noise_ptr,  # [N, M] or None
     prev_ptr,  # [N, M]
     x0_ptr,  # [N, M]
-    table_ptr,  # [N, 7] float32 or None
+    table_ptr,  # [rows, 7] float32 or None
+    row_ptr,  # [N] int64, stride stride_row, or None: row n of the table is that of sample n
+    history1_ptr, history2_ptr, history3_ptr,  # [N, M] or None; of a multistep method
     total, M, blocks,  # N * M, elements of a row, blocks of a row
     x0_sample, x0_model, eps_sample, eps_model, prev_x0, prev_eps, sigma,  # used without a table
-    guidance, clip,
+    guidance, clip, rows, stride_row, weight0, weight1, weight2, weight3,
     GUIDED: tl.constexpr,
     CLIPPED: tl.constexpr,
+    MULTISTEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     row, offs, mask = place(M, blocks, BLOCK_M)
-    if table_ptr is not None:
+    if row_ptr is not None:
+        x0_sample, x0_model, eps_sample, eps_model, prev_x0, prev_eps, sigma = picked_row(
+            table_ptr, row_ptr, row, rows, stride_row
+        )
+    elif table_ptr is not None:
         x0_sample, x0_model, eps_sample, eps_model, prev_x0, prev_eps, sigma = row_of_table(table_ptr, row)
     sample = tl.load(sample_ptr + offs, mask).to(tl.float32)
     model = tl.load(output_ptr + offs, mask).to(tl.float32)
     if GUIDED:
         conditional = tl.load(output_ptr + total + offs, mask).to(tl.float32)
         model += guidance * (conditional - model)
+    eps = eps_sample * sample + eps_model * model
+    if MULTISTEP:
+        tl.store(x0_ptr + offs, eps.to(x0_ptr.dtype.element_ty), mask)
+        eps *= weight0
+        if history1_ptr is not None:
+            eps += weight1 * tl.load(history1_ptr + offs, mask).to(tl.float32)
+        if history2_ptr is not None:
+            eps += weight2 * tl.load(history2_ptr + offs, mask).to(tl.float32)
+        if history3_ptr is not None:
+            eps += weight3 * tl.load(history3_ptr + offs, mask).to(tl.float32)
+        model = eps
     x0 = x0_sample * sample + x0_model * model
     if CLIPPED:
         x0 = tl.minimum(tl.maximum(x0, -clip, tl.PropagateNan.ALL), clip, tl.PropagateNan.ALL)
-    prev = prev_x0 * x0 + prev_eps * (eps_sample * sample + eps_model * model)
+    prev = prev_x0 * x0 + prev_eps * eps
     if noise_ptr is not None:
         prev += sigma * tl.load(noise_ptr + offs, mask).to(tl.float32)
-    tl.store(x0_ptr + offs, x0.to(x0_ptr.dtype.element_ty), mask)
+    if not MULTISTEP:
+        tl.store(x0_ptr + offs, x0.to(x0_ptr.dtype.element_ty), mask)
     tl.store(prev_ptr + offs, prev.to(prev_ptr.dtype.element_ty), mask)
 
 
@@ -89,18 +122,26 @@ def scalars(coefficients, table, guidance, clip) -> list[float]:
     return [*([0.0] * 7 if table is not None else map(float, coefficients)), float(guidance or 0), float(clip or 0)]
 
 
-def ddim_step(sample, model_output, noise, prev, x0, coefficients, table, guidance, clip):
+def ddim_step(
+    sample, model_output, noise, prev, x0, coefficients, table, guidance, clip, row=None, weights=(), history=()
+):
     """Writes prev and x0 [N, ...], dense as sample is, not empty; see DdimStepArgs in csrc/ops.h.
 
     model_output  [N, ...], or [2N, ...] with `guidance`; noise as sample, or None
-    coefficients  7 floats for every sample; ignored where table, [N, 7] float32, is given
+    coefficients  7 floats for every sample; ignored where table is given: [N, 7] float32, or [rows, 7] with
+    row           [1] or [N], int64: the table's row of each sample
     guidance, clip  float or None
+    weights, history  of a multistep method, one weight more than tensors; x0 then takes what joins the history
     """
     config = configuration(sample.numel())
     programs, sizes = split(sample, table, config)
+    past = (*history, None, None, None)[:3]
+    places = (0, 0) if row is None else (table.shape[0], row.stride(0) if row.shape[0] > 1 else 0)
+    factors = map(float, (*weights, 0, 0, 0, 0)[:4])
     with torch.cuda.device_of(sample):
         ddim_step_kernel[(programs,)](
-            sample, model_output, noise, prev, x0, table, *sizes, *scalars(coefficients, table, guidance, clip),
-            GUIDED=guidance is not None, CLIPPED=clip is not None, BLOCK_M=config.block_m,
+            sample, model_output, noise, prev, x0, table, row, *past, *sizes,
+            *scalars(coefficients, table, guidance, clip), *places, *factors,
+            GUIDED=guidance is not None, CLIPPED=clip is not None, MULTISTEP=len(weights) > 0, BLOCK_M=config.block_m,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip

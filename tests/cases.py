@@ -77,6 +77,21 @@ def latents(*shape, guided=True, layout=None, alphas=(0.3, 0.5), noise=False, **
     return make
 
 
+def rows(*shape, picked=(3,), terms=0, noise=False, **kwargs):
+    """The rows of a table that are named, one for all or one a sample; terms: of a multistep method."""
+
+    def make(dtype, N=shape[0]):
+        table = torch.rand(7, 7).to(torch.promote_types(dtype, torch.float32)) + 0.2
+        named = {"guidance": 7.5, "table": table, "row": torch.tensor(picked[:N]), **kwargs}
+        named |= {"noise": randn(N, *shape[1:], dtype=dtype)} if noise else {}
+        if terms:
+            named |= {"weights": (1.9, -0.7, 0.4, -0.3)[:terms]}
+            named |= {"history": [randn(N, *shape[1:], dtype=dtype) for _ in range(terms - 1)]}
+        return (randn(N, *shape[1:], dtype=dtype), randn(2 * N, *shape[1:], dtype=dtype)), named
+
+    return make
+
+
 def _cases():
     AT, TM, DD = "attention", "timestep_mlp", "ddim_step"
     yield Case(AT, "self-4096x40", heads(1, 4096, 4096, 2, 40), big=True)
@@ -119,6 +134,10 @@ def _cases():
     yield Case(DD, "noise", latents(2, 4, 8, 8, noise=True))
     yield Case(DD, "clip", latents(2, 4, 8, 8, clip=1.0))
     yield Case(DD, "table", latents(3, 4, 8, 8, alphas=("table", None)))
+    yield Case(DD, "row", rows(2, 4, 8, 8, noise=True))
+    yield Case(DD, "rows", rows(3, 4, 7, 5, picked=(6, 0, 4), clip=1.0))
+    for terms in (1, 2, 4):
+        yield Case(DD, f"multistep-{terms}", rows(2, 4, 7, 5, terms=terms, noise=terms == 2, clip=2.0))
     yield Case(DD, "last-step", latents(2, 4, 8, 8, alphas=(0.998, 1.0)))
     yield Case(DD, "empty", latents(0, 4, 8, 8))
     for prediction in ("v_prediction", "sample"):

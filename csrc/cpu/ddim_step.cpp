@@ -9,7 +9,8 @@
 //       eps = k.eps_sample * sample[i] + k.eps_model * m
 //       prev = k.prev_x0 * x0 + k.prev_eps * eps (+ k.sigma * noise[i])
 //
-// Whether there are guidance, clip and noise is known when it compiles: eight loops, of which run() takes one.
+// Whether there are guidance, clip and noise is known when it compiles: eight loops, of which run() takes one. A
+// multistep method (its formulas: csrc/ops.h) has a ninth, which asks.
 #include "simd.h"
 
 namespace ldmfast {
@@ -19,19 +20,23 @@ namespace {
 constexpr int64_t kBlock = 4096;       // elements of one task
 constexpr int64_t kSerial = 64 * 1024;  // elements below which waking threads costs more than it gives
 
+constexpr float kNaN = __builtin_nanf("");
+
 struct Step {
   DdimCoefficients k;
   float guidance, clip;
 };
 
+LDMFAST_INLINE VecF clamped(const Step& s, VecF x0) {  // written so that NaN stays
+  x0 = x0 < -s.clip ? splat(-s.clip) : x0;
+  return x0 > s.clip ? splat(s.clip) : x0;
+}
+
 template <bool kGuided, bool kClipped, bool kNoise>
 LDMFAST_INLINE void step(const Step& s, VecF x, VecF mu, VecF mc, VecF noise, VecF& prev, VecF& x0) {
   const VecF m = kGuided ? mu + s.guidance * (mc - mu) : mu;
   x0 = s.k.x0_sample * x + s.k.x0_model * m;
-  if (kClipped) {  // written so that NaN stays
-    x0 = x0 < -s.clip ? splat(-s.clip) : x0;
-    x0 = x0 > s.clip ? splat(s.clip) : x0;
-  }
+  if (kClipped) x0 = clamped(s, x0);
   const VecF eps = s.k.eps_sample * x + s.k.eps_model * m;
   prev = s.k.prev_x0 * x0 + s.k.prev_eps * eps;
   if (kNoise) prev += s.k.sigma * noise;
@@ -64,6 +69,28 @@ void block(const DdimStepArgs& d, const Step& s, int64_t begin, int64_t end) {
   }
 }
 
+template <class T> void multistep_block(const DdimStepArgs& d, const Step& s, int64_t begin, int64_t end) {
+  const T *sample = (const T*)d.sample, *output = (const T*)d.model_output, *noise = (const T*)d.noise;
+  const T* history[] = {(const T*)d.history1, (const T*)d.history2, (const T*)d.history3};
+  const float weights[] = {d.weight1, d.weight2, d.weight3};
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const int64_t n = min64(kLanes, end - i);
+    const VecF x = load_first(sample + i, n);
+    VecF m = load_first(output + i, n);
+    if (d.guided) m += d.guidance * (load_first(output + d.N * d.M + i, n) - m);
+    m = s.k.eps_sample * x + s.k.eps_model * m;
+    store_first((T*)d.x0 + i, m, n);
+    VecF e = d.weight0 * m;
+    for (int j = 0; j < 3; ++j)
+      if (history[j]) e += weights[j] * load_first(history[j] + i, n);
+    VecF x0 = s.k.x0_sample * x + s.k.x0_model * e;
+    if (d.clipped) x0 = clamped(s, x0);
+    VecF prev = s.k.prev_x0 * x0 + s.k.prev_eps * e;
+    if (noise) prev += s.k.sigma * load_first(noise + i, n);
+    store_first((T*)d.prev + i, prev, n);
+  }
+}
+
 template <class T> using Block = void (*)(const DdimStepArgs&, const Step&, int64_t, int64_t);
 
 template <class T, bool kGuided> Block<T> choose(bool clipped, bool noise) {
@@ -74,14 +101,16 @@ template <class T, bool kGuided> Block<T> choose(bool clipped, bool noise) {
 Step step_of(const DdimStepArgs& d, int64_t n) {
   Step s{d.coefficients, d.guidance, d.clip};
   if (d.table) {
-    const float* row = d.table + n * 7;
-    s.k = {row[0], row[1], row[2], row[3], row[4], row[5], row[6]};
+    const int64_t r = d.row ? d.row[n * d.stride_row] : n;
+    constexpr float nan[7] = {kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
+    const float* k = r >= 0 && r < d.rows ? d.table + r * 7 : nan;
+    s.k = {k[0], k[1], k[2], k[3], k[4], k[5], k[6]};
   }
   return s;
 }
 
 template <class T> void run(const DdimStepArgs& d) {
-  const Block<T> work = d.guided ? choose<T, true>(d.clipped, d.noise) : choose<T, false>(d.clipped, d.noise);
+  const Block<T> work = d.multistep ? multistep_block<T> : d.guided ? choose<T, true>(d.clipped, d.noise) : choose<T, false>(d.clipped, d.noise);
   const int64_t blocks = ceil_div(d.M, kBlock);
 #pragma omp parallel for schedule(static) if (d.N * d.M > kSerial)
   for (int64_t i = 0; i < d.N * blocks; ++i) {

@@ -9,6 +9,48 @@ namespace {
 
 constexpr int kThreads = 256;
 
+__device__ __forceinline__ DdimCoefficients row_of_table(const DdimStepArgs& a, int64_t n) {
+  const int64_t r = a.row ? a.row[n * a.stride_row] : n;
+  if (r < 0 || r >= a.rows) {
+    const float nan = bits_to_float(0x7FC00000u);
+    return {nan, nan, nan, nan, nan, nan, nan};
+  }
+  const float* k = a.table + r * 7;
+  return {k[0], k[1], k[2], k[3], k[4], k[5], k[6]};
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void add_history(const void* history, float weight, int64_t i, float (&e)[V]) {
+  if (!history) return;
+  float h[V];
+  load_vector(static_cast<const T*>(history) + i, h);
+#pragma unroll
+  for (int j = 0; j < V; ++j) e[j] += weight * h[j];
+}
+
+// the formulas of DdimStepArgs where multistep is true; model is guided by now
+template <typename T, int V>
+__device__ __forceinline__ void multistep(const DdimStepArgs& a, const DdimCoefficients& c, int64_t i,
+                                          const float (&sample)[V], float (&model)[V], const float (&noise)[V]) {
+  float e[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    model[j] = c.eps_sample * sample[j] + c.eps_model * model[j];
+    e[j] = a.weight0 * model[j];
+  }
+  add_history<T, V>(a.history1, a.weight1, i, e);
+  add_history<T, V>(a.history2, a.weight2, i, e);
+  add_history<T, V>(a.history3, a.weight3, i, e);
+  store_vector(static_cast<T*>(a.x0) + i, model);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    float x = c.x0_sample * sample[j] + c.x0_model * e[j];
+    if (a.clipped) x = x < -a.clip ? -a.clip : x > a.clip ? a.clip : x;
+    e[j] = c.prev_x0 * x + c.prev_eps * e[j] + c.sigma * noise[j];
+  }
+  store_vector(static_cast<T*>(a.prev) + i, e);
+}
+
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) ddim_step_kernel(const __grid_constant__ DdimStepArgs a) {
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
@@ -30,10 +72,8 @@ __global__ void __launch_bounds__(kThreads) ddim_step_kernel(const __grid_consta
     for (int j = 0; j < V; ++j) model[j] += a.guidance * (conditional[j] - model[j]);
   }
   DdimCoefficients c = a.coefficients;
-  if (a.table) {                     // V divides M, so a vector lies within one sample
-    const float* row = a.table + i / a.M * 7;
-    c = {row[0], row[1], row[2], row[3], row[4], row[5], row[6]};
-  }
+  if (a.table) c = row_of_table(a, i / a.M);   // V divides M, so a vector lies within one sample
+  if (a.multistep) return multistep<T, V>(a, c, i, sample, model, noise);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     float x = c.x0_sample * sample[j] + c.x0_model * model[j];
@@ -57,8 +97,10 @@ void ddim_step(const DdimStepArgs& a, const Launch& where) {
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int V = 16 / sizeof(T);
-    const bool wide = a.M % V == 0 && aligned(a.sample, 16) && aligned(a.model_output, 16) && aligned(a.prev, 16) &&
-                      aligned(a.x0, 16) && (!a.noise || aligned(a.noise, 16));
+    bool wide = a.M % V == 0;
+    for (const void* p : {a.sample, a.model_output, a.noise, static_cast<const void*>(a.prev),
+                          static_cast<const void*>(a.x0), a.history1, a.history2, a.history3})
+      wide = wide && aligned(p, 16);
     if (wide) start<T, V>(a, where);
     else start<T, 1>(a, where);
   });

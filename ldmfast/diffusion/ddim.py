@@ -10,9 +10,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from ldmfast import ops
 from ldmfast.diffusion.configuration import adopted, check_steps
 from ldmfast.diffusion.guidance import guide
+from ldmfast.diffusion.step_tables import StepTables, before, row_of
+from ldmfast.ops.ddim_coefficients import coefficient_rows, coefficients_of
 
 
-class DDIMScheduler(diffusers.DDIMScheduler):
+class DDIMScheduler(StepTables, diffusers.DDIMScheduler):
     """Constructed, configured, loaded and saved as diffusers' DDIMScheduler is. `step` also takes `guidance`.
 
     a, b are the cumulative products at t and at the time before it, e the predicted noise, s = 0 where eta is:
@@ -32,7 +34,8 @@ class DDIMScheduler(diffusers.DDIMScheduler):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """As the parent does. Raises ValueError for less than one step or more than the schedule was trained with."""
         check_steps(num_inference_steps)
-        super().set_timesteps(num_inference_steps, device)
+        with torch.inference_mode(False):
+            super().set_timesteps(num_inference_steps, device)
 
     def step(
         self,
@@ -61,46 +64,55 @@ class DDIMScheduler(diffusers.DDIMScheduler):
             return super().step(
                 combined, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
-        alpha_t, alpha_prev, sigma = self._alphas(timestep, eta)
         noise = _noise(sample, model_output, generator, variance_noise) if eta > 0 else None
-        clip = self.config.clip_sample_range if self.config.clip_sample else None
+        table, row = self._coefficients(timestep, eta, sample)
         prev, x0 = ops.ddim_step(
             sample,
             model_output,
-            alpha_t,
-            alpha_prev,
+            table=table,
+            row=row,
             guidance=guidance,
-            sigma=sigma,
             noise=noise,
-            prediction=self.config.prediction_type,
-            clip=clip,
+            clip=self.config.clip_sample_range if self.config.clip_sample else None,
         )
         return DDIMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
-    def _alphas(self, timestep: int | torch.Tensor, eta: float) -> tuple:
-        """The cumulative products now and after the step, and sigma: floats, or tensors if the timestep is on a GPU.
+    def _coefficients(self, timestep: int | torch.Tensor, eta: float, sample: torch.Tensor) -> tuple:
+        """(the step's coefficients, None), or (a table of them on sample's device, the timestep's row)."""
+        if (now := self._time(timestep)) is None:
+            settings, sources = ("ddim", self._stride, self.config.prediction_type, eta), self._sources
+            return self._rows(settings, sources, lambda: self._table(eta), sample), row_of(timestep, sample)
+        then, alphas = now - self._stride, self._numbers(self.alphas_cumprod)
+        alpha_prev = alphas[then] if then >= 0 else self._numbers(self.final_alpha_cumprod)
+        sigma = 0.0
+        if eta:
+            sigma = self._kept(("sigma", self._stride, eta), self._sources, lambda: self._sigmas(eta))[now]
+        return coefficients_of(alphas[now], alpha_prev, sigma, self.config.prediction_type), None
 
-        A timestep on a GPU is never read back, so that a loop of steps does not wait for the device.
-        """
-        stride = self.config.num_train_timesteps // self.num_inference_steps
-        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
-            return self._alphas_on(timestep, timestep - stride, eta)
-        now = int(timestep)
-        before = now - stride
-        alpha_t = self.alphas_cumprod[now].item()
-        alpha_prev = (self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod).item()
-        sigma = eta * self._get_variance(now, before).item() ** 0.5 if eta else 0.0
-        return alpha_t, alpha_prev, sigma
+    @property
+    def _stride(self) -> int:
+        return self.config.num_train_timesteps // self.num_inference_steps
 
-    def _alphas_on(self, now: torch.Tensor, before: torch.Tensor, eta: float) -> tuple:
-        alphas = self.alphas_cumprod = self.alphas_cumprod.to(now.device)  # once, as the parent's add_noise does
-        final = self.final_alpha_cumprod = self.final_alpha_cumprod.to(now.device)
-        alpha_t = alphas.take(now).double()  # indexing by a 0-d tensor would read it back
-        alpha_prev = torch.where(before >= 0, alphas.take(before.clamp(min=0)), final).double()
-        if not eta:
-            return alpha_t, alpha_prev, 0.0
-        variance = (1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)
-        return alpha_t, alpha_prev, eta * variance.clamp(min=0) ** 0.5
+    @property
+    def _sources(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.alphas_cumprod, self.final_alpha_cumprod
+
+    def _sigmas(self, eta: float) -> list[float]:
+        return [eta * variance**0.5 for variance in self._variances().tolist()]
+
+    def _variances(self) -> torch.Tensor:
+        """The parent's _get_variance for each time of the schedule: [T]."""
+        alpha_t, alpha_prev = self.alphas_cumprod, self._later()
+        return ((1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)).clamp(min=0)
+
+    def _later(self) -> torch.Tensor:
+        return before(self.alphas_cumprod, self._stride, self.final_alpha_cumprod)
+
+    def _table(self, eta: float) -> torch.Tensor:
+        """[T, 7] float64: the coefficients of a step from each time of the schedule."""
+        alpha_t = self.alphas_cumprod.double()
+        sigma = eta * self._variances().double().sqrt() if eta else torch.zeros_like(alpha_t)
+        return coefficient_rows(alpha_t, self._later().double(), sigma, self.config.prediction_type)
 
 
 def _noise(sample, model_output, generator, variance_noise) -> torch.Tensor:

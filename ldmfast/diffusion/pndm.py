@@ -9,12 +9,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from ldmfast import ops
 from ldmfast.diffusion.configuration import adopted, check_steps
 from ldmfast.diffusion.guidance import guide
+from ldmfast.diffusion.step_tables import StepTables, before, row_of
+from ldmfast.ops.ddim_coefficients import coefficient_rows
 
 # Adams-Bashforth: what the newest, the one before it, ... count for, by how many outputs there are
 MULTISTEP = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
 
-class PNDMScheduler(diffusers.PNDMScheduler):
+class PNDMScheduler(StepTables, diffusers.PNDMScheduler):
     """Constructed, configured, loaded and saved as diffusers' PNDMScheduler is. `step` also takes `guidance`.
 
     With skip_prk_steps it is PLMS: the DDIM update (eta 0) of a linear multistep prediction, the first step being
@@ -44,7 +46,8 @@ class PNDMScheduler(diffusers.PNDMScheduler):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """As the parent does. Raises ValueError for less than one step."""
         check_steps(num_inference_steps)
-        super().set_timesteps(num_inference_steps, device)
+        with torch.inference_mode(False):
+            super().set_timesteps(num_inference_steps, device)
 
     def step(
         self,
@@ -59,42 +62,71 @@ class PNDMScheduler(diffusers.PNDMScheduler):
 
         Called once for each of `timesteps` in their order. Raises ValueError before set_timesteps.
         """
-        if guidance is not None:  # here, and not in the op: the history keeps guided outputs, half as large
-            model_output = guide(model_output, guidance)
-        return super().step(model_output, timestep, sample, return_dict)
+        if self.config.skip_prk_steps or self.counter >= len(self.prk_timesteps):
+            return self.step_plms(model_output, timestep, sample, return_dict, guidance=guidance)
+        combined = model_output if guidance is None else guide(model_output, guidance)
+        return super().step(combined, timestep, sample, return_dict)
 
     def step_plms(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+        *,
+        guidance: float | None = None,
     ) -> SchedulerOutput | tuple:
         """The update of `step` once there is no Runge-Kutta step left."""
         if self.num_inference_steps is None:
             raise ValueError("the number of steps is not set: call set_timesteps first")
         if not self.config.skip_prk_steps and len(self.ets) < 3:
             raise ValueError("step_plms without skip_prk_steps comes after 12 Runge-Kutta steps: call step")
-        prediction = self.config.prediction_type
-        if prediction == "v_prediction" and self.history == "epsilon":
-            alpha_t = self.alphas_cumprod[int(timestep)].item()
-            model_output, prediction = alpha_t**0.5 * model_output + (1 - alpha_t) ** 0.5 * sample, "epsilon"
-        now, stride = int(timestep), self.config.num_train_timesteps // self.num_inference_steps
-        if self.counter == 1:  # the first step again, from where it began, with the mean of the slopes at both ends
-            model_output, sample = (model_output + self.ets[-1]) / 2, self.cur_sample
-            now, self.cur_sample = now + stride, None
-        else:
-            self.ets = [*self.ets[-3:], model_output]
-            self.cur_sample = sample if self.counter == 0 else self.cur_sample
-            model_output = _multistep(self.ets)
-        before = now - stride
-        alpha_prev = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
-        prev, x0 = ops.ddim_step(
-            sample, model_output, self.alphas_cumprod[now].item(), alpha_prev.item(), prediction=prediction
+        again = self.counter == 1  # the first step again, from where it began, with the mean of the slopes at both ends
+        history = self.ets[-1:] if again else self.ets[:-4:-1]
+        weights = (0.5, 0.5) if again else MULTISTEP[len(history) + 1]
+        table, row = self._coefficients(timestep, sample, again)
+        # what is left of the sample that the step begins at stands in the noise's place
+        begin = self.cur_sample if again else sample
+        prev, output = ops.ddim_step(
+            sample, model_output, table=table, row=row, guidance=guidance, noise=begin, weights=weights, history=history
         )
+        if again:
+            self.cur_sample = None
+        else:
+            self.ets = [*self.ets[-3:], output]
+            self.cur_sample = sample if self.counter == 0 else self.cur_sample
         self.counter += 1
         return SchedulerOutput(prev_sample=prev) if return_dict else (prev,)
 
+    def _coefficients(self, timestep: int | torch.Tensor, sample: torch.Tensor, again: bool) -> tuple:
+        """(the step's coefficients, None), or (a table of them on sample's device, the timestep's row)."""
+        stride = self.config.num_train_timesteps // self.num_inference_steps
+        settings = "plms", stride, self.config.prediction_type, self.history, again
+        sources = self.alphas_cumprod, self.final_alpha_cumprod
 
-def _multistep(outputs: list[torch.Tensor]) -> torch.Tensor:
-    weights = MULTISTEP[len(outputs)]
-    total = outputs[-1] * weights[0] if len(weights) > 1 else outputs[-1]
-    for weight, output in zip(weights[1:], reversed(outputs[:-1]), strict=True):
-        total = torch.add(total, output, alpha=weight)
-    return total
+        def make():
+            return self._table(stride, again)
+
+        if (now := self._time(timestep)) is None:
+            return self._rows(settings, sources, make, sample), row_of(timestep, sample)
+        coefficients = self._kept(settings, sources, lambda: make().tolist())[now]
+        if coefficients[6] != coefficients[6]:
+            raise IndexError(f"timestep {now} has none before it to do again")
+        return coefficients, None
+
+    def _table(self, stride: int, again: bool) -> torch.Tensor:
+        """[T, 7] float64: what `ops.ddim_step` takes for a multistep step from each time of the schedule.
+
+        again  the first step once more: from `stride` times later to this one
+        """
+        alphas, final = self.alphas_cumprod, self.final_alpha_cumprod
+        kind, T, zero = self.config.prediction_type, len(alphas), torch.zeros_like(alphas).double()
+        alpha, (a, b) = alphas.double(), (alphas.double().sqrt(), (1 - alphas.double()).sqrt())
+        sample, model = (b, a) if kind == "v_prediction" and self.history == "epsilon" else (zero, zero + 1)
+        if kind == "v_prediction" and self.history == "epsilon":
+            kind = "epsilon"
+        begin = torch.cat([alpha[stride:], torch.full_like(alpha[:stride], torch.nan)])[:T] if again else alpha
+        end = alpha if again else before(alphas, stride, final).double()
+        x0_x, x0_m, eps_x, eps_m, prev_x0, prev_eps, _ = coefficient_rows(begin, end, zero, kind).unbind(1)
+        of_sample, of_output = prev_x0 * x0_x + prev_eps * eps_x, prev_x0 * x0_m + prev_eps * eps_m
+        return torch.stack([zero, zero, sample, model, zero, of_output, of_sample], dim=1)

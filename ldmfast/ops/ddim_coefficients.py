@@ -1,4 +1,4 @@
-"""The seven coefficients of a DDIM update (csrc/ops.h: DdimCoefficients): numbers, or a row for each sample."""
+"""The seven coefficients of a DDIM update (csrc/ops.h: DdimCoefficients): numbers, or rows of a table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def coefficients_of(alpha_t: float, alpha_prev: float, sigma: float, prediction:
         raise ValueError(f"{NAME}: sigma is {sigma}, expected at most sqrt(1 - alpha_prev) = {(1 - alpha_prev) ** 0.5}")
     a, b = math.sqrt(alpha_t), math.sqrt(1.0 - alpha_t)
     x0_sample, x0_model, eps_sample, eps_model = _parametrisation(a, b, prediction)
-    return x0_sample, x0_model, eps_sample, eps_model, math.sqrt(alpha_prev), math.sqrt(max(direction, 0.0)), sigma
+    previous = math.sqrt(alpha_prev), math.sqrt(max(direction, 0.0))
+    return x0_sample, x0_model, eps_sample, eps_model, *previous, sigma
 
 
 def _parametrisation(a, b, prediction):
@@ -70,7 +71,13 @@ def coefficient_table(
         if value.dim() > 1 or value.dim() == 1 and value.shape[0] != N:
             raise ValueError(f"{NAME}: {name} has shape {list(value.shape)}, expected a scalar or [N] = [{N}]")
         columns.append(value.expand(N))
-    alpha_t, alpha_prev, sigma = columns
-    parts = _parametrisation(alpha_t.sqrt(), (1 - alpha_t).sqrt(), prediction)
-    table = torch.stack([*parts, alpha_prev.sqrt(), (1 - alpha_prev - sigma * sigma).clamp(min=0).sqrt(), sigma], dim=1)
+    table = coefficient_rows(*columns, prediction)
     return table if sample.dtype is torch.float64 else table.float()
+
+
+def coefficient_rows(
+    alpha_t: torch.Tensor, alpha_prev: torch.Tensor, sigma: torch.Tensor, prediction: str
+) -> torch.Tensor:
+    """`coefficients_of` without its checks for each number of [R] float64 tensors: [R, 7] float64, the same bits."""
+    parts = _parametrisation(alpha_t.sqrt(), (1 - alpha_t).sqrt(), prediction)
+    return torch.stack([*parts, alpha_prev.sqrt(), (1 - alpha_prev - sigma * sigma).clamp(min=0).sqrt(), sigma], dim=1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ldmfast.ops import native, triton_backend
-from ldmfast.ops.checks import require_device, require_float, require_shape, require_tensors, short
+from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors, short
 from ldmfast.ops.ddim_coefficients import NAME, PREDICTIONS, coefficient_table, coefficients_of, number_on_host
 from ldmfast.ops.dispatcher import vmapped
 from ldmfast.ops.operator import Op
@@ -17,14 +17,18 @@ from ldmfast.ops.operator import Op
 def ddim_step(
     sample: torch.Tensor,
     model_output: torch.Tensor,
-    alpha_t: float | torch.Tensor,
-    alpha_prev: float | torch.Tensor,
+    alpha_t: float | torch.Tensor | None = None,
+    alpha_prev: float | torch.Tensor | None = None,
     *,
     guidance: float | None = None,
     sigma: float | torch.Tensor = 0.0,
     noise: torch.Tensor | None = None,
     prediction: str = "epsilon",
     clip: float | None = None,
+    table: Sequence[float] | torch.Tensor | None = None,
+    row: torch.Tensor | None = None,
+    weights: Sequence[float] = (),
+    history: Sequence[torch.Tensor] = (),
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x_{t-1} from x_t and the model's output.
@@ -37,6 +41,13 @@ def ddim_step(
     sigma         standard deviation of the noise added: float, 0-d or [N]; it needs `noise`  [N, ...]
     prediction    what the model predicts: "epsilon", "v_prediction" or "sample"
     clip          x0 is clamped to [-clip, clip]; None: not
+    table         the seven coefficients of csrc/ops.h, in place of the alphas, sigma and prediction: numbers, or
+                  [rows, 7] float32 (float64 beside a float64 sample): a row for each sample, or with
+    row           [1] or [N], int64, on sample's device: the row of each. One that the table has not gives NaN.
+    weights, history         of a linear multistep method: what the output of the model (which is guided, and made
+                  x * eps_sample + output * eps_model first) counts for, and each of `history`, up to three [N, ...].
+                  That sum e takes part as  x0 = x * x0_sample + e * x0_model,  prev = x0 * prev_x0 + e * prev_eps.
+                  The second result is then what joins the history, in place of x0
     returns       (previous sample, predicted x0), shape, dtype and layout of sample
 
     Coefficients are float64, tensor maths float32. Numbers and 0-d CPU tensors are read on the host; tensors on a GPU
@@ -44,7 +55,7 @@ def ddim_step(
 
     Raises TypeError for what is no tensor; ValueError naming the argument for a wrong shape, dtype, device or value, or
     an unknown backend; NotImplementedError with the reason of each backend that refuses.
-    Traffic: 4 * sample bytes, 5 with guidance.
+    Traffic: 4 * sample bytes, 5 with guidance, 1 more for each of `history`.
     Source: Song et al. 2021 (arXiv 2010.02502), equation 12; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
     arguments = _arguments(
@@ -57,26 +68,62 @@ def ddim_step(
         noise=noise,
         prediction=prediction,
         clip=clip,
+        table=table,
+        row=row,
+        weights=weights,
+        history=history,
     )
     return op(*arguments, backend)
 
 
 def _arguments(
-    sample, model_output, alpha_t, alpha_prev, *, guidance=None, sigma=0.0, noise=None, prediction="epsilon", clip=None
+    sample,
+    model_output,
+    alpha_t=None,
+    alpha_prev=None,
+    *,
+    guidance=None,
+    sigma=0.0,
+    noise=None,
+    prediction="epsilon",
+    clip=None,
+    table=None,
+    row=None,
+    weights=(),
+    history=(),
 ):
     require_tensors(NAME, sample=sample, model_output=model_output, noise_=noise)
+    if table is None:
+        coefficients, table = _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise)
+    else:
+        if alpha_t is not None or alpha_prev is not None:
+            raise ValueError(f"{NAME}: alphas are given beside a table, expected one of them")
+        coefficients, table = ((), table) if isinstance(table, torch.Tensor) else (table, None)
+        if noise is None and any(coefficients[6:]):
+            raise ValueError(
+                f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {coefficients[6]}"
+            )
+    if len(history) > 3 or len(history) >= max(len(weights), 1):
+        raise ValueError(f"{NAME}: history has {len(history)} tensors for {len(weights)} weights, expected one less")
+    past = (*history, None, None, None)[:3]
+    return sample, model_output, coefficients, table, guidance, noise, clip, row, weights, *past
+
+
+def _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise):
+    """(coefficients, table), one of which is empty or None."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"{NAME}: prediction is {prediction!r}, expected {', '.join(PREDICTIONS)}")
+    if alpha_t is None or alpha_prev is None:
+        raise ValueError(f"{NAME}: alpha_t or alpha_prev is None, expected both, or a table")
     host = [number_on_host(value) for value in (alpha_t, alpha_prev, sigma)]
     if None not in host:
-        coefficients, table = coefficients_of(*host, prediction), None
         if host[2] and noise is None:
             raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {host[2]}")
-    else:
-        coefficients, table = [], coefficient_table(sample, alpha_t, alpha_prev, sigma, prediction)
-        if noise is None and host[2] != 0:
-            raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is a tensor")
-    return sample, model_output, coefficients, table, guidance, noise, clip
+        return coefficients_of(*host, prediction), None
+    table = coefficient_table(sample, alpha_t, alpha_prev, sigma, prediction)
+    if noise is None and host[2] != 0:
+        raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is a tensor")
+    return (), table
 
 
 def check(
@@ -87,6 +134,9 @@ def check(
     guidance: float | None,
     noise: torch.Tensor | None,
     clip: float | None,
+    row: torch.Tensor | None = None,
+    weights: Sequence[float] = (),
+    *history: torch.Tensor | None,
 ) -> None:
     if sample.dim() == 0:
         raise ValueError(f"{NAME}: sample has shape [], expected [N, ...]")
@@ -94,7 +144,7 @@ def check(
     for name, tensor in (("model_output", model_output), ("noise", noise)):
         if tensor is not None and not tensor.dtype.is_floating_point:
             raise ValueError(f"{NAME}: {name} is {short(tensor.dtype)}, expected a floating type")
-    require_device(NAME, "sample", sample.device, model_output=model_output, noise=noise, table=table)
+    require_device(NAME, "sample", sample.device, model_output=model_output, noise=noise, table=table, row=row)
     N, *rest = sample.shape
     if guidance is None:
         require_shape(NAME, "model_output", model_output, (N, *rest), "sample's shape")
@@ -103,11 +153,44 @@ def check(
             raise ValueError(f"{NAME}: guidance is {guidance}, expected a finite number")
         require_shape(NAME, "model_output", model_output, (2 * N, *rest), "with guidance, [2N, ...]")
     require_shape(NAME, "noise", noise, (N, *rest), "sample's shape")
-    require_shape(NAME, "table", table, (N, 7), "[N, 7]")
-    if table is None and len(coefficients) != 7:
-        raise ValueError(f"{NAME}: coefficients has {len(coefficients)} values, expected 7, or a table")
+    _check_coefficients(sample, coefficients, table, row)
+    if weights or any(tensor is not None for tensor in history):
+        _check_history(sample, weights, history)
     if clip is not None and not clip > 0:
         raise ValueError(f"{NAME}: clip is {clip}, expected more than 0")
+
+
+def _check_coefficients(sample, coefficients, table, row):
+    if table is None:
+        if len(coefficients) != 7:
+            raise ValueError(f"{NAME}: coefficients has {len(coefficients)} values, expected 7, or a table")
+        if row is not None:
+            raise ValueError(f"{NAME}: row is given without a table")
+        return
+    wanted = torch.float64 if sample.dtype is torch.float64 else torch.float32
+    require_dtype(NAME, (wanted,), table=table)
+    N = sample.shape[0]
+    if row is None:
+        require_shape(NAME, "table", table, (N, 7), "[N, 7]")
+        return
+    if table.dim() != 2 or table.shape[1] != 7:
+        raise ValueError(f"{NAME}: table has shape {list(table.shape)}, expected [rows, 7]")
+    require_dtype(NAME, (torch.int64,), row=row)
+    if row.dim() != 1 or row.shape[0] not in (1, N):
+        raise ValueError(f"{NAME}: row has shape {list(row.shape)}, expected [1] or [N] = [{N}]")
+
+
+def _check_history(sample, weights, history):
+    count = sum(tensor is not None for tensor in history)
+    if len(weights) != count + 1:
+        raise ValueError(f"{NAME}: weights has {len(weights)} values for {count} of history, expected one more")
+    for i, tensor in enumerate(history[:count]):
+        name = f"history[{i}]"
+        require_tensors(NAME, **{name: tensor})
+        require_device(NAME, "sample", sample.device, **{name: tensor})
+        require_shape(NAME, name, tensor, tuple(sample.shape), "sample's shape")
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{NAME}: {name} is {short(tensor.dtype)}, expected a floating type")
 
 
 def memory_layout(sample: torch.Tensor) -> torch.memory_format:
@@ -142,7 +225,8 @@ def _autocast(dtype, *args):
 op = Op(
     NAME,
     "(Tensor sample, Tensor model_output, float[] coefficients, Tensor? table, float? guidance, Tensor? noise, "
-    "float? clip) -> (Tensor, Tensor)",
+    "float? clip, Tensor? row, float[] weights, Tensor? history1, Tensor? history2, "
+    "Tensor? history3) -> (Tensor, Tensor)",
     check=check,
     fake=_fake,
     autocast=_autocast,
@@ -153,22 +237,39 @@ ddim_step.op = op
 
 
 @op.backend("torch")
-def _reference(sample, model_output, coefficients, table, guidance, noise, clip):
+def _reference(sample, model_output, coefficients, table, guidance, noise, clip, row=None, weights=(), *history):
     dtype = torch.float64 if sample.dtype is torch.float64 else torch.float32
     x, m = sample.to(dtype), model_output.to(dtype)
     if table is not None:
+        table = table if row is None else rows_of(table, row)
         coefficients = table.to(dtype).reshape(-1, 7, *[1] * (x.dim() - 1)).unbind(1)
     x0_x, x0_m, eps_x, eps_m, prev_x0, prev_eps, sigma = coefficients
     if guidance is not None:
         unconditional, conditional = m.chunk(2)
         m = unconditional + guidance * (conditional - unconditional)
-    x0 = x0_x * x + x0_m * m
+    eps = eps_x * x + eps_m * m
+    second = x0 = x0_x * x + x0_m * m
+    if weights:
+        second, eps = eps, weights[0] * eps
+        for weight, past in zip(weights[1:], history, strict=False):
+            eps = eps + weight * past.to(dtype)
+        x0 = x0_x * x + x0_m * eps
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
-    prev = prev_x0 * x0 + prev_eps * (eps_x * x + eps_m * m)
+    prev = prev_x0 * x0 + prev_eps * eps
     if noise is not None:
         prev = prev + sigma * noise.to(dtype)
-    return tuple(value.to(sample.dtype).contiguous(memory_format=memory_layout(sample)) for value in (prev, x0))
+    both = prev, second if weights else x0
+    return tuple(value.to(sample.dtype).contiguous(memory_format=memory_layout(sample)) for value in both)
+
+
+def rows_of(table: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """[1 or N, 7]: the table's rows of these numbers, NaN where it has none."""
+    if table.shape[0] == 0:
+        return table.new_full((row.shape[0], 7), math.nan)
+    found = table.index_select(0, row.clamp(0, table.shape[0] - 1))
+    known = (row >= 0) & (row < table.shape[0])
+    return torch.where(known[:, None], found, math.nan)
 
 
 def dense(sample: torch.Tensor, *others: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
@@ -181,13 +282,25 @@ def dense(sample: torch.Tensor, *others: torch.Tensor | None) -> Sequence[torch.
     ]
 
 
-def _native(extension, sample, model_output, coefficients, table, guidance, noise, clip):
+def _native(
+    extension, sample, model_output, coefficients, table, guidance, noise, clip, row=None, weights=(), *history
+):
     prev, x0 = empty_output(sample), empty_output(sample)
     if prev.numel():
-        sample, model_output, noise = dense(sample, model_output, noise)
+        sample, model_output, noise, *history = dense(sample, model_output, noise, *history)
         fields = native_fields(sample, model_output, coefficients, table, guidance, clip)
-        extension.ddim_step({"noise": noise, "prev": prev, "x0": x0, **fields}, *native.place(sample))
+        fields |= {"noise": noise, "prev": prev, "x0": x0, "row": row}
+        fields |= {"rows": 0 if table is None else table.shape[0]}
+        fields |= {"stride_row": row.stride(0) if row is not None and row.shape[0] > 1 else 0}
+        fields |= {"multistep": len(weights) > 0}
+        fields |= zip(_WEIGHTS, (*weights, 0.0, 0.0, 0.0, 0.0), strict=False)
+        fields |= zip(_HISTORY, (*history, None, None, None), strict=False)
+        extension.ddim_step(fields, *native.place(sample))
     return prev, x0
+
+
+_WEIGHTS = tuple(f"weight{i}" for i in range(4))
+_HISTORY = tuple(f"history{i}" for i in range(1, 4))
 
 
 def native_fields(
@@ -198,7 +311,7 @@ def native_fields(
     guidance: float | None,
     clip: float | None,
 ) -> dict:
-    """DdimStepArgs of csrc/ops.h but for noise, prev and x0; the gradient's struct has these fields, too."""
+    """The fields that DdimStepArgs and the gradient's struct (csrc/ops.h) have in common."""
     N = sample.shape[0]
     return {
         "sample": sample,
@@ -218,12 +331,13 @@ def native_fields(
 native.register(op, _native)
 
 
-def _triton(kernel, sample, model_output, coefficients, table, guidance, noise, clip):
+def _triton(kernel, sample, model_output, coefficients, table, guidance, noise, clip, row=None, weights=(), *history):
     prev, x0 = empty_output(sample), empty_output(sample)
     if prev.numel():
-        sample, model_output, noise = dense(sample, model_output, noise)
+        sample, model_output, noise, *history = dense(sample, model_output, noise, *history)
         table = None if table is None else table.contiguous()
-        kernel(sample, model_output, noise, prev, x0, coefficients, table, guidance, clip)
+        past = [tensor for tensor in history if tensor is not None]
+        kernel(sample, model_output, noise, prev, x0, coefficients, table, guidance, clip, row, weights, past)
     return prev, x0
 
 

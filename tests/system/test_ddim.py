@@ -92,15 +92,6 @@ def test_sixteen_bits_are_nearer_than_stock(dtype):
     assert mine.dtype is dtype and far(mine, exact) <= far(theirs, exact)
 
 
-def test_the_alphas_of_a_timestep_on_a_device_are_those_of_a_number():
-    _, ours = pair(4, set_alpha_to_one=False)
-    for t in ours.timesteps:
-        as_numbers = ours._alphas(int(t), 0.5)
-        stride = ours.config.num_train_timesteps // ours.num_inference_steps
-        as_tensors = ours._alphas_on(t, t - stride, 0.5)
-        assert as_tensors == pytest.approx(as_numbers, rel=1e-4)
-
-
 def test_wrong_counts_of_steps():
     scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="call set_timesteps first"):
