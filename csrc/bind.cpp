@@ -5,9 +5,14 @@
 //
 // with every field of AttentionArgs by its name, in any order, but for the workspace: the binding asks allocate(bytes)
 // for it. A pointer is a tensor or None. No torch here either: a tensor is what has a data_ptr().
-// A dict, since keywords cost 1 us more: they are packed twice on the way.
+// A dict, since keywords cost 1 us more: they are packed twice on the way. A call that comes again with other addresses
+// alone is prepared once and then takes these (ldmfast/ops/plans.py):
+//
+//     again = module.prepare_attention({"q": q, ...}, ("q", "k", "v", "out"))
+//     again((q, k, v, out), device, stream, allocate)
 #include <pybind11/pybind11.h>
 
+#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -125,11 +130,12 @@ template <class Args> constexpr bool has_workspace() {
   return found;
 }
 
+bool launching = true;  // off for measuring what is around a launch (bench/checks/host_time.py)
+
 // query: the bytes of workspace that the struct asks for
 template <class Args, class Query, class Launcher>
-void call(const char* op, Query query, Launcher launcher, const py::dict& given, int device, uintptr_t stream,
-          const py::object& allocate) {
-  Args args = filled<Args>(op, given);
+void launch_with_workspace(Query query, Launcher launcher, Args& args, int device, uintptr_t stream,
+                           const py::object& allocate) {
   py::object scratch;  // until after the launch
   if (const size_t bytes = query(args)) {
     scratch = allocate(bytes);
@@ -138,8 +144,47 @@ void call(const char* op, Query query, Launcher launcher, const py::dict& given,
     });
     if (PyErr_Occurred()) throw py::error_already_set();
   }
+  if (!launching) return;
   py::gil_scoped_release release;
   launcher(args, Launch{device, reinterpret_cast<void*>(stream)});
+}
+
+// The same call again with other values of some fields, without a dict: what the others hold was filled once.
+struct Prepared {
+  using Call = std::function<void(const py::tuple&, int, uintptr_t, const py::object&)>;
+  Call call;
+};
+
+template <class Args, class Query, class Launcher>
+Prepared prepared(const char* op, Query query, Launcher launcher, const py::dict& given, const py::tuple& varying) {
+  const Args args = filled<Args>(op, given);
+  // place[i]: which value of a call field i takes, or -1
+  std::vector<int> place;
+  size_t found = 0;
+  Args walked = args;
+  Fields<Args>::each(walked, [&](const char* field, auto& into) {
+    place.push_back(-1);
+    for (size_t i = 0; i < varying.size(); ++i)
+      if (varying[i].cast<std::string>() == field) place.back() = static_cast<int>(i), ++found;
+    if constexpr (std::is_pointer_v<std::remove_reference_t<decltype(into)>>) {
+      if (into && place.back() < 0) refuse(op, std::string(field) + " is an address, and is not to vary");
+    }
+  });
+  if (found != varying.size()) refuse(op, "a field that is to vary is unknown");
+  const size_t count = varying.size();
+  return {[=](const py::tuple& values, int device, uintptr_t stream, const py::object& allocate) {
+    Args now = args;
+    if (values.size() != count) refuse(op, "takes " + std::to_string(count) + " values");
+    auto at = place.begin();
+    Fields<Args>::each(now, [&](const char* field, auto& into) {
+      const int i = *at++;
+      if (i < 0) return;
+      into = {};
+      read(PyTuple_GET_ITEM(values.ptr(), i), into);
+      if (PyErr_Occurred()) refuse(op, std::string(field) + " is of a wrong kind, expected " + kind(into));
+    });
+    launch_with_workspace(query, launcher, now, device, stream, allocate);
+  }};
 }
 
 template <class Args> py::dict kinds() {
@@ -153,15 +198,25 @@ template <class Args> py::dict kinds() {
 
 PYBIND11_MODULE(LDMFAST_MODULE, m) {
   m.attr("flags") = LDMFAST_FLAGS;
+  m.def("set_launching", [](bool on) { launching = on; });
+  py::class_<Prepared>(m, "Prepared", py::module_local())
+      .def("__call__", [](const Prepared& self, const py::tuple& values, int device, uintptr_t stream,
+                          const py::object& allocate) { self.call(values, device, stream, allocate); });
   py::dict fields;  // of every op's struct: what each holds
 #define LDMFAST_BIND(op, Args, W)                                                                                  \
   static_assert(has_workspace<Args>() == LDMFAST_IF_##W(!) false, #op ": LDMFAST_OPS and its struct say otherwise"); \
-  m.def(#op, [](const py::dict& given, int device, uintptr_t stream, const py::object& allocate) {                 \
-    const auto query = [](const Args& args) -> size_t {                                                            \
+  struct op##_query {                                                                                              \
+    size_t operator()([[maybe_unused]] const Args& args) const {                                                   \
       LDMFAST_IF_##W(return op##_workspace(args);)                                                                 \
       return 0;                                                                                                    \
-    };                                                                                                             \
-    call<Args>(#op, query, op, given, device, stream, allocate);                                                   \
+    }                                                                                                              \
+  };                                                                                                               \
+  m.def(#op, [](const py::dict& given, int device, uintptr_t stream, const py::object& allocate) {                 \
+    Args args = filled<Args>(#op, given);                                                                          \
+    launch_with_workspace(op##_query{}, op, args, device, stream, allocate);                                       \
+  });                                                                                                              \
+  m.def("prepare_" #op, [](const py::dict& given, const py::tuple& varying) {                                      \
+    return prepared<Args>(#op, op##_query{}, op, given, varying);                                                  \
   });                                                                                                              \
   fields[#op] = kinds<Args>();
   LDMFAST_OPS(LDMFAST_BIND)

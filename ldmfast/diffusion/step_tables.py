@@ -81,7 +81,7 @@ class StepTables:
 
 
 def row_of(timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """The timestep, 0-d or [N], as the rows that `ops.ddim_step` takes: a view, where it is int64 on sample's device."""
+    """The timestep, 0-d or [N], as the rows that `ops.ddim_step` takes: a view of one that is int64 on that device."""
     return timestep.to(sample.device, torch.int64).reshape(-1)
 
 

@@ -232,6 +232,7 @@ op = Op(
     autocast=_autocast,
     normalise=_arguments,
     example=_example,
+    numbers=2,
 )
 ddim_step.op = op
 

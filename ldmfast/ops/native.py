@@ -14,11 +14,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import operator
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from ldmfast.ops.dispatcher import Values
 from ldmfast.ops.registry import Choice
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
@@ -76,19 +79,26 @@ def place(tensor: torch.Tensor) -> tuple[int, int, Callable[[int], torch.Tensor]
     if not tensor.is_cuda:
         return _HOST
     index = tensor.device.index
-    return index, torch.cuda.current_stream(index).cuda_stream, functools.partial(_bytes, device=tensor.device)
+    return index, _raw_stream(index), _allocator(tensor.device)
 
 
-def _bytes(count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    return torch.empty(count, dtype=torch.uint8, device=device)
+@functools.cache
+def _allocator(device: torch.device) -> Callable[[int], torch.Tensor]:
+    with torch.inference_mode(False):  # it outlives this call
+        return torch.empty(0, dtype=torch.uint8, device=device).new_empty  # a third less than torch.empty
 
 
-_HOST = (-1, 0, _bytes)
+_HOST = (-1, 0, _allocator(torch.device("cpu")))
+# the stream's address without an object about it: 0.1 us; a build of torch without CUDA has no such function
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def register(op: Choice, function: Callable, lead: int = 0, modules: Iterable[str] = MODULES) -> None:
     """Registers `function(extension, *args)` as the op's native backends, which refuse what was not built.
 
+    function passes its arguments on, or views of them that begin where they begin, copies, and what it returns,
+             which the launch alone writes; the numbers that it passes may depend on the arguments' shapes, strides,
+             dtypes, devices and values, not on their addresses
     lead     the argument whose dtype the kernel computes in
     modules  those that have the op: all of MODULES, or "cpu" alone (LDMFAST_CPU_OPS of csrc/ops.h)
     """
@@ -104,3 +114,111 @@ def register(op: Choice, function: Callable, lead: int = 0, modules: Iterable[st
         backend = op.backend(name, devices={DEVICES[name]})(run)
         backend.refuses(lambda *args, _name=name: missing(_name) or lacks(_name, op.name))
         backend.refuses(float64)
+        backend.planned = functools.partial(_planned, name, function)
+
+
+class _Watched:
+    """An extension module whose calls are noted."""
+
+    def __init__(self, extension: ModuleType) -> None:
+        self.extension, self.calls = extension, []
+
+    def __getattr__(self, name: str) -> Callable:
+        def call(fields, *where):
+            self.calls.append((name, fields))
+            return getattr(self.extension, name)(fields, *where)
+
+        return call
+
+
+def _planned(name: str, function: Callable, args: tuple) -> tuple[Any, Callable | None]:
+    """The result of function, and how a call of the same signature is made with other addresses alone, or None.
+
+    None where it made a copy of an argument, or another number of calls than one, and where it cannot be told which
+    argument an address is of.
+    """
+    watched = _Watched(module(name))
+    result = function(watched, *args)
+    outputs = result if isinstance(result, tuple) else (result,)
+    if len(watched.calls) != 1 or not all(map(_is_fresh, outputs)):
+        return result, None
+    ((op, fields),) = watched.calls
+    constants = [value for value in fields.values() if isinstance(value, torch.Tensor) and _is_constant(value)]
+    places = _places(fields, args, (*outputs, *constants))
+    if places is None:
+        return result, None
+    prepare = getattr(module(name), f"prepare_{op}", None)
+    if prepare is None:  # a module that was built before there were plans
+        return result, None
+    prepared = prepare(fields, tuple(places))
+    several = isinstance(result, tuple)
+    return result, _again(prepared, tuple(places.values()), args, outputs, constants, several)
+
+
+def _again(
+    prepared: Callable, places: tuple[int, ...], args: tuple, outputs: tuple, constants: list, several: bool
+) -> Callable:
+    """The function of the op's arguments, the backend's name last, that allocates the outputs and launches."""
+    taken = operator.itemgetter(*places)
+    index, _, allocate = place(args[0])
+    stream_of = _raw_stream if args[0].is_cuda else lambda index: 0
+    makers = [_maker(output, args) for output in outputs]
+    like, shape, strides, dtype = makers[0]
+
+    def one(args):
+        out = args[like].new_empty_strided(shape, strides, **dtype)
+        prepared(taken((*args, out, *constants)), index, stream_of(index), allocate)
+        return out
+
+    def all_of_them(args):
+        made = tuple([args[like].new_empty_strided(shape, strides, **dtype) for like, shape, strides, dtype in makers])
+        prepared(taken((*args, *made, *constants)), index, stream_of(index), allocate)
+        return made
+
+    return all_of_them if several else one
+
+
+def constant(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, which is kept as it is from now on: a plan may hold it."""
+    tensor._ldmfast_constant = True
+    return tensor
+
+
+def _is_constant(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, "_ldmfast_constant", False)
+
+
+def _is_fresh(output: torch.Tensor) -> bool:
+    """Whether it is a whole allocation, which nobody has written to but the launch, as far as that is counted."""
+    written = not output.is_inference() and output._version > 0
+    return (
+        not written
+        and output.storage_offset() == 0
+        and output.untyped_storage().nbytes() == output.numel() * output.element_size()
+    )
+
+
+def _places(fields: dict, args: tuple, outputs: tuple) -> dict[str, int] | None:
+    """By field, where in (*args, name, *outputs) the value stands that every call gives anew."""
+    addresses = {value.data_ptr(): i for i, value in enumerate(args) if isinstance(value, torch.Tensor)}
+    tensors = sum(isinstance(value, torch.Tensor) for value in args)
+    if len(addresses) != tensors or 0 in addresses:
+        return None
+    found = {}
+    for field, value in fields.items():
+        if isinstance(value, torch.Tensor):
+            made = [len(args) + 1 + j for j, output in enumerate(outputs) if output is value]
+            found[field] = made[0] if made else addresses.get(value.data_ptr())
+        elif isinstance(value, Values):
+            found[field] = next((i for i, given in enumerate(args) if given is value), None)
+    values = [i for i, value in enumerate(args) if isinstance(value, Values) and value]
+    complete = None not in found.values() and set(values) <= set(found.values())
+    return found if complete and all(len(args) + 1 + j in found.values() for j in range(len(outputs))) else None
+
+
+def _maker(output: torch.Tensor, args: tuple) -> tuple[int, torch.Size, tuple[int, ...], dict]:
+    """(an argument that is like the output, its shape and strides, and its dtype, where no argument has that)"""
+    for i, value in enumerate(args):
+        if isinstance(value, torch.Tensor) and value.dtype is output.dtype:
+            return i, output.shape, output.stride(), {}
+    return 0, output.shape, output.stride(), {"dtype": output.dtype}

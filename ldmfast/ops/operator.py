@@ -23,9 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldmfast.ops.contract.stock_ops import fixed_order
 from ldmfast.ops.contract.switch import exact
-from ldmfast.ops.dispatcher import dispatcher_needed, transformed
-from ldmfast.ops.registry import BACKWARD_OPS, OPS, Choice, chosen_backend
+from ldmfast.ops.dispatcher import Values, dispatcher_needed, signature, transformed
+from ldmfast.ops.registry import BACKWARD_OPS, OPS, Backend, Choice, chosen_backend
 
+PLANS = 1024  # of an op; one more, and they are made anew
 LIBRARY = torch.library.Library("ldmfast", "DEF")
 
 
@@ -39,6 +40,7 @@ class Op(Choice):
     autocast    called as autocast(dtype, *args): the arguments as autocast wants them
     normalise   the public function's arguments -> args, for `explain`; None for an op that only autograd calls
     example     called as example(dtype, device): args on a shape of the U-Net, on which the op is tried; None as above
+    numbers     the place of the argument whose numbers, however many, only the kernel looks at, if there is one
     """
 
     def __init__(
@@ -51,10 +53,11 @@ class Op(Choice):
         autocast: Callable,
         normalise: Callable | None = None,
         example: Callable | None = None,
+        numbers: int | None = None,
     ) -> None:
         super().__init__(name)
         self.check, self.fake, self.normalise, self.example = check, fake, normalise, example
-        self._autocast = autocast
+        self._autocast, self._numbers = autocast, numbers
         self._gradient: Callable | None = None
         self._keeps_output = False
         self._define(schema)
@@ -81,21 +84,52 @@ class Op(Choice):
     def __call__(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """args as in the schema, the backend's name or None last."""
         if not torch.compiler.is_compiling():
-            if not dispatcher_needed(args):
-                return self.run(*args)
+            if self._numbers is not None:
+                args = (*args[: self._numbers], Values(args[self._numbers]), *args[self._numbers + 1 :])
+            seen = signature(args)
+            if seen is not None:
+                return self._run_seen(seen, args)
             if torch.is_grad_enabled() and _only_autograd_watches(args):
-                return _Recorded.apply(*args, self, self.run)
+                return _Recorded.apply(*args, self, self._run_below)
         return self._operator(*args)
+
+    def _run_seen(self, seen: tuple, args: tuple) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """`run`, by the plan that the first call of this signature left: nothing is checked or chosen again."""
+        if "run" in self.__dict__:  # who puts another run in its place wants every call
+            return self.run(*args)
+        key = seen, chosen_backend(), exact()
+        plan = self.plans.get(key)
+        if plan is not None:
+            return plan(args)
+        if args[0].is_meta:
+            return self._operator(*args)
+        if not seen:
+            return self.run(*args)
+        backend = self._checked(args)
+        if backend.name == "torch" and exact():
+            return self.run(*args)
+        result, plan = backend.first(args[:-1])
+        if len(self.plans) >= PLANS:
+            self.plans.clear()
+        self.plans[key] = plan
+        return result
+
+    def _run_below(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The value, for autograd, which has noted the call and looks no further."""
+        return self._run_seen(signature(args) or (), args)
 
     def run(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Check, choose and run: what the operator does on every device."""
-        *args, name = args
-        self.check(*args)
-        backend = self.select(args, name)
+        backend = self._checked(args)
         if backend.name == "torch" and exact():
             with fixed_order():
-                return backend.run(*args)
-        return backend.run(*args)
+                return backend.run(*args[:-1])
+        return backend.run(*args[:-1])
+
+    def _checked(self, args: tuple) -> Backend:
+        *args, name = args
+        self.check(*args)
+        return self.select(args, name)
 
     def _define(self, schema: str) -> None:
         arguments, returns = schema.rsplit("->", 1)

@@ -77,10 +77,26 @@ class Backend:
     run: Callable
     conditions: list[Callable] = field(default_factory=list)
     slow_conditions: list[Callable] = field(default_factory=list)
+    planned: Callable | None = None  # called as planned(args): the result, and what native.py may make of it, or None
+    plans: dict = field(
+        default_factory=dict, repr=False, compare=False
+    )  # the op's, which end where one of these changes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if hasattr(self, "plans"):
+            self.plans.clear()
+
+    def first(self, args: Sequence) -> tuple[Any, Callable]:
+        """The result, and the plan of all calls of this signature: a function of the op's arguments, the name last."""
+        run = self.run
+        result, plan = (run(*args), None) if self.planned is None else self.planned(args)
+        return result, plan or (lambda args: run(*args[:-1]))
 
     def refuses(self, condition: Callable) -> Callable:
         """Decorator: `condition(*args)` returns a sentence, or None where the backend can run these arguments."""
         self.conditions.append(condition)
+        self.plans.clear()
         return condition
 
     def slower(self, condition: Callable) -> Callable:
@@ -89,6 +105,7 @@ class Backend:
         It is not asked about arguments that the backend refuses, nor when the backend was named.
         """
         self.slow_conditions.append(condition)
+        self.plans.clear()
         return condition
 
     @property
@@ -127,6 +144,7 @@ class Choice:
     def __init__(self, name: str) -> None:
         self.name = name
         self.backends: dict[str, Backend] = {}
+        self.plans: dict[tuple, Callable] = {}  # of calls, by what operator.py sees of them
         self._ranked: list[Backend] = []
         self._automatic: dict[str, list[Backend]] = {}
 
@@ -134,7 +152,9 @@ class Choice:
         """Decorator: registers `function(*args)` as this op's backend `name`."""
 
         def register(function: Callable) -> Backend:
-            self.backends[name] = Backend(name, None if devices is None else frozenset(devices), function)
+            devices_taken = None if devices is None else frozenset(devices)
+            self.backends[name] = Backend(name, devices_taken, function, plans=self.plans)
+            self.plans.clear()
             return self.backends[name]
 
         return register
@@ -187,6 +207,12 @@ class Choice:
             return backend
         reasons = "; ".join(f"{b.name}: {b.refusal(args)}" for b in self.ranked() if RANKS[b.name] >= 0)
         raise NotImplementedError(f"{self.name}: every backend refuses. {reasons}")
+
+
+def choose_anew() -> None:
+    """To be called where something that a choice rests on has changed: a table of times, say."""
+    for op in (*OPS.values(), *BACKWARD_OPS.values()):
+        op.plans.clear()
 
 
 def explain(op: Callable | str, *args: Any, **kwargs: Any) -> str:

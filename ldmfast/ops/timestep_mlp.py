@@ -137,7 +137,7 @@ def frequencies(
 @functools.lru_cache(maxsize=64)
 def _frequencies_on(device, dim, downscale_freq_shift, max_period):
     with torch.inference_mode(False):  # the cache outlives this call: it must not hold inference tensors
-        return frequencies(dim, downscale_freq_shift, max_period).to(device)
+        return native.constant(frequencies(dim, downscale_freq_shift, max_period).to(device))
 
 
 def sinusoid(

@@ -21,7 +21,7 @@ NAME = "ddim_step_backward"
 #   dsample = x0_sample * d0 + eps_sample * de,   dm = x0_model * d0 + eps_model * de,   dnoise = sigma * dprev,
 #   dmodel_output = dm, or with guidance s:  (1 - s) * dm for the unconditional half, s * dm for the other
 #
-# A table of coefficients that is itself to be learned has its gradient from the reference, and so has a multistep method.
+# A table of coefficients that is itself to be learned has its gradient from the reference; so has a multistep method.
 # Traffic: 5 * sample bytes, 7 with guidance.
 
 
@@ -52,6 +52,7 @@ op = Op(
     check=_check,
     fake=_fake,
     autocast=lambda dtype, *args: args,
+    numbers=4,
 )
 
 

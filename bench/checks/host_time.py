@@ -1,0 +1,148 @@
+"""What a call of each op costs the host, in microseconds: all of Python, the binding and the allocation of outputs.
+
+    python bench/checks/host_time.py                 cpu, cuda-host and, under the interpreter, Triton
+    python bench/checks/host_time.py --most 8        exits 1 where a native op takes longer
+
+Nothing is launched: the extension modules fill the argument struct and return, and Triton's kernels are replaced by
+nothing. So the tensors lie on the CPU; on a GPU the raw stream of the device is one more question. `cuda-host` takes
+the way of `cuda`. The least of --rounds rounds counts: what else runs on the machine only adds. `first` is a call of a
+new signature, which checks the arguments and chooses a backend: the median of calls with all plans forgotten.
+A module that was built without `set_launching` is stood for by an empty function, which leaves the binding out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+NATIVE = ("cpu", "cuda-host")
+
+
+def calls():
+    """(op, what, backend -> a call): SD1.5's first level, guided, in bfloat16 (float16 for the interpreter)."""
+    import torch
+
+    from ldmfast import ops
+
+    dtype = torch.float16 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
+
+    def empty(*shape, kind=dtype):
+        return torch.empty(shape, dtype=kind)
+
+    x = empty(2, 320, 64, 64).contiguous(memory_format=torch.channels_last)
+    row, shift, rows, factors = empty(320), empty(320), empty(2, 320), empty(2, 320, kind=torch.float32)
+    q, k, v = empty(2, 4096, 8, 40), empty(2, 77, 8, 40), empty(2, 77, 8, 40)
+    tokens, weight, kernel = empty(2, 4096, 320), empty(320, 320), empty(320, 320, 3, 3)
+    time_layers = empty(1280, 320), empty(1280), empty(1280, 1280), empty(1280)
+    t, latents, outputs = empty(2, kind=torch.float32), empty(1, 4, 64, 64), empty(2, 4, 64, 64)
+    table, at = empty(1000, 7, kind=torch.float32), torch.tensor([500])
+    named = {"norm_scale": factors, "norm_shift": factors.clone(), "norm_silu": True}
+    yield "group_norm_silu", "", lambda b: ops.group_norm_silu(x, row, shift, 32, backend=b)
+    yield "group_norm_silu", "add", lambda b: ops.group_norm_silu(x, row, shift, 32, add=rows, backend=b)
+    yield "group_norm_affine", "", lambda b: ops.group_norm_affine(x, row, shift, 32, backend=b)
+    yield "layer_norm", "", lambda b: ops.layer_norm(tokens, row, shift, backend=b)
+    yield "attention", "cross", lambda b: ops.attention(q, k, v, backend=b)
+    yield "timestep_mlp", "", lambda b: ops.timestep_mlp(t, *time_layers, dim=320, backend=b)
+    yield "linear", "", lambda b: ops.linear(tokens, weight, row, backend=b)
+    yield "linear", "residual", lambda b: ops.linear(tokens, weight, row, residual=q.view(2, 4096, 320), backend=b)
+    yield "conv2d", "", lambda b: ops.conv2d(x, kernel, row, padding=1, backend=b)
+    yield "conv2d", "norm", lambda b: ops.conv2d(x, kernel, row, padding=1, add=rows, **named, backend=b)
+    yield "ddim_step", "numbers", lambda b: ops.ddim_step(latents, outputs, 0.3, 0.5, guidance=7.5, backend=b)
+    by_row = {"table": table, "row": at}
+    if "row" in ops.ddim_step.__kwdefaults__:
+        yield "ddim_step", "row", lambda b: ops.ddim_step(latents, outputs, guidance=7.5, **by_row, backend=b)
+
+
+def without_launches(backend: str) -> None:
+    """Calls of this backend end before the launch."""
+    from ldmfast.ops import native
+
+    if backend == "triton":
+        from triton.runtime.interpreter import InterpretedFunction
+
+        nothing = lambda *args, **named: None  # noqa: E731
+        InterpretedFunction.__getitem__ = lambda self, grid: nothing
+        return
+    module = native.module(backend)
+    if hasattr(module, "set_launching"):
+        module.set_launching(False)
+        return
+    names = [name for name in dir(module) if not name.startswith("_")]
+    empty = {name: (lambda *args: None) if name in module.fields else getattr(module, name) for name in names}
+    stand_in, found = types.SimpleNamespace(**empty), native.module
+    native.module = lambda name: stand_in if name == backend else found(name)
+
+
+def least(call, rounds: int) -> float:
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(50):
+            call()
+        times.append((time.perf_counter() - started) / 50)
+    return min(times) * 1e6
+
+
+def first(op, call, rounds: int) -> float | None:
+    if not hasattr(op, "plans"):
+        return None
+    times = []
+    for _ in range(rounds):
+        op.plans.clear()
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e6
+
+
+def measure(backend: str, rounds: int) -> None:
+    """Prints a JSON line for each call that the backend takes."""
+    import torch
+
+    from ldmfast.ops.registry import OPS
+
+    without_launches(backend)
+    with torch.no_grad():
+        for name, what, call in calls():
+            op = OPS[name]
+            if backend in op.backends:
+                repeated = least(lambda: call(backend), rounds)  # noqa: B023
+                new = first(op, lambda: call(backend), rounds)  # noqa: B023
+                print(json.dumps([name, what, round(repeated, 2), new and round(new, 1)]), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--most", type=float, help="microseconds that a call of a native backend may take")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--backend", nargs="*", choices=(*NATIVE, "triton"), default=(*NATIVE, "triton"))
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        measure(options.here, options.rounds)
+        return 0
+    over = 0
+    print(f"{'op':18} {'':9} {'backend':10} {'us a call':>9} {'first':>6}")
+    for backend in options.backend:
+        environment = {**os.environ, "TRITON_INTERPRET": str(int(backend == "triton"))}
+        command = [sys.executable, __file__, "--here", backend, "--rounds", str(options.rounds)]
+        found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        for name, what, repeated, new in map(json.loads, found.stdout.splitlines()):
+            print(f"{name:18} {what:9} {backend:10} {repeated:9.1f} {new if new is not None else '':>6}")
+            over += backend in NATIVE and options.most is not None and repeated > options.most
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
