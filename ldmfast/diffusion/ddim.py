@@ -36,6 +36,7 @@ class DDIMScheduler(StepTables, diffusers.DDIMScheduler):
         check_steps(num_inference_steps)
         with torch.inference_mode(False):
             super().set_timesteps(num_inference_steps, device)
+        self._prepare(device, 0.0)
 
     def step(
         self,

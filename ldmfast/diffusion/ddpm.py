@@ -47,6 +47,7 @@ class DDPMScheduler(StepTables, diffusers.DDPMScheduler):
             times = self.timesteps
             self.timesteps = times.to(device)
         self._note_numbers(self.timesteps, times.tolist())
+        self._prepare(device)
 
     def step(
         self,

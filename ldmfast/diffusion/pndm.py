@@ -48,6 +48,8 @@ class PNDMScheduler(StepTables, diffusers.PNDMScheduler):
         check_steps(num_inference_steps)
         with torch.inference_mode(False):
             super().set_timesteps(num_inference_steps, device)
+        self._prepare(device, False)
+        self._prepare(device, True)
 
     def step(
         self,
@@ -84,7 +86,7 @@ class PNDMScheduler(StepTables, diffusers.PNDMScheduler):
         again = self.counter == 1  # the first step again, from where it began, with the mean of the slopes at both ends
         history = self.ets[-1:] if again else self.ets[:-4:-1]
         weights = (0.5, 0.5) if again else MULTISTEP[len(history) + 1]
-        table, row = self._coefficients(timestep, sample, again)
+        table, row = self._coefficients(timestep, again, sample)
         # what is left of the sample that the step begins at stands in the noise's place
         begin = self.cur_sample if again else sample
         prev, output = ops.ddim_step(
@@ -98,7 +100,7 @@ class PNDMScheduler(StepTables, diffusers.PNDMScheduler):
         self.counter += 1
         return SchedulerOutput(prev_sample=prev) if return_dict else (prev,)
 
-    def _coefficients(self, timestep: int | torch.Tensor, sample: torch.Tensor, again: bool) -> tuple:
+    def _coefficients(self, timestep: int | torch.Tensor, again: bool, sample: torch.Tensor) -> tuple:
         """(the step's coefficients, None), or (a table of them on sample's device, the timestep's row)."""
         stride = self.config.num_train_timesteps // self.num_inference_steps
         settings = "plms", stride, self.config.prediction_type, self.history, again

@@ -50,6 +50,14 @@ class StepTables:
             kept[settings] = sources, versions, value
         return value
 
+    def _prepare(self, device: torch.device | str | None, *others: Any) -> None:
+        """Makes the table of the steps to come, so that a CUDA graph can record the first of them.
+
+        others  what the scheduler's `_coefficients` takes between the timestep and the sample
+        """
+        if device is not None and torch.device(device).type != "cpu":
+            self._coefficients(self.timesteps[:1], *others, torch.empty(0, device=device))
+
     def _numbers(self, tensor: torch.Tensor) -> list[float]:
         """The values of a tensor of the schedule on the host; of one on a GPU they are read once."""
         return self._kept(("numbers", id(tensor)), (tensor,), tensor.tolist)

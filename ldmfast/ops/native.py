@@ -114,7 +114,7 @@ def register(op: Choice, function: Callable, lead: int = 0, modules: Iterable[st
         backend = op.backend(name, devices={DEVICES[name]})(run)
         backend.refuses(lambda *args, _name=name: missing(_name) or lacks(_name, op.name))
         backend.refuses(float64)
-        backend.planned = functools.partial(_planned, name, function)
+        backend.planned[run] = functools.partial(_planned, name, function)
 
 
 class _Watched:
@@ -134,7 +134,7 @@ class _Watched:
 def _planned(name: str, function: Callable, args: tuple) -> tuple[Any, Callable | None]:
     """The result of function, and how a call of the same signature is made with other addresses alone, or None.
 
-    None where it made a copy of an argument, or another number of calls than one, and where it cannot be told which
+    None where it made a copy of an argument, or another number of calls than one, and where it is not clear which
     argument an address is of.
     """
     watched = _Watched(module(name))

@@ -77,7 +77,8 @@ class Backend:
     run: Callable
     conditions: list[Callable] = field(default_factory=list)
     slow_conditions: list[Callable] = field(default_factory=list)
-    planned: Callable | None = None  # called as planned(args): the result, and what native.py may make of it, or None
+    # by `run`, what native.py calls in its place as function(args): the result, and a plan or None
+    planned: dict[Callable, Callable] = field(default_factory=dict)
     plans: dict = field(
         default_factory=dict, repr=False, compare=False
     )  # the op's, which end where one of these changes
@@ -90,7 +91,7 @@ class Backend:
     def first(self, args: Sequence) -> tuple[Any, Callable]:
         """The result, and the plan of all calls of this signature: a function of the op's arguments, the name last."""
         run = self.run
-        result, plan = (run(*args), None) if self.planned is None else self.planned(args)
+        result, plan = self.planned[run](args) if run in self.planned else (run(*args), None)
         return result, plan or (lambda args: run(*args[:-1]))
 
     def refuses(self, condition: Callable) -> Callable:
