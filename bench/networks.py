@@ -10,6 +10,8 @@ GFLOP = 803  # of one 64x64 sample through the U-Net, counted
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Weights N(0, 1 / fan-in), so that activations stay near 1; norms and biases a little off 1 and 0."""
+    if next(model.parameters()).is_meta:
+        return model.eval().requires_grad_(False)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
