@@ -95,6 +95,35 @@ def ddim_step_backward():
         yield name + " noise table clip", (x, x, x, output, x, output, x, None, _empty(2, 7), 7.5, 1.0)
 
 
-FORWARD = (group_norm_silu, attention, timestep_mlp, ddim_step)
+def linear():
+    """What a transformer block folds, at SD1.5's levels: residual; LayerNorm; both with GEGLU; and a time projection."""
+    for rows, k in ((8192, 320), (2048, 640), (512, 1280), (128, 1280)):
+        for dtype in FLOATS:
+            x, norm = _empty(rows, k, dtype=dtype), _empty(k, dtype=dtype)
+            weight, wide, down = (_empty(*shape, dtype=dtype) for shape in ((k, k), (8 * k, k), (k, 4 * k)))
+            hidden, bias = _empty(rows, 4 * k, dtype=dtype), _empty(8 * k, dtype=dtype)
+            name = _name([rows, k], dtype)
+            yield name + " residual", (x, weight, norm, x, x, "none", 1.0, None, None, None)
+            yield name + " norm", (x, weight, None, None, x, "none", 1.0, norm, norm, 1e-5)
+            yield name + " norm geglu", (x, wide, bias, None, hidden, "geglu", 1.0, norm, norm, 1e-5)
+            yield name + " from 4K", (hidden, down, norm, x, x, "none", 1.0, None, None, None)
+    for dtype in FLOATS:
+        x, weight, bias = _empty(2, 1280, dtype=dtype), _empty(640, 1280, dtype=dtype), _empty(640, dtype=dtype)
+        out = _empty(2, 640, dtype=dtype)
+        yield _name([2, 1280], "640", dtype), (x, weight, bias, bias.expand(2, -1), out, "none", 1.0, None, None, None)
+
+
+def qkv_projection():
+    """Self-attention behind its LayerNorm, and a prompt's keys and values."""
+    for rows, k in ((8192, 320), (2048, 640), (512, 1280), (128, 1280)):
+        for dtype in FLOATS:
+            x, norm = _empty(rows, k, dtype=dtype), _empty(k, dtype=dtype)
+            yield _name([rows, k], dtype), (x, [_empty(k, k, dtype=dtype)] * 3, _empty(rows, 3 * k, dtype=dtype), norm,
+                                            norm, 1e-5)  # fmt: skip
+            prompt, weight = _empty(154, 768, dtype=dtype), _empty(k, 768, dtype=dtype)
+            yield _name([154, 768], k, dtype), (prompt, [weight] * 2, _empty(154, 2 * k, dtype=dtype), None, None, None)
+
+
+FORWARD = (group_norm_silu, attention, timestep_mlp, ddim_step, linear, qkv_projection)
 BACKWARD = (group_norm_silu_backward, attention_backward, timestep_mlp_backward, ddim_step_backward)
 CALLS = {call.__name__: call for call in FORWARD + BACKWARD}

@@ -322,6 +322,46 @@ LDMFAST_FIELDS(Conv2dArgs, x1, stride_x1n, stride_x1h, stride_x1w, x2, stride_x2
                out, N, H, W, C1, C2, Co, Ho, Wo, kernel, stride, padding, upsample, output_scale, silu, form, dtype,
                workspace)
 
+// out = h * gelu(g), gelu with erf: h the first F of a row of x, g the others
+struct GegluArgs {
+  const void* x;                       // [M, 2F], unit stride in F
+  int64_t stride_x;
+  void* out;                           // [M, F], dense
+  int64_t M, F;
+  DType dtype;                         // of both
+};
+LDMFAST_FIELDS(GegluArgs, x, stride_x, out, M, F, dtype)
+
+// y = (x + bias + add + residual) * output_scale
+struct BiasResidualArgs {
+  const void* x;                       // [N, C, P], dense in the layout that channels_last says
+  const void* bias;                    // [C] or null
+  const void* add;                     // [N, C], unit stride in C, or null
+  int64_t stride_add;
+  const void* residual;                // as x, or null
+  void* y;                             // as x
+  int64_t N, C, P;
+  float output_scale;
+  bool channels_last;                  // true: [N, P, C] in memory
+  DType dtype;                         // of every tensor
+};
+LDMFAST_FIELDS(BiasResidualArgs, x, bias, add, stride_add, residual, y, N, C, P, output_scale, channels_last, dtype)
+
+// sum = x + residual, rounded; y = (sum - mean) * rstd * weight + bias over K
+struct ResidualLayerNormArgs {
+  const void* x;                       // [M, K], unit stride in K
+  const void* residual;                // [M, K], unit stride in K
+  int64_t stride_x, stride_residual;
+  const void* weight;                  // [K] or null
+  const void* bias;                    // [K] or null
+  void* sum;                           // [M, K], dense
+  void* y;                             // [M, K], dense
+  int64_t M, K;
+  float eps;
+  DType dtype;                         // of every tensor
+};
+LDMFAST_FIELDS(ResidualLayerNormArgs, x, residual, stride_x, stride_residual, weight, bias, sum, y, M, K, eps, dtype)
+
 // Every op once: its launcher, its struct, and whether it has a workspace. The launchers' declarations, the choice of
 // an instruction set (cpu/dispatch.cpp) and the binding (bind.cpp) are made from these lists: those of every module, ...
 #define LDMFAST_OPS(OP)                                                   \
@@ -333,12 +373,17 @@ LDMFAST_FIELDS(Conv2dArgs, x1, stride_x1n, stride_x1h, stride_x1w, x2, stride_x2
   OP(attention_backward, AttentionBackwardArgs, WORKSPACE)                \
   OP(timestep_mlp_backward, TimestepMlpBackwardArgs, WORKSPACE)           \
   OP(ddim_step_backward, DdimStepBackwardArgs, NO_WORKSPACE)
-// ... and those that the CPU's module has alone; a GPU's libraries have them
+// ... those that the CPU's module has alone; a GPU's libraries have them ...
 #define LDMFAST_CPU_OPS(OP)                                               \
   OP(group_norm_affine, GroupNormAffineArgs, WORKSPACE)                   \
   OP(layer_norm, LayerNormArgs, NO_WORKSPACE)                             \
   OP(linear, LinearArgs, WORKSPACE)                                       \
   OP(conv2d, Conv2dArgs, WORKSPACE)
+// ... and those that it lacks: what its linear and conv2d take in themselves
+#define LDMFAST_GPU_OPS(OP)                                               \
+  OP(geglu, GegluArgs, NO_WORKSPACE)                                      \
+  OP(bias_residual, BiasResidualArgs, NO_WORKSPACE)                       \
+  OP(residual_layer_norm, ResidualLayerNormArgs, NO_WORKSPACE)
 
 #define LDMFAST_IF_WORKSPACE(...) __VA_ARGS__
 #define LDMFAST_IF_NO_WORKSPACE(...)
@@ -349,6 +394,7 @@ LDMFAST_FIELDS(Conv2dArgs, x1, stride_x1n, stride_x1h, stride_x1w, x2, stride_x2
   LDMFAST_IF_##W(size_t op##_workspace(const Args& args);)
 LDMFAST_OPS(LDMFAST_DECLARE)
 LDMFAST_CPU_OPS(LDMFAST_DECLARE)
+LDMFAST_GPU_OPS(LDMFAST_DECLARE)
 #undef LDMFAST_DECLARE
 
 }  // namespace ldmfast

@@ -11,9 +11,10 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from around_cases import around_cases
 from case import Case, channels_last, randn
 from norm_cases import norm_cases
-from product_cases import convolution_cases, linear_cases
+from product_cases import convolution_cases, linear_cases, projection_cases
 
 from ldmfast import ops
 from ldmfast.ops.registry import BACKWARD_OPS, OPS, RANKS
@@ -144,7 +145,7 @@ def _cases():
         yield Case(DD, prediction, latents(2, 4, 8, 8, prediction=prediction, noise=True))
 
 
-CASES = (*norm_cases(), *_cases(), *linear_cases(), *convolution_cases())
+CASES = (*norm_cases(), *_cases(), *linear_cases(), *projection_cases(), *convolution_cases(), *around_cases())
 
 # What the tests of the contract take: a small case of each op, with most of its optional arguments, ...
 SMALL_LABELS = {
@@ -156,6 +157,10 @@ SMALL_LABELS = {
     "layer_norm": "odd",
     "linear": "everything-geglu",
     "conv2d": "everything-13x7",
+    "qkv_projection": "odd-3",
+    "geglu": "odd",
+    "bias_residual": "everything-last",
+    "residual_layer_norm": "odd",
 }
 SMALL = {case.op: case for case in CASES if SMALL_LABELS.get(case.op) == case.label}
 # ... and for gradcheck, which differentiates by differences, a tiny one in float64
@@ -168,6 +173,10 @@ TINY: dict[str, Callable[[], tuple[tuple, dict]]] = {
     "layer_norm": lambda: ((f64(3, 4), f64(4), f64(4)), {}),
     "linear": lambda: ((f64(3, 4), f64(2, 4), f64(2)), {"output_scale": 0.7}),
     "conv2d": lambda: ((f64(2, 3, 4, 3), f64(2, 3, 3, 3), f64(2)), {"padding": 1, "stride": 2}),
+    "qkv_projection": lambda: ((f64(3, 4), f64(2, 4), f64(2, 4)), {"layer_norm": (f64(4), None, 1e-5)}),
+    "geglu": lambda: ((f64(3, 8),), {}),
+    "bias_residual": lambda: ((f64(2, 3, 2, 2), f64(3)), {"residual": f64(2, 3, 2, 2), "output_scale": 0.7}),
+    "residual_layer_norm": lambda: ((f64(3, 4), f64(3, 4), f64(4), f64(4)), {}),
 }
 # arguments, by their place, whose gradient the backward op does not give: the reference does
 WITHOUT_GRADIENT = {"attention": {4}, "timestep_mlp": {0}, "ddim_step": {3}}

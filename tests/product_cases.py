@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from case import Case, channels_last, randn
 
-LI, CV = "linear", "conv2d"
+LI, CV, QKV = "linear", "conv2d", "qkv_projection"
 
 
 def layer(*rows, K, N, activation="none", plain=False, norm=False, affine=True, sliced=False, **kwargs):
@@ -79,6 +79,32 @@ def linear_cases():
         yield Case(LI, f"scaled-{activation}", layer(17, K=64, N=48, activation=activation, output_scale=0.7))
         yield Case(LI, f"normed-{activation}", layer(2, 13, K=96, N=80, activation=activation, norm=True))
         yield Case(LI, f"everything-{activation}", everything)
+
+
+def projections(*rows, K, N, parts=3, norm=True, affine=True, sliced=False):
+    """rows, K -> parts of N; sliced: rows that lie further apart than they are long, and weights the other way round"""
+
+    def make(dtype, N=rows[0]):
+        x = randn(N, *rows[1:], K + (3 if sliced else 0), dtype=dtype)[..., :K]
+        weights = (randn(outputs, K, dtype=dtype, std=K**-0.5) for _ in range(parts))
+        weights = [weight.mT.contiguous().mT for weight in weights] if sliced else weights
+        affine_ = (randn(K, dtype=dtype) if affine else None for _ in "wb")
+        return (x, *weights), {"layer_norm": (*affine_, 1e-5)} if norm else {}
+
+    outputs = N
+    return make
+
+
+def projection_cases():
+    yield Case(QKV, "self-256x320", projections(2, 256, K=320, N=320), big=True)
+    yield Case(QKV, "prompt-77x768", projections(2, 77, K=768, N=320, parts=2, norm=False), big=True)
+    for parts in (2, 3):
+        yield Case(QKV, f"odd-{parts}", projections(3, 11, K=37, N=29, parts=parts, sliced=True))
+        yield Case(QKV, f"plain-{parts}", projections(2, 13, K=64, N=48, parts=parts, norm=False))
+    yield Case(QKV, "long-rows", projections(1, 19, K=300, N=70))
+    yield Case(QKV, "no-affine", projections(9, K=100, N=20, affine=False))
+    yield Case(QKV, "one-input", projections(5, K=1, N=9, norm=False))
+    yield Case(QKV, "empty", projections(0, 7, K=40, N=24))
 
 
 def convolution_cases():

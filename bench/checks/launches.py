@@ -42,10 +42,14 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for name, count in launches(func, args):
             self.by_op[name] += count
-        return func(*args, **kwargs or {})
+        out = func(*args, **kwargs or {})
+        if func is torch.ops.aten.convolution.default and any(map(_channels_last, args[:2])):
+            out = out.to(memory_format=torch.channels_last)  # as cuDNN's is; a meta tensor's would be contiguous
+        return out
 
-    def total(self) -> int:
-        return self.by_op.total()
+
+def _channels_last(x: torch.Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def launches(func, args) -> list[tuple[str, int]]:

@@ -24,6 +24,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ldmfast import ops
+from ldmfast.models.gpu.folding import products_fold, side_by_side
 from ldmfast.models.guard import obstacle
 from ldmfast.models.layers import (
     added,
@@ -34,6 +35,7 @@ from ldmfast.models.layers import (
     image,
     joined,
     layer_norm,
+    lends_bias,
     linear,
     projected,
     tokens,
@@ -79,14 +81,18 @@ def resnet(
     """
     if obstacle(m):
         return m(joined(x, skip), cond.temb)
-    time = _time(m, cond)
+    if not folds(x):
+        x, skip = joined(x, skip), None
+    lent = m.conv1.bias if m.conv1.bias is not None and lends_bias(m.conv1, x) else None
+    time = _time(m, cond, x.shape[0], lent)
     if m.upsample is not None or m.downsample is not None:
         x, h = _resampled(m, joined(x, skip), size)
         skip = None
-        h = conv2d(m.conv1, h)
+        h = conv2d(m.conv1, h, biased=lent is None)
     else:
         # folded, the time joins the first convolution's output; else the second norm's input
-        h = conv2d(m.conv1, x, skip=skip, norm=m.norm1, silu=True, add=time.pop("add", None) if folds(x) else None)
+        add = time.pop("add", None) if folds(x) else None
+        h = conv2d(m.conv1, x, skip=skip, norm=m.norm1, silu=True, add=add, biased=lent is None)
     x = joined(x, skip) if m.conv_shortcut is None else conv2d(m.conv_shortcut, x, skip=skip)
     around = {"residual": x, "output_scale": 1 / m.output_scale_factor}
     if "add" in time or obstacle(m.dropout):
@@ -103,15 +109,20 @@ def _resampled(m: ResnetBlock2D, x: torch.Tensor, size: tuple[int, int] | None) 
     return downsample(m.downsample, x), downsample(m.downsample, h)
 
 
-def _time(m: ResnetBlock2D, cond: BlockInputs) -> dict[str, torch.Tensor]:
-    """How the time embedding enters the second norm: added before it, or as scale and shift after it."""
+def _time(m: ResnetBlock2D, cond: BlockInputs, batch: int, lent: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """How the time embedding enters the second norm: added before it, or as scale and shift after it.
+
+    lent [C]: the first convolution's bias, if it is to be added here
+    """
+    rows = None if lent is None else lent.expand(batch, -1)
+    lent_only = {} if rows is None else {"add": rows}
     if m.time_emb_proj is None or cond.temb is None:
-        return {}
-    t = linear(m.time_emb_proj, cond.temb if m.skip_time_act else cond.temb_silu)
+        return lent_only
+    temb = cond.temb if m.skip_time_act else cond.temb_silu
     if m.time_embedding_norm == "default":
-        return {"add": t}
-    scale, shift = t.chunk(2, dim=1)
-    return {"scale": scale, "shift": shift}
+        return {"add": linear(m.time_emb_proj, temb, residual=rows)}
+    scale, shift = linear(m.time_emb_proj, temb).chunk(2, dim=1)
+    return {"scale": scale, "shift": shift, **lent_only}
 
 
 def attention(
@@ -123,8 +134,11 @@ def attention(
     """
     if obstacle(m) or m.group_norm is not None:
         return x + m(norm(x), encoder_hidden_states=context, attention_mask=mask)
+    mask = None if mask is None else mask[:, None]
+    if products_fold(x) and not m.residual_connection:  # each product begins with the norm, where it is not shared
+        return _attended(m, _attend(m, x, x if context is None else context, mask, norm), None, x)
     h = layer_norm(norm, x)
-    y = _attend(m, h, h if context is None else context, None if mask is None else mask[:, None])
+    y = _attend(m, h, h if context is None else context, mask)
     return _attended(m, y, h if m.residual_connection else None, x)
 
 
@@ -136,11 +150,34 @@ def image_attention(m: Attention, x: torch.Tensor, cond: BlockInputs) -> torch.T
     return image(_attended(m, _attend(m, h, h), tokens(x) if m.residual_connection else None, None), x.shape[2:])
 
 
-def _attend(m: Attention, x: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Project and attend: x [N, L, C], keys [N, S, C'] -> [N, L, H D]. Heads are views; nothing is transposed."""
-    q, k, v = linear(m.to_q, x), linear(m.to_k, keys), linear(m.to_v, keys)  # [N, L, H D], [N, S, H D] twice
+def _attend(
+    m: Attention,
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    norm: nn.LayerNorm | None = None,
+) -> torch.Tensor:
+    """Project and attend: x [N, L, C], keys [N, S, C'] -> [N, L, H D]. Heads are views; nothing is transposed.
+
+    norm: of x, still to be done; where keys are x, of both
+    """
+    q, k, v = _projected(m, x, keys, norm)  # [N, L, H D], [N, S, H D] twice
     q, k, v = (t.unflatten(-1, (m.heads, -1)) for t in (q, k, v))  # [N, L, H, D], [N, S, H, D] twice
     return ops.attention(q, k, v, mask=mask).flatten(2)
+
+
+def _projected(m: Attention, x: torch.Tensor, keys: torch.Tensor, norm: nn.LayerNorm | None) -> tuple:
+    """Queries of x, keys and values of keys: all three in one product, or the last two, where that can be."""
+    if products_fold(x):
+        if keys is x:
+            if together := side_by_side(x, (m.to_q, m.to_k, m.to_v), norm):
+                return together
+        elif pair := side_by_side(keys, (m.to_k, m.to_v)):
+            return linear(m.to_q, x, norm=norm), *pair
+    if norm is not None:
+        h = layer_norm(norm, x)
+        x, keys = h, h if keys is x else keys
+    return linear(m.to_q, x), linear(m.to_k, keys), linear(m.to_v, keys)
 
 
 def _attended(m: Attention, h: torch.Tensor, inner: torch.Tensor | None, outer: torch.Tensor | None) -> torch.Tensor:

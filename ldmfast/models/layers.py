@@ -1,7 +1,8 @@
 """The leaf layers over `ldmfast.ops`: each function does what a module's `forward` does, with what surrounds it.
 
-On a CPU, where no gradient is asked for, the norm of a product's input, its activation and its residual are folded
-into the product (`folds`); elsewhere they are done in turn. Activations are channels_last, so an image [N, C, H, W]
+Where no gradient is asked for, the norm of a product's input, its activation and its residual are folded into the
+product: on a CPU (`folds`), and as far as one launch can take them in on a GPU (gpu/folding.py); else they are done in
+turn. Activations are channels_last, so an image [N, C, H, W]
 and its tokens [N, HW, C] are two views of the same memory.
 """
 
@@ -13,6 +14,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
 from ldmfast import ops
+from ldmfast.models.gpu.folding import folds_norm, folds_product, fuses
 from ldmfast.models.guard import plain
 from ldmfast.ops import native
 from ldmfast.ops.dispatcher import laid_out, transformed, vmapped
@@ -104,13 +106,9 @@ def _kernel_takes(m: nn.Linear | nn.Conv2d, x: torch.Tensor) -> bool:
 
 def layer_norm(m: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     """x [..., C], normalised over C."""
-    if folds(x) and _folds_norm(m, x):
+    if folds(x) and folds_norm(m, x):
         return ops.layer_norm(x, m.weight, m.bias, m.eps)
     return m(x)
-
-
-def _folds_norm(m: nn.LayerNorm, x: torch.Tensor) -> bool:
-    return plain(m) and m.normalized_shape == x.shape[-1:] and (m.weight is None or m.weight.dtype == x.dtype)
 
 
 def linear(
@@ -124,8 +122,9 @@ def linear(
 ) -> torch.Tensor:
     """(activation(m(norm(x))) + residual) * output_scale; x [..., I] -> [..., O]. activation: none or geglu."""
     taken = _kernel_takes(m, x)
-    if taken and not torch.is_grad_enabled():
-        if norm is not None and not _folds_norm(norm, x):
+    alone = norm is None and activation == "none" and residual is None and output_scale == 1.0
+    if (taken and not torch.is_grad_enabled()) or (not alone and folds_product(m, x)):
+        if norm is not None and not folds_norm(norm, x):
             x, norm = norm(x), None
         layer_norm = None if norm is None else (norm.weight, norm.bias, norm.eps)
         around = {"activation": activation, "residual": residual, "output_scale": output_scale}
@@ -158,11 +157,13 @@ def conv2d(
     residual: torch.Tensor | None = None,
     output_scale: float = 1.0,
     upsample: int = 1,
+    biased: bool = True,
 ) -> torch.Tensor:
     """(m(up(silu(norm([x, skip]) * (1 + scale) + shift))) + add + residual) * output_scale.
 
     x, skip [N, C, H, W], the input's channels; scale, shift, add [N, C]; silu, scale and shift belong to the norm, in
-    whose place table has it as ops.group_norm_affine leaves it; upsample 2: each pixel is repeated.
+    whose place table has it as ops.group_norm_affine leaves it; upsample 2: each pixel is repeated; biased False: what
+    follows adds m's bias, which `lends_bias` says of m on a GPU.
     """
     taken = _kernel_takes(m, x)
     if taken and not torch.is_grad_enabled() and (norm is None or plain(norm)):
@@ -176,7 +177,15 @@ def conv2d(
         h = (h * table[0][:, :, None, None] + table[1][:, :, None, None]).to(h.dtype)
         h = F.silu(h) if silu else h
     h = h if upsample == 1 else enlarged(h)
-    y = ops.conv2d(h, m.weight, m.bias, stride=m.stride[0], padding=m.padding[0]) if taken else _module(m, h)
+    around = residual is not None or output_scale != 1.0
+    if around and add is None and _is_pixelwise(m) and folds_product(m, h):
+        rows = None if residual is None else tokens(residual)
+        y = ops.linear(tokens(h), m.weight.flatten(1), m.bias, residual=rows, output_scale=output_scale)
+        return image(y, h.shape[2:])
+    if around and lends_bias(m, h):
+        y = _module(m, h, biased=False)
+        return ops.bias_residual(y, m.bias, add=add, residual=residual, output_scale=output_scale)
+    y = ops.conv2d(h, m.weight, m.bias, stride=m.stride[0], padding=m.padding[0]) if taken else _module(m, h, biased)
     y = y if add is None else y + add[:, :, None, None]
     return added(y, residual, output_scale)
 
@@ -197,20 +206,29 @@ def enlarged(x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tens
     return F.interpolate(x, size=size, scale_factor=2.0 if size is None else None, mode="nearest")
 
 
-def _module(m: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """m(x); a 1x1 convolution as one product over the pixels.
+def lends_bias(m: nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether m(x) leaves its bias to what follows: on a GPU PyTorch adds it in a kernel of its own."""
+    return fuses(x, "bias_residual") and m.weight.dtype == x.dtype and plain(m) and not _is_pixelwise(m)
+
+
+def _is_pixelwise(m: nn.Conv2d) -> bool:
+    return m.kernel_size == m.stride == (1, 1) and m.padding == (0, 0) and m.groups == 1
+
+
+def _module(m: nn.Conv2d, x: torch.Tensor, biased: bool = True) -> torch.Tensor:
+    """m(x), without its bias where it is not to be biased; a 1x1 convolution as one product over the pixels.
 
     On a GPU the weight is laid out channels_last for good: the same Parameter and the same values. cuDNN's kernels for
     channels_last images take such a weight; another is laid out anew at every call.
     """
     if not plain(m):
         return m(x)
-    if m.kernel_size == m.stride == (1, 1) and m.padding == (0, 0) and m.groups == 1:
+    if _is_pixelwise(m):
         return image(F.linear(tokens(x), m.weight.flatten(1), m.bias), x.shape[2:])
     if x.is_cuda and not torch.compiler.is_compiling() and not transformed():
         if not m.weight.is_contiguous(memory_format=torch.channels_last):
             m.weight.data = channels_last(m.weight.data)
-    return m(x)
+    return m(x) if biased else F.conv2d(x, m.weight, None, m.stride, m.padding, m.dilation, m.groups)
 
 
 def projected(m: nn.Module, x: torch.Tensor, norm: nn.GroupNorm, *, is_linear: bool) -> torch.Tensor:

@@ -11,6 +11,10 @@ from ldmfast.ops.contract.stock_ops import fixed_order
 from ldmfast.ops.contract.switch import chosen_numerics, numerics
 from ldmfast.ops.conv2d import conv2d
 from ldmfast.ops.ddim_step import ddim_step
+from ldmfast.ops.gpu.bias_residual import bias_residual
+from ldmfast.ops.gpu.geglu import geglu
+from ldmfast.ops.gpu.qkv_projection import qkv_projection
+from ldmfast.ops.gpu.residual_layer_norm import residual_layer_norm
 from ldmfast.ops.group_norm_affine import group_norm_affine
 from ldmfast.ops.group_norm_silu import group_norm_silu
 from ldmfast.ops.layer_norm import layer_norm
@@ -20,16 +24,20 @@ from ldmfast.ops.timestep_mlp import timestep_mlp
 
 __all__ = [
     "attention",
+    "bias_residual",
     "chosen_numerics",
     "conv2d",
     "ddim_step",
     "explain",
     "fixed_order",
+    "geglu",
     "group_norm_affine",
     "group_norm_silu",
     "layer_norm",
     "linear",
     "numerics",
+    "qkv_projection",
+    "residual_layer_norm",
     "timestep_mlp",
     "use_backend",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ldmfast.ops import native, speeds
+from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
 from ldmfast.ops.contract.switch import exact
 from ldmfast.ops.gradients.products import linear_gradients
@@ -136,23 +136,23 @@ def _reference(x, weight, bias, residual, activation, output_scale, norm_weight,
     return y if y.is_contiguous() else y.contiguous()
 
 
-def _rows(tensor):
+def rows(tensor: torch.Tensor) -> torch.Tensor:
     """[..., K] as [M, K] of unit stride in K; a view where there is one."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    found = tensor.reshape(-1, tensor.shape[-1])
+    return found if found.stride(1) == 1 else found.contiguous()
 
 
 def _native(extension, x, weight, bias, residual, activation, output_scale, norm_weight, norm_bias, eps):
     out = _empty(x, weight, activation)
     if out.numel() == 0:
         return out
-    N, rows = out.shape[-1], _rows(x)
+    N, x = out.shape[-1], rows(x)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    residual = None if residual is None else _rows(residual)
+    residual = None if residual is None else rows(residual)
     bias, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
     fields = {
-        "x": rows,
-        "stride_x": rows.stride(0),
+        "x": x,
+        "stride_x": x.stride(0),
         "weight": weight,
         "stride_w": weight.stride(0),
         "bias": bias,
@@ -164,9 +164,9 @@ def _native(extension, x, weight, bias, residual, activation, output_scale, norm
         "norm_bias": norm_bias,
         "eps": eps or 0.0,
         "normalised": eps is not None,
-        "M": rows.shape[0],
+        "M": x.shape[0],
         "N": N,
-        "K": rows.shape[1],
+        "K": x.shape[1],
         "activation": ACTIVATIONS[activation],
         "output_scale": output_scale,
         "exact": exact(),
@@ -177,12 +177,28 @@ def _native(extension, x, weight, bias, residual, activation, output_scale, norm
 
 
 native.register(op, _native, modules=("cpu",))
-op.backends["cpu"].refuses(lambda x, *others: "K is 0: there is nothing to sum" if x.shape[-1] == 0 else None)
+
+
+def _triton(kernel, x, weight, bias, residual, activation, output_scale, norm_weight, norm_bias, eps):
+    out = _empty(x, weight, activation)
+    if out.numel():
+        tensors = [None if tensor is None else rows(tensor) for tensor in (x, weight, residual)]
+        vectors = [None if tensor is None else tensor.contiguous() for tensor in (bias, norm_weight, norm_bias)]
+        x, weight, residual = tensors
+        bias, *norm = vectors
+        kernel(x, weight, bias, residual, out.view(-1, out.shape[-1]), activation, output_scale, *norm, eps)
+    return out
+
+
+triton_backend.register(op, _triton)
+for _name in ("cpu", "triton"):
+    op.backends[_name].refuses(lambda x, *others: "K is 0: there is nothing to sum" if x.shape[-1] == 0 else None)
 
 
 def _sizes(x, weight, bias, residual, activation, output_scale, norm_weight, norm_bias, eps):
     folded = (residual is not None) + (activation != "none") + (eps is not None)
-    return {"M": x.shape[:-1].numel(), "lanes": native.lanes(), "tiles": native.tiles(), "folded": folded}
+    lanes = 0 if native.missing("cpu") else native.lanes()
+    return {"M": x.shape[:-1].numel(), "lanes": lanes, "tiles": native.tiles(), "folded": folded}
 
 
 speeds.register(op, _sizes)

@@ -91,6 +91,10 @@ SLOWER = (
             ("linear", "bfloat16", torch.bfloat16, "0.12-0.49"),
         )
     ),
+    # beside cuBLAS Triton wins by what it saves: a pass over the output costs more than a tenth of such a product
+    Slower("linear", "triton", "torch", "a plain product is cuBLAS's", (_ALONE,)),
+    Slower("linear", "triton", "torch", "no tensor cores in float32", dtypes=frozenset({torch.float32})),
+    Slower("qkv_projection", "triton", "torch", "no tensor cores in float32", dtypes=frozenset({torch.float32})),
     *(Slower(op, "cpu", "torch", _TILES, (("tiles", 1, 1),), SIXTEEN) for op in ("conv2d", "linear")),
     Slower("group_norm_silu_backward", "cuda", "triton", "H100, [2, 320, 64, 64] float16: 25-35 us against 15 us"),
 )

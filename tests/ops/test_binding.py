@@ -16,6 +16,7 @@ from ldmfast.ops.registry import OPS
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CPU_ALONE = {"conv2d", "group_norm_affine", "layer_norm", "linear"}
+GPU_ALONE = {"bias_residual", "geglu", "residual_layer_norm"}
 ATTENTION = importlib.import_module("ldmfast.ops.attention")  # the package has the function under this name
 
 
@@ -38,9 +39,9 @@ def structs() -> dict[str, dict[str, str]]:
     return found
 
 
-def of_the_cpu() -> set[str]:
-    """The ops that the CPU's module has alone."""
-    rows = re.search(r"#define LDMFAST_CPU_OPS\(OP\)((?:.*\\\n)+.*)", (CSRC / "ops.h").read_text())[1]
+def alone(which: str) -> set[str]:
+    """The ops that the CPU's module has alone, or those that the GPU's have."""
+    rows = re.search(rf"#define LDMFAST_{which}_OPS\(OP\)((?:.*\\\n)+.*)", (CSRC / "ops.h").read_text())[1]
     return set(re.findall(r"OP\((\w+),", rows))
 
 
@@ -59,13 +60,15 @@ def test_the_modules_have_the_structs_as_they_are_written(extension):
     written = {
         op: {field: "a tensor or None" if "*" in kind else KINDS[kind] for field, kind in fields.items()}
         for op, fields in structs().items()
-        if extension is native.module("cpu") or op not in of_the_cpu()
+        if op not in alone("GPU" if extension is native.module("cpu") else "CPU")
     }
     assert extension.fields == written
 
 
-def test_an_op_of_the_cpu_alone_has_no_other_native_backend():
-    assert of_the_cpu() == {op.name for op in OPS.values() if "cuda" not in op.backends} == CPU_ALONE
+def test_an_op_of_one_kind_of_module_has_no_other_native_backend():
+    native_ops = {op.name for op in OPS.values() if {"cpu", "cuda"} & set(op.backends)}
+    assert alone("CPU") == {name for name in native_ops if "cuda" not in OPS[name].backends} == CPU_ALONE
+    assert alone("GPU") == {name for name in native_ops if "cpu" not in OPS[name].backends} == GPU_ALONE
 
 
 @pytest.mark.parametrize(

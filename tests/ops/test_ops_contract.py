@@ -29,6 +29,7 @@ def x(*shape, **kwargs):
 
 gn, at, tm, dd = ops.group_norm_silu, ops.attention, ops.timestep_mlp, ops.ddim_step
 li, cv, ln, ga = ops.linear, ops.conv2d, ops.layer_norm, ops.group_norm_affine
+qkv, gg, br, rl = ops.qkv_projection, ops.geglu, ops.bias_residual, ops.residual_layer_norm
 w1, w2 = torch.zeros(64, 32), torch.zeros(16, 64)
 
 WRONG = [
@@ -71,6 +72,24 @@ WRONG = [
     (lambda: dd(x(2, 4), x(2, 4), 0.5, 0.6, clip=-1.0), ValueError, "clip is -1.0"),
     (lambda: dd(x(2, 4).long(), x(2, 4), 0.5, 0.6), ValueError, "sample is int64, expected float32"),
     (lambda: dd(x(2, 4), x(2, 4, device="meta"), 0.5, 0.6), ValueError, "model_output is on meta, expected cpu"),
+    (lambda: qkv(x(2, 8), x(4, 8), 3), TypeError, "qkv_projection: second is int, expected a tensor"),
+    (lambda: qkv(x(2, 8), x(4, 7), x(4, 7)), ValueError, r"first has shape \[4, 7\], expected \[N, K\] = \[N, 8\]"),
+    (lambda: qkv(x(2, 8), x(4, 8), x(5, 8)), ValueError, r"second has shape \[5, 8\], expected first's shape"),
+    (lambda: qkv(x(2, 8), x(4, 8), x(4, 8), x(4, 8).half()), ValueError, "third is float16, expected float32"),
+    (lambda: qkv(x(2, 8), x(4, 8), x(4, 8), layer_norm=(x(8), None)), TypeError, "expected .weight, bias, eps. or None"),
+    (lambda: qkv(x(2, 8), x(4, 8), x(4, 8), layer_norm=(None, None, -1.0)), ValueError, "eps is -1.0"),
+    (lambda: gg(3), TypeError, "geglu: x is int, expected a tensor"),
+    (lambda: gg(x(2, 7)), ValueError, r"geglu: x has shape \[2, 7\], expected \[..., 2F\]"),
+    (lambda: gg(x(2, 8).int()), ValueError, "geglu: x is int32, expected float32"),
+    (lambda: br(x(8)), ValueError, r"bias_residual: x has shape \[8\], expected \[N, C, ...\]"),
+    (lambda: br(x(2, 8, 3), x(7)), ValueError, r"bias_residual: bias has shape \[7\], expected \[C\] = \[8\]"),
+    (lambda: br(x(2, 8, 3), add=x(8)), ValueError, r"add has shape \[8\], expected \[N, C\] = \[2, 8\]"),
+    (lambda: br(x(2, 8, 3), residual=x(2, 8, 4)), ValueError, r"residual has shape \[2, 8, 4\], expected x's shape"),
+    (lambda: br(x(2, 8, 3), x(8).half()), ValueError, "bias is float16, expected float32"),
+    (lambda: rl(x(2, 8), x(3, 8), None, None), ValueError, r"residual has shape \[3, 8\], expected x's shape"),
+    (lambda: rl(x(2, 8), x(2, 8), x(7), None), ValueError, r"residual_layer_norm: weight has shape \[7\]"),
+    (lambda: rl(x(2, 8), x(2, 8), None, None, 0.0), ValueError, "residual_layer_norm: eps is 0.0, expected more than 0"),
+    (lambda: rl(x(2, 8), x(2, 8).half(), None, None), ValueError, "residual is float16, expected float32"),
     (lambda: ln(3, None, None), TypeError, "layer_norm: x is int, expected a tensor"),
     (lambda: ln(x(2, 8), x(7), None), ValueError, r"layer_norm: weight has shape \[7\], expected \[K\] = \[8\]"),
     (lambda: ln(x(2, 8), x(8).half(), None), ValueError, "layer_norm: weight is float16, expected float32"),

@@ -1,0 +1,46 @@
+// GEGLU: out = h * gelu(g), h and g the halves of a row, gelu with erf.
+//
+//   each thread: V neighbours of one row's h and g, one access of 16 bytes each; out likewise
+//
+// Traffic: 1.5 * x bytes. [8192, 2560] in 16 bits is 63 MB, 21 us at 3 TB/s, less where it is still in the L2 cache.
+// Source: Shazeer 2020.
+#include "launch.cuh"
+
+namespace ldmfast {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads) geglu_kernel(const __grid_constant__ GegluArgs a) {
+  const int64_t vectors = a.F / V;                       // of a row
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= a.M * vectors) return;
+  // 64-bit division takes about 70 instructions, 32-bit about 10
+  const bool narrow = a.M * vectors <= UINT32_MAX;
+  const int64_t m = narrow ? uint32_t(i) / uint32_t(vectors) : i / vectors;
+  const int64_t f = (i - m * vectors) * V;
+  const T* x = static_cast<const T*>(a.x) + m * a.stride_x + f;
+  float h[V], g[V];
+  load_vector(x, h);
+  load_vector(x + a.F, g);
+#pragma unroll
+  for (int j = 0; j < V; ++j) h[j] *= 0.5f * g[j] * (1.0f + erff(g[j] * 0.70710678118654752f));
+  store_vector(static_cast<T*>(a.out) + m * a.F + f, h);
+}
+
+template <typename T, int V> void start(const GegluArgs& a, const Launch& where) {
+  launch<geglu_kernel<T, V>>("geglu", a, ceil_div(a.M * (a.F / V), kThreads), kThreads, 0, where);
+}
+}  // namespace
+
+void geglu(const GegluArgs& a, const Launch& where) {
+  if (a.M * a.F == 0) return;
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int V = 16 / sizeof(T);
+    if (a.F % V == 0 && a.stride_x % V == 0 && aligned(a.x, 16) && aligned(a.out, 16)) start<T, V>(a, where);
+    else start<T, 1>(a, where);
+  });
+}
+}  // namespace ldmfast
