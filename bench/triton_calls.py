@@ -96,34 +96,50 @@ def ddim_step_backward():
 
 
 def linear():
-    """What a transformer block folds, at SD1.5's levels: residual; LayerNorm; both with GEGLU; and a time projection."""
-    for rows, k in ((8192, 320), (2048, 640), (512, 1280), (128, 1280)):
-        for dtype in FLOATS:
-            x, norm = _empty(rows, k, dtype=dtype), _empty(k, dtype=dtype)
-            weight, wide, down = (_empty(*shape, dtype=dtype) for shape in ((k, k), (8 * k, k), (k, 4 * k)))
-            hidden, bias = _empty(rows, 4 * k, dtype=dtype), _empty(8 * k, dtype=dtype)
+    """What a block folds, at SD1.5's first and last level: residual; LayerNorm and GEGLU; a time projection."""
+    for rows, k, dtypes in ((8192, 320, (torch.float32, torch.bfloat16)), (128, 1280, (torch.bfloat16,))):
+        for dtype in dtypes:
+            x, norm, weight = _empty(rows, k, dtype=dtype), _empty(k, dtype=dtype), _empty(k, k, dtype=dtype)
+            wide, hidden, bias = (_empty(*shape, dtype=dtype) for shape in ((8 * k, k), (rows, 4 * k), (8 * k,)))
             name = _name([rows, k], dtype)
             yield name + " residual", (x, weight, norm, x, x, "none", 1.0, None, None, None)
-            yield name + " norm", (x, weight, None, None, x, "none", 1.0, norm, norm, 1e-5)
             yield name + " norm geglu", (x, wide, bias, None, hidden, "geglu", 1.0, norm, norm, 1e-5)
-            yield name + " from 4K", (hidden, down, norm, x, x, "none", 1.0, None, None, None)
-    for dtype in FLOATS:
-        x, weight, bias = _empty(2, 1280, dtype=dtype), _empty(640, 1280, dtype=dtype), _empty(640, dtype=dtype)
-        out = _empty(2, 640, dtype=dtype)
-        yield _name([2, 1280], "640", dtype), (x, weight, bias, bias.expand(2, -1), out, "none", 1.0, None, None, None)
+    x, weight, bias = (_empty(*shape, dtype=torch.bfloat16) for shape in ((2, 1280), (640, 1280), (640,)))
+    rows, out = bias.expand(2, -1), _empty(2, 640, dtype=torch.bfloat16)
+    yield "[2, 1280] 640 bfloat16", (x, weight, bias, rows, out, "none", 1.0, None, None, None)
 
 
 def qkv_projection():
-    """Self-attention behind its LayerNorm, and a prompt's keys and values."""
-    for rows, k in ((8192, 320), (2048, 640), (512, 1280), (128, 1280)):
-        for dtype in FLOATS:
+    """Self-attention behind its LayerNorm at SD1.5's first level, and a prompt's keys and values."""
+    x, norm, weight = (_empty(*shape, dtype=torch.bfloat16) for shape in ((8192, 320), (320,), (320, 320)))
+    yield "[8192, 320] bfloat16", (x, [weight] * 3, _empty(8192, 960, dtype=torch.bfloat16), norm, norm, 1e-5)
+    x, weight, out = (_empty(*shape, dtype=torch.bfloat16) for shape in ((154, 768), (1280, 768), (154, 2560)))
+    yield "[154, 768] 1280 bfloat16", (x, [weight] * 2, out, None, None, None)
+
+
+def geglu():
+    """SD1.5's first level."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _name([8192, 2560], dtype), (_empty(8192, 2560, dtype=dtype), _empty(8192, 1280, dtype=dtype))
+
+
+def bias_residual():
+    """The end of a residual block of SD1.5's first level, in both layouts."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, bias = _empty(2, 320, 64, 64, dtype=torch.bfloat16, layout=layout), _empty(320, dtype=torch.bfloat16)
+        add = _empty(2, 320, dtype=torch.bfloat16)
+        yield _name(list(x.shape), layout), (x, bias, add, x, layout is torch.channels_last, x, 1.0)
+
+
+def residual_layer_norm():
+    """The tokens of SD1.5's first and third level."""
+    for rows, k in ((8192, 320), (512, 1280)):
+        for dtype in (torch.float32, torch.bfloat16):
             x, norm = _empty(rows, k, dtype=dtype), _empty(k, dtype=dtype)
-            yield _name([rows, k], dtype), (x, [_empty(k, k, dtype=dtype)] * 3, _empty(rows, 3 * k, dtype=dtype), norm,
-                                            norm, 1e-5)  # fmt: skip
-            prompt, weight = _empty(154, 768, dtype=dtype), _empty(k, 768, dtype=dtype)
-            yield _name([154, 768], k, dtype), (prompt, [weight] * 2, _empty(154, 2 * k, dtype=dtype), None, None, None)
+            yield _name([rows, k], dtype), (x, x, norm, norm, x, x, 1e-5)
 
 
-FORWARD = (group_norm_silu, attention, timestep_mlp, ddim_step, linear, qkv_projection)
+FORWARD = (group_norm_silu, attention, timestep_mlp, ddim_step)
+AROUND = (linear, qkv_projection, geglu, bias_residual, residual_layer_norm)  # what stands around a product
 BACKWARD = (group_norm_silu_backward, attention_backward, timestep_mlp_backward, ddim_step_backward)
-CALLS = {call.__name__: call for call in FORWARD + BACKWARD}
+CALLS = {call.__name__: call for call in FORWARD + AROUND + BACKWARD}

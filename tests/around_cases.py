@@ -1,4 +1,4 @@
-"""The cases of the ops that stand around a GPU's products, geglu, bias_residual and residual_layer_norm, for cases.py."""
+"""The cases of geglu, bias_residual and residual_layer_norm, which stand around a GPU's products, for cases.py."""
 
 from __future__ import annotations
 

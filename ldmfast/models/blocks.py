@@ -24,7 +24,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ldmfast import ops
-from ldmfast.models.gpu.folding import products_fold, side_by_side
+from ldmfast.models.gpu.folding import folds_norm, fuses, products_fold, side_by_side
 from ldmfast.models.guard import obstacle
 from ldmfast.models.layers import (
     added,
@@ -191,12 +191,13 @@ def _attended(m: Attention, h: torch.Tensor, inner: torch.Tensor | None, outer: 
     return linear(m.to_out[0], h, residual=inner, output_scale=scale) + outer
 
 
-def feed_forward(m: FeedForward, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-    """x + GEGLU and a linear layer of norm(x): x + (a * gelu(b)) W, [a, b] = norm(x) V."""
+def feed_forward(m: FeedForward, x: torch.Tensor, norm: nn.LayerNorm, h: torch.Tensor | None = None) -> torch.Tensor:
+    """x + GEGLU and a linear layer of h = norm(x), where that is there already: x + (a * gelu(b)) W, [a, b] = h V."""
     if obstacle(m) or type(m.net[0]) is not GEGLU or obstacle(m.net[0]):
-        return x + m(norm(x))
-    h = linear(m.net[0].proj, x, norm=norm, activation="geglu")  # [N, L, 4C]
-    if len(m.net) == 3 and not obstacle(m.net[1]):  # dropout, linear
+        return x + m(norm(x) if h is None else h)
+    proj = m.net[0].proj
+    h = linear(proj, x, norm=norm, activation="geglu") if h is None else linear(proj, h, activation="geglu")
+    if len(m.net) == 3 and not obstacle(m.net[1]):  # dropout, linear; h [N, L, 4C]
         return linear(m.net[2], h, residual=x)
     for layer in m.net[1:]:
         h = linear(layer, h) if isinstance(layer, nn.Linear) else layer(h)
@@ -207,10 +208,38 @@ def transformer_block(m: BasicTransformerBlock, x: torch.Tensor, cond: BlockInpu
     """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and added to x [N, L, C]."""
     if obstacle(m):
         return m(x, **cond.for_attention())
+    if _sums_meet_norms(m, x):
+        return _transformer_block_of_sums(m, x, cond)
     x = attention(m.attn1, x, cond.context if m.only_cross_attention else None, cond.self_mask, m.norm1)
     if m.attn2 is not None:
         x = attention(m.attn2, x, cond.context, cond.context_mask, m.norm2)
     return feed_forward(m.ff, x, m.norm3)
+
+
+def _sums_meet_norms(m: BasicTransformerBlock, x: torch.Tensor) -> bool:
+    """Whether each residual sum and the LayerNorm that reads it are one launch: a GPU's, where products do not fold."""
+    if m.attn2 is None or products_fold(x) or not fuses(x, "residual_layer_norm"):
+        return False
+    return all(folds_norm(norm, x) for norm in (m.norm2, m.norm3)) and not any(
+        obstacle(attn) or attn.group_norm or attn.residual_connection or attn.rescale_output_factor != 1
+        or obstacle(attn.to_out[1])
+        for attn in (m.attn1, m.attn2)
+    )  # fmt: skip
+
+
+def _transformer_block_of_sums(m: BasicTransformerBlock, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
+    def attended(attn, h, context, mask):
+        mask = None if mask is None else mask[:, None]
+        return linear(attn.to_out[0], _attend(attn, h, h if context is None else context, mask))
+
+    def summed(y, x, norm):
+        return ops.residual_layer_norm(y, x, norm.weight, norm.bias, norm.eps)
+
+    context = cond.context if m.only_cross_attention else None
+    y = attended(m.attn1, layer_norm(m.norm1, x), context, cond.self_mask)
+    x, h = summed(y, x, m.norm2)
+    x, h = summed(attended(m.attn2, h, cond.context, cond.context_mask), x, m.norm3)
+    return feed_forward(m.ff, x, m.norm3, h)
 
 
 def transformer(m: Transformer2DModel, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:

@@ -131,7 +131,9 @@ def linear(
         return ops.linear(x, m.weight, m.bias, layer_norm=layer_norm, **around)
     h = x if norm is None else norm(x)
     y = ops.linear(h, m.weight, m.bias) if taken else m(h)
-    if activation == "geglu":
+    if activation == "geglu" and fuses(y, "geglu"):
+        y = ops.geglu(y)
+    elif activation == "geglu":
         a, b = y.chunk(2, dim=-1)
         y = a * F.gelu(b)
     return added(y, residual, output_scale)

