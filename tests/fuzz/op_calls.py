@@ -88,6 +88,28 @@ def _linear(p, dtype):
     return (x, weight, maybe(p["bias"], outputs, dtype=dtype)), named
 
 
+def _qkv_projection(p, dtype):
+    (x, weight, _), named = _linear({**p, "activation": "none", "output_scale": 1, "residual": 0, "bias": 0}, dtype)
+    others = (randn(*weight.shape, dtype=dtype, std=p["K"] ** -0.5) for _ in range(p["parts"] - 1))
+    return (x, weight, *others), {name: value for name, value in named.items() if name == "layer_norm"}
+
+
+def _geglu(p, dtype):
+    return (randn(*p["rows"], 2 * p["F"], dtype=dtype),), {}
+
+
+def _bias_residual(p, dtype):
+    shape = p["N"], p["C"], *p["pixels"]
+    named = {"add": maybe(p["add"], *shape[:2], dtype=dtype), "residual": maybe(p["residual"], *shape, dtype=dtype)}
+    bias = maybe(p["bias"], p["C"], dtype=dtype)
+    return (randn(*shape, dtype=dtype), bias), {**named, "output_scale": p["output_scale"]}
+
+
+def _residual_layer_norm(p, dtype):
+    (x, *others), named = _layer_norm(p, dtype)
+    return (x, randn(*x.shape, dtype=dtype), *others), named
+
+
 def _conv2d(p, dtype):
     N, C1, H, W, Co, k, stride, padding, upsample = (
         p[name] for name in ("N", "C1", "H", "W", "Co", "k", "stride", "padding", "upsample")
@@ -135,6 +157,10 @@ MAKERS = {
     "layer_norm": _layer_norm,
     "linear": _linear,
     "conv2d": _conv2d,
+    "qkv_projection": _qkv_projection,
+    "geglu": _geglu,
+    "bias_residual": _bias_residual,
+    "residual_layer_norm": _residual_layer_norm,
     "timestep_mlp": _timestep_mlp,
     "ddim_step": _ddim_step,
 }

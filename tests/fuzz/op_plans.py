@@ -83,6 +83,23 @@ def _linear():
     }
 
 
+def _qkv_projection():
+    return {name: _linear()[name] for name in ("rows", "K", "N", "norm", "mean")} | {"parts": few(2, 3)}
+
+
+def _geglu():
+    return {"rows": _layer_norm()["rows"], "F": sizes(300, 64, 320, least=0)}
+
+
+def _bias_residual():
+    from_conv2d = {name: _conv2d()[name] for name in ("N", "bias", "add", "residual", "output_scale")}
+    return {**from_conv2d, "C": sizes(70, 64, 320), "pixels": _norm()["space"]}
+
+
+def _residual_layer_norm():
+    return {**_layer_norm(), "K": sizes(300, 320, 640, 1280, 2592)}
+
+
 def _conv2d():
     return {
         "N": few(1, 2, 3, 0),
@@ -139,6 +156,10 @@ OPTIONS = {
     "layer_norm": _layer_norm,
     "linear": _linear,
     "conv2d": _conv2d,
+    "qkv_projection": _qkv_projection,
+    "geglu": _geglu,
+    "bias_residual": _bias_residual,
+    "residual_layer_norm": _residual_layer_norm,
     "timestep_mlp": _timestep_mlp,
     "ddim_step": _ddim_step,
 }
