@@ -146,6 +146,57 @@ def conv2d(Ci, Co, size, k=3, dtypes=(BF16, FP32)) -> Case:
     return Case("conv2d", shape, make, F.conv2d, lambda dtype: amount, "TFLOP/s", dtypes, part, size)
 
 
+def around(op, shape, make, eager, amount) -> Case:
+    """What stands around a product on a GPU; a CPU's module has none of these."""
+    return Case(op, shape, make, eager, lambda dtype: amount * dtype.itemsize, dtypes=(BF16,))
+
+
+def geglu(M, F_) -> Case:
+    def eager(x):
+        h, g = x.chunk(2, dim=-1)
+        return h * F.gelu(g)
+
+    return around("geglu", f"{M}x{F_}", lambda dtype: ((randn(M, 2 * F_, dtype=dtype),), {}), eager, 3 * M * F_)
+
+
+def bias_residual(N, C, size) -> Case:
+    def make(dtype):
+        x, residual = (randn(N, C, size, size, dtype=dtype) for _ in "xr")
+        x, residual = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, residual))
+        return (x, randn(C, dtype=dtype)), {"residual": residual}
+
+    def eager(x, bias, *, residual):
+        return x + bias[:, None, None] + residual
+
+    return around("bias_residual", f"{N}x{C}x{size}x{size} last", make, eager, 3 * N * C * size * size)
+
+
+def residual_layer_norm(M, K) -> Case:
+    def make(dtype):
+        return (*(randn(M, K, dtype=dtype) for _ in "xr"), *(randn(K, dtype=dtype) for _ in "wb")), {}
+
+    def eager(x, residual, weight, bias):
+        s = x + residual
+        return s, F.layer_norm(s, s.shape[-1:], weight, bias)
+
+    return around("residual_layer_norm", f"{M}x{K}", make, eager, 4 * M * K)
+
+
+def qkv_projection(M, K) -> Case:
+    def make(dtype):
+        weights = (randn(K, K, dtype=dtype) / K**0.5 for _ in range(3))
+        return (randn(M, K, dtype=dtype), *weights), {
+            "layer_norm": (randn(K, dtype=dtype), randn(K, dtype=dtype), 1e-5)
+        }
+
+    def eager(x, *weights, layer_norm):
+        h = F.layer_norm(x, x.shape[-1:], *layer_norm)
+        return [F.linear(h, weight) for weight in weights]
+
+    amount = 6 * M * K * K
+    return Case("qkv_projection", f"{M}x{K}", make, eager, lambda dtype: amount, "TFLOP/s", (BF16,))
+
+
 CASES = (
     group_norm(2, 320, 64, "contiguous"),
     group_norm(2, 320, 64, "last"),
@@ -172,6 +223,10 @@ CASES = (
     conv2d(640, 640, 32),
     conv2d(1280, 1280, 16, dtypes=(BF16,)),
     conv2d(640, 320, 64, 1, (BF16,)),
+    qkv_projection(8192, 320),
+    geglu(8192, 1280),
+    bias_residual(2, 320, 64),
+    residual_layer_norm(8192, 320),
 )
 PARAMS = [
     pytest.param(case, dtype, backend, id=f"{case.label}-{name_of(dtype)}-{backend}")

@@ -83,7 +83,7 @@ def resnet(
         return m(joined(x, skip), cond.temb)
     if not folds(x):
         x, skip = joined(x, skip), None
-    lent = m.conv1.bias if m.conv1.bias is not None and lends_bias(m.conv1, x) else None
+    lent = m.conv1.bias if lends_bias(m.conv1, x) else None
     time = _time(m, cond, x.shape[0], lent)
     if m.upsample is not None or m.downsample is not None:
         x, h = _resampled(m, joined(x, skip), size)

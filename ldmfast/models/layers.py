@@ -180,7 +180,7 @@ def conv2d(
         h = F.silu(h) if silu else h
     h = h if upsample == 1 else enlarged(h)
     around = residual is not None or output_scale != 1.0
-    if around and add is None and _is_pixelwise(m) and folds_product(m, h):
+    if around and add is None and folds_product(m, h) and _is_pixelwise(m):
         rows = None if residual is None else tokens(residual)
         y = ops.linear(tokens(h), m.weight.flatten(1), m.bias, residual=rows, output_scale=output_scale)
         return image(y, h.shape[2:])
@@ -210,7 +210,7 @@ def enlarged(x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tens
 
 def lends_bias(m: nn.Conv2d, x: torch.Tensor) -> bool:
     """Whether m(x) leaves its bias to what follows: on a GPU PyTorch adds it in a kernel of its own."""
-    return fuses(x, "bias_residual") and m.weight.dtype == x.dtype and plain(m) and not _is_pixelwise(m)
+    return fuses(x, "bias_residual") and plain(m) and m.weight.dtype == x.dtype and not _is_pixelwise(m)
 
 
 def _is_pixelwise(m: nn.Conv2d) -> bool:

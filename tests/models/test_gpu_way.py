@@ -131,6 +131,29 @@ def test_what_is_attached_to_a_layer_is_obeyed(dtype):
                 handle.remove()
 
 
+class Wrapped(torch.nn.Module):
+    """A layer in another's place, as quantisation puts one there: it has no weight that one could read."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the guard does not depend on it")
+def test_what_stands_in_a_layers_place_is_called():
+    torch.manual_seed(0)
+    stock = tiny.unet("sd1").half()
+    for name in (name for name in HOOKED if not name.endswith("attn2")):
+        parent, _, child = name.rpartition(".")
+        stock.get_submodule(parent).register_module(child, Wrapped(stock.get_submodule(name)))
+    arguments, ours = tiny.to(tiny.inputs(stock), torch.float16), UNet.from_unet(copy.deepcopy(stock))
+    with torch.no_grad():
+        assert tiny.error(ours(**arguments).sample, stock(**arguments).sample) < 5e-3
+
+
 @pytest.mark.skipif(INTERPRETED, reason="nothing is computed")
 def test_a_call_of_sd15_starts_at_most_400_kernels(monkeypatch):
     monkeypatch.undo()  # meta tensors take a GPU's way by themselves

@@ -44,7 +44,7 @@ def products_fold(x: torch.Tensor) -> bool:
 
 def folds_product(m: nn.Linear | nn.Conv2d, x: torch.Tensor) -> bool:
     """Whether the product with m's weight does."""
-    return products_fold(x) and m.weight.dtype == x.dtype and plain(m)
+    return products_fold(x) and plain(m) and m.weight.dtype == x.dtype
 
 
 def folds_norm(m: nn.LayerNorm, x: torch.Tensor) -> bool:
@@ -56,8 +56,7 @@ def side_by_side(
     x: torch.Tensor, layers: tuple[nn.Linear, ...], norm: nn.LayerNorm | None = None
 ) -> tuple[torch.Tensor, ...] | None:
     """m(norm(x)) for each of two or three layers, by one product; None where they are not of one kind."""
-    shape = layers[0].weight.shape
-    if not all(folds_product(m, x) and m.bias is None and m.weight.shape == shape for m in layers):
+    if not all(folds_product(m, x) and m.bias is None for m in layers) or len({m.weight.shape for m in layers}) > 1:
         return None
     if norm is not None and not folds_norm(norm, x):
         return None
