@@ -25,13 +25,14 @@ from ldmfast.models.blocks import BlockInputs, down_block, has_cross_attention, 
 from ldmfast.models.checks.head_counts import warn_of_heads
 from ldmfast.models.checks.residuals import add_residual, add_residuals, check_residuals
 from ldmfast.models.drop_in import DropIn
+from ldmfast.models.graph import Graphed, from_graph
 from ldmfast.models.input_checks import STEPS, check_inputs, check_values, timestep_tensor
 from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of, timestep_embedding
 from ldmfast.models.missing_weights import SingleFile
 from ldmfast.ops.contract.stock_ops import in_fixed_order
 
 
-class UNet(SingleFile, DropIn, UNet2DConditionModel):
+class UNet(SingleFile, Graphed, DropIn, UNet2DConditionModel):
     """A conditional U-Net: (noisy latents, timestep, prompt) -> noise.
 
     Constructed, configured, loaded and saved as diffusers' UNet2DConditionModel is; a folder that it saved is one
@@ -43,6 +44,7 @@ class UNet(SingleFile, DropIn, UNet2DConditionModel):
 
     @in_fixed_order
     @apply_lora_scale("cross_attention_kwargs")
+    @from_graph(UNet2DConditionOutput)
     def forward(
         self,
         sample: torch.Tensor,
@@ -126,12 +128,16 @@ class UNet(SingleFile, DropIn, UNet2DConditionModel):
         if "get_time_embed" in self.replaced_methods():
             temb = self.time_embedding(self.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
         else:
-            t = timestep_tensor(timestep, sample, math.inf if self.config.time_embedding_type == "fourier" else STEPS)
+            t = self.times(timestep, sample)
             temb = timestep_embedding(self.time_proj, self.time_embedding, t, timestep_cond, sample.dtype)
         label = self.get_class_embed(sample=sample, class_labels=class_labels)
         if label is None:
             return temb
         return torch.cat([temb, label], dim=-1) if self.config.class_embeddings_concat else temb + label
+
+    def times(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+        """The timestep as the forward reads it: [N], on the sample's device."""
+        return timestep_tensor(timestep, sample, math.inf if self.config.time_embedding_type == "fourier" else STEPS)
 
     def _added(self, temb, x, context, added) -> tuple[torch.Tensor, torch.Tensor]:
         """(temb with the additional embeddings, such as SDXL's; the sample x as conv_in takes it)"""

@@ -20,12 +20,13 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ldmfast.models.blocks import BlockInputs, down_block, mid_block, up_block
 from ldmfast.models.drop_in import DropIn
+from ldmfast.models.graph import Graphed, from_graph
 from ldmfast.models.input_checks import STEPS, check_sample, check_values, timestep_tensor
 from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of, timestep_embedding
 from ldmfast.ops.contract.stock_ops import in_fixed_order
 
 
-class UNet2D(DropIn, UNet2DModel):
+class UNet2D(Graphed, DropIn, UNet2DModel):
     """A U-Net without cross-attention: (noisy latents, timestep) -> noise.
 
     Constructed, configured, loaded and saved as diffusers' UNet2DModel is. `attention_head_dim` may also be a list, the
@@ -62,6 +63,7 @@ class UNet2D(DropIn, UNet2DModel):
         self.register_to_config(attention_head_dim=widths)
 
     @in_fixed_order
+    @from_graph(UNet2DOutput)
     def forward(
         self,
         sample: torch.Tensor,
@@ -77,8 +79,7 @@ class UNet2D(DropIn, UNet2DModel):
         if self.stock_reason():
             return super().forward(sample, timestep, class_labels, return_dict)
         check_sample(self, sample)
-        t = timestep_tensor(timestep, sample, self._steps())
-        t = t if isinstance(timestep, torch.Tensor) else t.long()  # stock's UNet2DModel drops a number's fraction
+        t = self.times(timestep, sample)
         check_values(sample=sample, timestep=t, class_labels=class_labels)
         temb = self._time(t, sample, class_labels)
         cond = BlockInputs(temb=temb, temb_silu=F.silu(temb))
@@ -104,6 +105,11 @@ class UNet2D(DropIn, UNet2DModel):
             x = x / t[:, None, None, None]
         x = in_layout_of(sample, x)
         return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def times(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+        """The timestep as the forward reads it: [N], on the sample's device."""
+        t = timestep_tensor(timestep, sample, self._steps())
+        return t if isinstance(timestep, torch.Tensor) else t.long()  # stock's UNet2DModel drops a number's fraction
 
     def _steps(self) -> float:
         """How many timesteps it was trained on, or as many as is usual; any number, where they are noise levels."""
