@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import diffusers
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ldmfast.diffusion.guidance import guide
 
@@ -24,6 +25,7 @@ def sample(
     generators: list[torch.Generator] | None = None,
     after: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     watch: Callable[[int, Callable[[], torch.Tensor]], None] | None = None,
+    step: Callable[[torch.Tensor, torch.Tensor, int], SchedulerOutput | None] | None = None,
 ) -> torch.Tensor:
     """From the noisy x [N, ...] at times[0] to the clean sample [N, ...].
 
@@ -35,6 +37,8 @@ def sample(
     generators  N generators, one a picture, of the noise that a stochastic sampler adds
     after       (x, i) -> x, what to make of the sample after step i
     watch       (i, function that returns the predicted x0 [N, ...]), called after step i
+    step        (x, t, i) -> the scheduler's result, with its x0, in place of predict, guidance and the scheduler's
+                step; or None: they are to be called
 
     Raises ValueError if the scheduler takes no eta.
     """
@@ -47,11 +51,13 @@ def sample(
     if eta:
         options["eta"] = eta
     for i, t in enumerate(times):
-        seen = scheduler.scale_model_input(x, t)
-        output = predict(seen, t)
-        if guidance is not None and not fused:
-            output = guide(output, guidance, rescale)
-        result = scheduler.step(output, t, x, **options)
+        result, seen, output = step and step(x, t, i), None, None
+        if result is None:
+            seen = scheduler.scale_model_input(x, t)
+            output = predict(seen, t)
+            if guidance is not None and not fused:
+                output = guide(output, guidance, rescale)
+            result = scheduler.step(output, t, x, **options)
         x = result.prev_sample.to(x.dtype)
         if after:
             x = after(x, i)

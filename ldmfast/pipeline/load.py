@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from ldmfast.conditioning import Conditioner
+from ldmfast.models.graph import Graphed
 from ldmfast.pipeline.assemble import assemble
 from ldmfast.pipeline.load_lora import Lora, as_list, load_lora
+from ldmfast.pipeline.optimize import switch_to_graphs
 from ldmfast.pipeline.pipeline import LatentDiffusionPipeline
 
 
@@ -33,6 +35,7 @@ def load(
     conditioner: Conditioner | None = None,
     variant: str | None = None,
     lora: Lora | Iterable[Lora] | None = None,
+    graph: bool = False,
 ) -> LatentDiffusionPipeline | Any:
     """A ready model: denoiser, autoencoder, conditioner and noise schedule.
 
@@ -53,6 +56,7 @@ def load(
     lora           a LoRA file, (file, scale), or several of either, as `load_lora` takes them
     variant        of a folder's weights, such as "fp16"; parts without it give their plain ones. None: the plain ones,
                    or the only variant that is there
+    graph          replay the denoiser's steps as CUDA graphs, as its `graph()` does; needs an NVIDIA GPU
     returns        a LatentDiffusionPipeline; a diffusers pipeline over ldmfast's networks where the model needs more
                    than a prompt and a mask: depth, editing, SDXL's refiner; a network if there is only that
 
@@ -74,4 +78,6 @@ def load(
     pipeline = LatentDiffusionPipeline(**found) if isinstance(found, dict) else found
     if lora is not None:
         load_lora(pipeline, *as_list(lora))
+    if graph:
+        switch_to_graphs(pipeline if isinstance(pipeline, Graphed) else getattr(pipeline, "unet", None), str(source))
     return pipeline

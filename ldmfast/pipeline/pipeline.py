@@ -30,6 +30,7 @@ from ldmfast.ops.contract.stock_ops import in_fixed_order
 from ldmfast.pictures import Images, to_pil
 from ldmfast.pipeline.assemble import assemble
 from ldmfast.pipeline.call import Canvas, SamplingOptions, check_channels, listed, make_canvas, seed_list, strength_of
+from ldmfast.pipeline.captured_step import captured_step
 from ldmfast.pipeline.folder import save_parts
 
 STEPS, GUIDANCE = 25, 3.0
@@ -182,17 +183,17 @@ class LatentDiffusionPipeline:
         def predict(x, t):
             return condition.predict(self.unet, torch.cat([x, x]) if options.guided else x, t)
 
+        how = {"guidance": options.guidance if options.guided else None, "rescale": options.rescale, "eta": options.eta}
         return sampling.sample(
             predict,
             sampling.starting_point(scheduler, times, noise, known if options.skipped else None),
             scheduler,
             times,
-            guidance=options.guidance if options.guided else None,
-            rescale=options.rescale,
-            eta=options.eta,
+            **how,
             generators=generators,
             after=keep,
             watch=watch and (lambda i, x0: watch(i, times, x0)),
+            step=captured_step(self.unet, scheduler, times, condition, **how),
         )
 
     @in_fixed_order

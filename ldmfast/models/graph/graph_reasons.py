@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.utils._device import DeviceContext
 
-from ldmfast.models import guard
-from ldmfast.models.graph.network_state import subclassed
-from ldmfast.models.limits import modified
+from ldmfast.models import guard, originals
+from ldmfast.models.graph.network_state import HOOKS, subclassed
+from ldmfast.models.limits import ALWAYS_CALLED, LIMITS, modified
 from ldmfast.ops.contract.switch import exact, modes
 from ldmfast.ops.dispatcher import transformed
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def call_reason() -> str | None:
@@ -49,11 +51,36 @@ def network_reason(network: nn.Module) -> str | None:
         return f"its {methods[0]} was replaced"
     for name, reason in guard.obstacles(network):
         module = network.get_submodule(name)
-        if type(module) in _adapters():
+        kind = type(module)
+        if kind in _adapters():
             reason = _adapter_reason(module)
+        elif kind not in LIMITS and kind not in ALWAYS_CALLED:
+            reason = _unknown_reason(module)
         if reason is not None:
             return f"{name} is called as it is, because {reason}"
     return subclassed(network)
+
+
+def _unknown_reason(module: nn.Module) -> str | None:
+    """Why a module that none of our functions knows is more than what torch or diffusers wrote, as a clause."""
+    for name, child in module.named_modules():
+        of = f"of its {name}: " if name else ""
+        kind = type(child)
+        if kind in LIMITS or kind in _CONTAINERS:
+            reason = guard.obstacle(child) if kind in LIMITS else None
+        elif kind.__module__.partition(".")[0] not in ("torch", "diffusers"):
+            reason = f"{kind.__name__} is neither torch's nor diffusers'"
+        elif replaced := originals.replaced(child, kind, originals.methods(kind)):
+            reason = f"its {replaced} was replaced"
+        elif any(vars(child)[hooks] for hooks in HOOKS):
+            reason = "it has hooks"
+        elif isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
+            reason = "it drops values"
+        else:
+            reason = None
+        if reason is not None:
+            return of + reason
+    return None
 
 
 def _adapters() -> tuple[type, ...]:
@@ -72,14 +99,14 @@ def _adapter_reason(layer: nn.Module) -> str | None:
     kind = type(layer)
     if "forward" in vars(layer) or kind.forward.__globals__["__name__"].partition(".")[0] not in ("peft", "ldmfast"):
         return "its forward is wrapped (offloading, layerwise casting or a patch)"
-    if any(vars(layer)[name] for name in ("_forward_hooks", "_forward_pre_hooks")):
+    if any(vars(layer)[name] for name in HOOKS):
         return "it has hooks"
     if getattr(layer, "lora_variant", None):
         return "its LoRA is of another kind (DoRA or the like)"
     if getattr(layer, "ephemeral_gpu_offload", False):
         return "its LoRA is offloaded"
     for name, child in layer.named_modules():
-        if child is layer or isinstance(child, nn.ModuleDict | nn.ParameterDict):
+        if child is layer or type(child) in _CONTAINERS:
             continue
         reason = modified(child, nn.Identity) if type(child) is nn.Identity else guard.obstacle(child)
         if reason is not None:

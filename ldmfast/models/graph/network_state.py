@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ldmfast.models import originals
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ORDINARY = frozenset(vars(nn.Module()))
+# on the network itself, and read by no forward: ours, and what loading and fusing LoRA leaves behind
+_NOTES = ("_graphs", "peft_config", "_hf_peft_config_loaded", "_safe_fusing", "lora_scale")
 
 
 class NetworkState:
@@ -29,12 +31,13 @@ class NetworkState:
         self.reason = reason
         self.modules = list(network.modules())
         self._kinds = [type(m) for m in self.modules]
-        self._hooks = [vars(m)[name] for m in self.modules for name in _HOOKS]
+        self._hooks = [vars(m)[name] for m in self.modules for name in HOOKS]
         self._hooked = [len(hooks) for hooks in self._hooks]
-        self._attributes = [(vars(m), dict(vars(m))) for m in self.modules]
+        self._network, self._own = network, _settings(network)
+        self._attributes = [(vars(m), dict(vars(m))) for m in self.modules if m is not network]
         self._attributes += [(m._modules, dict(m._modules)) for m in self.modules]
         for m in self.modules:
-            self._attributes += _inner(m)
+            self._attributes += _inner(_settings(m))
         self._methods = [(kind, name, getattr(kind, name)) for kind in set(self._kinds) for name in _names(kind)]
         processors = [p for m in self.modules if (p := vars(m).get("processor")) is not None]
         self._attributes += [(vars(p), dict(vars(p))) for p in processors]
@@ -47,6 +50,7 @@ class NetworkState:
         return (
             [type(m) for m in self.modules] == self._kinds
             and [len(hooks) for hooks in self._hooks] == self._hooked
+            and _equal(_settings(self._network), self._own)
             and all(_equal(now, then) for now, then in self._attributes)
             and all(getattr(kind, name) is function for kind, name, function in self._methods)
         )
@@ -72,9 +76,14 @@ class NetworkState:
         ]
 
 
-def _inner(m: nn.Module) -> list[tuple[Any, Any]]:
+def _settings(m: nn.Module) -> dict[str, Any]:
+    """A module's attributes without what is only noted on it."""
+    return {name: value for name, value in vars(m).items() if name not in _NOTES}
+
+
+def _inner(settings: dict[str, Any]) -> list[tuple[Any, Any]]:
     """(it, a copy) of each dict, list and set among a module's own attributes: adapters, their scales."""
-    own = [value for name, value in vars(m).items() if name not in _ORDINARY]
+    own = [value for name, value in settings.items() if name not in _ORDINARY]
     return [(value, kind(value)) for value in own for kind in (dict, list, set) if isinstance(value, kind)]
 
 
