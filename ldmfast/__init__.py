@@ -26,6 +26,7 @@ _HOMES = {
     "explain": "ldmfast.ops",
     "fixed_order": "ldmfast.ops",
     "load": "ldmfast.pipeline.load",
+    "load_embedding": "ldmfast.pipeline.load_embedding",
     "load_lora": "ldmfast.pipeline.load_lora",
     "numerics": "ldmfast.ops",
     "optimize": "ldmfast.pipeline.optimize",

@@ -3,6 +3,8 @@
 import argparse
 
 from ldmfast import shipped
+from ldmfast.commands import text_options
+from ldmfast.commands.several_processes import loaded_everywhere
 from ldmfast.files import first_line
 
 
@@ -29,6 +31,7 @@ def add_model_options(command):
         metavar="FILE[:SCALE]",
         help="add this LoRA: kohya's, LyCORIS', diffusers', or what `ldmfast train lora` writes; may be given again",
     )
+    text_options.add_model_options(command)
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     command.add_argument(
         "--dtype",
@@ -72,8 +75,9 @@ def _lora(text):
         return text, 1.0
 
 
+@loaded_everywhere
 def pipeline(arguments, default=shipped.ASSETS / shipped.TEXT):
-    """The pipeline that --model (else `default`), --variant, --text-encoder, --lora, --device and --dtype name."""
+    """The pipeline that --model (else `default`) and the other options of a model name."""
     import torch
 
     from ldmfast.pipeline import LatentDiffusionPipeline
@@ -85,7 +89,9 @@ def pipeline(arguments, default=shipped.ASSETS / shipped.TEXT):
         raise ValueError(f"--device {device} cannot be used: {first_line(error)}") from error
     dtype, model = getattr(torch, arguments.dtype), default if arguments.model is None else arguments.model
     options = {"text_encoder": arguments.text_encoder, "dtype": dtype, "variant": arguments.variant}
+    options["tokenizer"] = arguments.tokenizer
     pipe = LatentDiffusionPipeline.from_pretrained(model, **options)
+    text_options.add_embeddings(arguments, pipe)
     if arguments.lora:
         from ldmfast.pipeline.load_lora import load_lora
 

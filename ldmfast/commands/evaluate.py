@@ -5,7 +5,9 @@ import json
 import tempfile
 from pathlib import Path
 
+from ldmfast.commands import text_options
 from ldmfast.commands.common import add_model_options, command, pipeline
+from ldmfast.commands.several_processes import on_all_processes
 
 
 def add(commands):
@@ -22,6 +24,7 @@ def add(commands):
     add_model_options(made)
 
 
+@on_all_processes
 def run(arguments):
     from ldmfast import files
     from ldmfast.evaluation.object_samples import evaluate as evaluate_objects
@@ -29,6 +32,7 @@ def run(arguments):
     from ldmfast.evaluation.scene_samples import evaluate as evaluate_scenes
     from ldmfast.pictures import grid, writing
 
+    text_options.check(arguments)
     pipe = pipeline(arguments)
     composed = bool(pipe.conditioner.by_option())
     _require_sense(arguments, pipe.conditioner, composed)

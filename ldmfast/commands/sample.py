@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from ldmfast import shipped
-from ldmfast.commands import conditions
+from ldmfast.commands import conditions, text_options
 from ldmfast.commands.common import add_model_options, command, pipeline, width_height
+from ldmfast.commands.several_processes import on_all_processes
 
 
 def add(commands):
@@ -21,6 +22,7 @@ def add(commands):
     _add_sampler_options(made)
     _add_image_options(made)
     conditions.add_options(made)
+    text_options.add_options(made)
     add_model_options(made)
 
 
@@ -54,6 +56,7 @@ def _add_image_options(made):
     )
 
 
+@on_all_processes
 def run(arguments):
     from ldmfast.pictures import grey, grid, rgb, writing
 
@@ -61,11 +64,12 @@ def run(arguments):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    text_options.check(arguments)
     image, mask = _read(arguments.image, arguments.size, rgb), _read(arguments.mask, arguments.size, grey)
     with writing(arguments.output) as write, contextlib.ExitStack() as after:
         pipe = pipeline(arguments, shipped.ASSETS / (shipped.SCENES if conditions.given(arguments) else shipped.TEXT))
         asked = _inputs(arguments, pipe)
-        for caption, tokens in pipe.conditioner.truncated_captions(asked):
+        for caption, tokens in text_options.truncated_captions(arguments, pipe, asked):
             print(f"ldmfast: only the first {tokens} tokens count of: {caption}", file=sys.stderr)
         columns = arguments.columns or (arguments.number if len(asked) > 1 else None)
 
@@ -88,6 +92,7 @@ def run(arguments):
             progress=not arguments.quiet,
             on_preview=_previewer(arguments, sheet, after),
             preview_every=arguments.preview_every or 1,
+            **text_options.call_options(arguments),
         )
         write(sheet(pictures))
     print(arguments.output)

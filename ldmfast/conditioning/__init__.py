@@ -3,6 +3,8 @@
 condition.py, base.py      Condition; Conditioner
 hybrid.py                  several conditioners at once
 text.py, text_sdxl.py      frozen text encoders
+text_clip.py               prompts as CLIP's text towers read them: chunks, weights, layers left out
+text_weights.py            the grammar of weights, and what a call asks of the reading
 transformer.py             tokens through a transformer that is trained with the denoiser
 classes_and_boxes.py       classes and boxes as tokens
 spatial.py                 maps and pictures beside the latent

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,9 @@ from torch import nn
 
 from ldmfast import conditioning, files
 from ldmfast.conditioning.condition import Condition
+
+if TYPE_CHECKING:
+    from ldmfast.conditioning.text_weights import PromptReading
 
 MODES = ("none", "concat", "crossattn", "hybrid", "adm")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -32,6 +35,7 @@ class Conditioner(nn.Module):
     option     the command-line option that its inputs come from: "class", "boxes" or "map"; None for others
     takes_inputs     whether an input says anything; else there is no prompt, and nothing to guide towards
     takes_pictures   what of a pipeline's image and mask it is conditioned on: ("image",), ("image", "mask") or ()
+    reads_prompts    whether `read` takes a PromptReading: its text encoder is CLIP's
     enlarges         whether that image is of the latents' size, not of the pictures': super-resolution
     """
 
@@ -41,6 +45,7 @@ class Conditioner(nn.Module):
     takes_pictures: tuple[str, ...] = ()
     enlarges = False
     trainable = False
+    reads_prompts = False
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -54,11 +59,19 @@ class Conditioner(nn.Module):
         """The unconditional condition, n times: for guidance and its dropout."""
         raise NotImplementedError
 
+    def read(self, inputs: list, reading: PromptReading | None = None) -> Condition:
+        """As `forward`, with prompts read as a call asks. Raises ValueError where that is not for this encoder."""
+        if reading is not None and (asked := reading.asked()):
+            raise ValueError(
+                f"{asked[0]} is for models whose text encoder is CLIP's; this one's is {type(self).__name__}"
+            )
+        return self(inputs)
+
     def complete(self, inputs: list, seeds: list[int]) -> list:
         """The inputs of N pictures with what they leave open drawn, each by its picture's seed; here nothing is."""
         return inputs
 
-    def truncated_captions(self, inputs: list) -> list[tuple[str, int]]:
+    def truncated_captions(self, inputs: list, reading: PromptReading | None = None) -> list[tuple[str, int]]:
         """(caption, tokens that are read of it) of the captions that are longer than what is read."""
         return []
 

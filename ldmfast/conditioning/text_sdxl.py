@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldmfast.conditioning import text_clip
 from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.condition import Condition
-from ldmfast.conditioning.text import load_tokenizer, too_long
+from ldmfast.conditioning.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from ldmfast.conditioning.text_weights import PromptReading
 
 
 class TwoTextEncoders(Conditioner):
@@ -24,6 +28,7 @@ class TwoTextEncoders(Conditioner):
     """
 
     mode = "crossattn"
+    reads_prompts = True
 
     def __init__(
         self,
@@ -61,28 +66,39 @@ class TwoTextEncoders(Conditioner):
         """It stays in eval mode: it is frozen."""
         return super().train(False)
 
-    def truncated_captions(self, inputs: list) -> list[tuple[str, int]]:
-        most = min(model.config.max_position_embeddings for model in self.models)
-        return too_long(self.tokenizers[0], inputs, most)
+    def truncated_captions(self, inputs: list, reading: PromptReading | None = None) -> list[tuple[str, int]]:
+        return text_clip.cut(self.tokenizers, inputs, self._tokens(), reading or text_clip.PLAIN)
 
-    @torch.no_grad()
+    def _tokens(self) -> int:
+        return min(model.config.max_position_embeddings for model in self.models)
+
     def forward(self, inputs: list) -> Condition:
         """Captions -> Condition with context [N, L, width] and text_embeds [N, P]."""
-        wrong = next((c for c in inputs if not isinstance(c, str)), None)
-        if wrong is not None:
-            raise ValueError(f"TwoTextEncoders: a caption must be a string; got {wrong!r:.80}")
-        states = []
-        for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
-            ids = tokenizer(
-                list(inputs),
-                padding="max_length",
-                max_length=model.config.max_position_embeddings,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            out = model(ids.to(self.device), output_hidden_states=True)
-            states.append(out.hidden_states[-2])
-        return Condition(context=torch.cat(states, dim=-1), text_embeds=out.text_embeds)
+        return self.read(inputs)
+
+    @torch.no_grad()
+    def read(self, inputs: list, reading: PromptReading | None = None) -> Condition:
+        """As forward. Weights leave the states' mean as it becomes; text_embeds is the first chunk's, unweighted."""
+        text_clip.check_captions(inputs, "TwoTextEncoders")
+        reading, states = reading or text_clip.PLAIN, []
+        for model, of in zip(self.models, self._chunks(inputs, reading), strict=True):
+            rows, counts = [chunk for each in of for chunk in each], [len(each) for each in of]
+            skip = reading.skipped(model.config.num_hidden_layers)
+            (out,) = text_clip.run_tower(model, [row.ids for row in rows], self.device, len(rows), hidden=True)
+            states.append(text_clip.weighted(out.hidden_states[-(skip + 2)], rows, keep_mean=False))
+        context, mask = text_clip.side_by_side(torch.cat(states, dim=-1), counts)
+        firsts = [sum(counts[:i]) for i in range(len(counts))]
+        return Condition(context=context, context_mask=mask, text_embeds=out.text_embeds[firsts])
+
+    def _chunks(self, captions: list[str], reading: PromptReading) -> list[list[list[text_clip.Chunk]]]:
+        """For each tower, each caption's chunks: as many for one as for the other."""
+        length = self._tokens()
+        both = [[text_clip.chunks(t, caption, length, reading) for caption in captions] for t in self.tokenizers]
+        for pair in zip(*both, strict=True):
+            most = max(map(len, pair))
+            for of, tokenizer in zip(pair, self.tokenizers, strict=True):
+                of += text_clip.chunks(tokenizer, "", length) * (most - len(of))
+        return both
 
     def empty(self, n: int) -> Condition:
         found = self([""]).parts()

@@ -22,6 +22,8 @@ from ldmfast.conditioning.text import load_tokenizer, locate, too_long
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ldmfast.conditioning.text_weights import PromptReading
+
 
 class Attention(nn.Module):
     """x [N, S, E] -> [N, S, E]; queries, keys and values without bias."""
@@ -115,7 +117,7 @@ class TransformerText(Conditioner):
             self._tokenizer = load_tokenizer(locate(self.tokenizer_name), self.tokenizer_name)
         return self._tokenizer
 
-    def truncated_captions(self, inputs: list) -> list[tuple[str, int]]:
+    def truncated_captions(self, inputs: list, reading: PromptReading | None = None) -> list[tuple[str, int]]:
         return too_long(self.tokenizer, inputs, self.tokens)
 
     def forward(self, inputs: list) -> Condition:

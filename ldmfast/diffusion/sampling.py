@@ -26,6 +26,7 @@ def sample(
     after: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     watch: Callable[[int, Callable[[], torch.Tensor]], None] | None = None,
     step: Callable[[torch.Tensor, torch.Tensor, int], SchedulerOutput | None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """From the noisy x [N, ...] at times[0] to the clean sample [N, ...].
 
@@ -39,6 +40,7 @@ def sample(
     watch       (i, function that returns the predicted x0 [N, ...]), called after step i
     step        (x, t, i) -> the scheduler's result, with its x0, in place of predict, guidance and the scheduler's
                 step; or None: they are to be called
+    stop        asked after each step: true ends the run there, with the sample as it is
 
     Raises ValueError if the scheduler takes no eta.
     """
@@ -63,6 +65,8 @@ def sample(
             x = after(x, i)
         if watch:
             watch(i, lambda: _x0(scheduler, result, seen, output, t, guidance if fused else None))  # noqa: B023
+        if stop and stop():
+            break
     return x
 
 

@@ -2,10 +2,14 @@
 
 pipeline.py, call.py              from inputs to pictures; what a call may ask for
 load.py, assemble.py              the one door, and how a name, a folder or a file becomes parts
-text_towers.py                    CLIP's text towers and tokenizers among them
+text_towers.py, clip_tokenizer.py CLIP's text towers and tokenizers among them
+prompts.py                        what the pictures of a call are guided towards, and away from
+step_callback.py                  a function of the user's after each step
+diffusers_names.py                what users of diffusers look for, and where it is
 folder.py                         a pipeline as a folder
 saved_autoencoder.py              the autoencoder alone, out of such a folder
-load_lora.py                      LoRA files on it, or on a pipeline of diffusers'
+load_lora.py, load_embedding.py   LoRA and textual inversion on it, or on a pipeline of diffusers'
+added_files.py                    both by the options of `load`
 optimize.py                       ldmfast under a live diffusers pipeline
 """
 

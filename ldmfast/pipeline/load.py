@@ -16,8 +16,10 @@ import torch
 
 from ldmfast.conditioning import Conditioner
 from ldmfast.models.graph import Graphed
+from ldmfast.pipeline.added_files import add_files, check_load_options
 from ldmfast.pipeline.assemble import assemble
-from ldmfast.pipeline.load_lora import Lora, as_list, load_lora
+from ldmfast.pipeline.load_embedding import Embedding
+from ldmfast.pipeline.load_lora import Lora
 from ldmfast.pipeline.optimize import switch_to_graphs
 from ldmfast.pipeline.pipeline import LatentDiffusionPipeline
 
@@ -34,8 +36,10 @@ def load(
     autoencoder: str | Path | None = None,
     conditioner: Conditioner | None = None,
     variant: str | None = None,
+    embedding: Embedding | Iterable[Embedding] | None = None,
     lora: Lora | Iterable[Lora] | None = None,
     graph: bool = False,
+    **others: Any,
 ) -> LatentDiffusionPipeline | Any:
     """A ready model: denoiser, autoencoder, conditioner and noise schedule.
 
@@ -50,9 +54,11 @@ def load(
     dtype          of the weights in memory; None: each network's own in the file, the one that holds all where it mixes
                    several (float32 from a folder that ldmfast trained)
     allow_missing  take weights that a released model lacks at random
-    tokenizer      CLIP's, a folder or a hub name, for a file without one; default: openai/clip-vit-large-patch14
+    tokenizer      CLIP's, for a file without one: a folder, a file of its vocabulary, "open_clip" for the installed
+                   package's, or a hub name; default: openai/clip-vit-large-patch14 among the hub's downloads
     autoencoder    a file or folder with the autoencoder, for a denoiser saved without one
     conditioner    a Conditioner, for a denoiser saved without one
+    embedding      a file of textual inversion, (file, word), or a list of either, as `load_embedding` takes them
     lora           a LoRA file, (file, scale), or several of either, as `load_lora` takes them
     variant        of a folder's weights, such as "fp16"; parts without it give their plain ones. None: the plain ones,
                    or the only variant that is there
@@ -60,9 +66,12 @@ def load(
     returns        a LatentDiffusionPipeline; a diffusers pipeline over ldmfast's networks where the model needs more
                    than a prompt and a mask: depth, editing, SDXL's refiner; a network if there is only that
 
-    The pictures of a diffusers folder are those of diffusers' own pipeline, and so is its sampler.
+    The pictures of a diffusers folder are those of diffusers' own pipeline, and so is its sampler; but a prompt with
+    explicit weights, (word:1.3), is read with them. What stays with diffusers (IP-Adapter, ControlNet, offloading, ...)
+    is had by `ldmfast.optimize` on its pipeline; so says the error for a name of theirs.
     Raises ValueError, FileNotFoundError, OSError in one sentence naming the source, TypeError naming the argument.
     """
+    check_load_options(others)
     found = assemble(
         source,
         text_encoder=text_encoder,
@@ -76,8 +85,7 @@ def load(
         variant=variant,
     )
     pipeline = LatentDiffusionPipeline(**found) if isinstance(found, dict) else found
-    if lora is not None:
-        load_lora(pipeline, *as_list(lora))
+    add_files(pipeline, embedding=embedding, lora=lora)
     if graph:
         switch_to_graphs(pipeline if isinstance(pipeline, Graphed) else getattr(pipeline, "unet", None), str(source))
     return pipeline

@@ -10,6 +10,7 @@ folder.py describes the folder that a pipeline is saved to, call.py what is chec
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,21 @@ from tqdm.auto import tqdm
 from ldmfast import shipped
 from ldmfast.conditioning.base import Conditioner, Unconditional
 from ldmfast.conditioning.condition import Condition
+from ldmfast.conditioning.text_weights import PromptReading
 from ldmfast.diffusion import sampling
 from ldmfast.diffusion.samplers import make_sampler
 from ldmfast.models.encode_decode import decode_latents, downsampling, encode_pictures
 from ldmfast.ops.contract.stock_ops import in_fixed_order
 from ldmfast.pictures import Images, to_pil
+from ldmfast.pipeline import diffusers_names
+from ldmfast.pipeline.added_files import add_files, check_load_options
 from ldmfast.pipeline.assemble import assemble
 from ldmfast.pipeline.call import Canvas, SamplingOptions, check_channels, listed, make_canvas, seed_list, strength_of
 from ldmfast.pipeline.captured_step import captured_step
+from ldmfast.pipeline.diffusers_names import missing_attribute, unknown_arguments
 from ldmfast.pipeline.folder import save_parts
+from ldmfast.pipeline.prompts import Prompts, negative_list
+from ldmfast.pipeline.step_callback import StepCallback, as_step
 
 STEPS, GUIDANCE = 25, 3.0
 
@@ -45,6 +52,8 @@ class LatentDiffusionPipeline:
     conditioner  a Conditioner; None for an unconditional model
     guidance     the scale of classifier-free guidance where a call names none
     """
+
+    _interrupt = False
 
     def __init__(
         self,
@@ -69,11 +78,18 @@ class LatentDiffusionPipeline:
         Raises what `ldmfast.load` raises, and ValueError for a model that is no LatentDiffusionPipeline.
         """
         source = shipped.locate() if source is None else source
+        added = {name: options.pop(name, None) for name in ("embedding", "lora")}
+        check_load_options(options)
         found = assemble(source, **options)
         if not isinstance(found, dict):
             what = f"{source} is a {type(found).__name__}, no {LatentDiffusionPipeline.__name__}"
             raise ValueError(f"{what}; in Python, ldmfast.load({str(source)!r}) gives it")
-        return cls(**found)
+        pipeline = cls(**found)
+        add_files(pipeline, **added)
+        return pipeline
+
+    def __getattr__(self, name: str) -> Any:
+        raise missing_attribute(type(self).__name__, name)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `ldmfast.load` reads. `dtype` converts the weights in the files only."""
@@ -105,6 +121,12 @@ class LatentDiffusionPipeline:
         progress: bool = False,
         on_preview: Callable[[int, int, list[Image.Image]], None] | None = None,
         preview_every: int = 5,
+        negative: Any = None,
+        prompt_weights: bool | None = None,
+        clip_skip: int | None = None,
+        long_prompts: bool = False,
+        callback_on_step_end: StepCallback | None = None,
+        **others: Any,
     ) -> list[Image.Image]:
         """Draw one picture for each input.
 
@@ -120,10 +142,22 @@ class LatentDiffusionPipeline:
         mask      where to repaint: white in a PIL picture, 1 in a tensor [1, H, W]; the rest of image stays
         strength  how much of the schedule is run on image, above 0 to 1; None: 0.8, with a mask 1
         on_preview, preview_every   called every so many steps as (step, steps, PIL pictures of the predicted result)
-        returns   N PIL pictures
+        negative  what to guide away from: an input for all, or N, None for a picture without one; "" is the empty
+                  caption, which for SDXL is other than none
+        prompt_weights, clip_skip, long_prompts   how CLIP's text towers read the prompts: PromptReading's weights,
+                  clip_skip and long, in conditioning/text_weights.py. prompt_weights=True: (word), [word], (word:1.3);
+                  None: where a prompt has an explicit (word:1.3). clip_skip in diffusers' counting
+        callback_on_step_end   (pipeline, step, time, {"latents": x [n, z, h, w]}) after each step, of each batch, as in
+                  diffusers; "latents" in the dict that it returns go on in place of x. It may set
+                  pipeline._interrupt = True: the run ends there, and what was begun is decoded as it is
+        returns   N PIL pictures; those that were begun, if the run was ended
 
+        What diffusers' pipelines take beyond this is answered with its name here, or that it stays with diffusers.
         Raises ValueError or TypeError naming the argument that is wrong, FloatingPointError if a picture overflows.
         """
+        if others:
+            taken = [name for name in inspect.signature(LatentDiffusionPipeline.__call__).parameters][1:-1]
+            raise unknown_arguments("a LatentDiffusionPipeline", others, diffusers_names.CALL, taken)
         inputs = listed(inputs, self.conditioner.takes_inputs)
         seeds = seed_list(seeds, len(inputs))
         if batch < 1 or preview_every < 1:
@@ -137,13 +171,20 @@ class LatentDiffusionPipeline:
             strength_of(strength, image, mask, self.conditioner.takes_pictures),
         )
         canvas = self.canvas(len(inputs), size, image, mask)
+        negatives = negative_list(negative, len(inputs), options.guidance, self.conditioner.takes_inputs)
+        prompts = Prompts(inputs, negatives, PromptReading(clip_skip, prompt_weights, long_prompts))
+        prompts.warn_of_cuts(self.conditioner)
+        after_step = as_step(callback_on_step_end, self)
+        self._interrupt = False
         drawn, starts = [], range(0, len(inputs), batch)
         with tqdm(unit="step", disable=not progress) as bar:
             for i in starts:
                 part = slice(i, i + batch)
                 watch = self._watcher(bar, len(starts), canvas[part], on_preview, preview_every)
-                latents = self.denoise(inputs[part], seeds[part], options, canvas[part], watch)
+                latents = self.denoise(prompts[part], seeds[part], options, canvas[part], watch, after_step)
                 drawn += to_pil(canvas[part].paste(self.decode(latents)))
+                if self._interrupt:
+                    break
         return drawn
 
     def canvas(
@@ -159,17 +200,23 @@ class LatentDiffusionPipeline:
     @torch.no_grad()
     def denoise(
         self,
-        inputs: list,
+        inputs: list | Prompts,
         seeds: list[int],
         options: SamplingOptions,
         canvas: Canvas | None = None,
         watch: Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None] | None = None,
+        after_step: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Latents [N, z, h, w] for N inputs and seeds.   watch(i, times, function giving the predicted latents)"""
-        canvas = self.canvas(len(inputs)) if canvas is None else canvas
+        """Latents [N, z, h, w] for N inputs and seeds.
+
+        watch       (i, times, function giving the predicted latents)
+        after_step  (x, i, time) -> x, what goes on after step i
+        """
+        prompts = inputs if isinstance(inputs, Prompts) else Prompts(inputs)
+        canvas = self.canvas(len(prompts.inputs)) if canvas is None else canvas
         device, dtype, scheduler = self.unet.device, self.unet.dtype, options.scheduler
-        inputs = self.conditioner.complete(inputs, seeds)
-        condition = self.condition(inputs, canvas, options.guided).to(device, dtype)
+        prompts = prompts.completed(self.conditioner, seeds)
+        condition = self.condition(prompts, canvas, options.guided).to(device, dtype)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = self._noise(generators, canvas.size).to(device, dtype)
         times = sampling.begin_at(scheduler, options.steps, options.skipped, device)
@@ -179,6 +226,10 @@ class LatentDiffusionPipeline:
         keep = None
         if canvas.mask is not None and not beside:
             keep = sampling.keep_known(scheduler, times, known, noise, canvas.latent_mask().to(device))
+
+        def after(x, i):
+            x = keep(x, i) if keep else x
+            return after_step(x, i, times[i]) if after_step else x
 
         def predict(x, t):
             return condition.predict(self.unet, torch.cat([x, x]) if options.guided else x, t)
@@ -191,27 +242,25 @@ class LatentDiffusionPipeline:
             times,
             **how,
             generators=generators,
-            after=keep,
+            after=after if keep or after_step else None,
             watch=watch and (lambda i, x0: watch(i, times, x0)),
             step=captured_step(self.unet, scheduler, times, condition, **how),
+            stop=(lambda: self._interrupt) if after_step else None,
         )
 
     @in_fixed_order
-    def condition(self, inputs: list, canvas: Canvas, guided: bool) -> Condition:
+    def condition(self, prompts: Prompts, canvas: Canvas, guided: bool) -> Condition:
         """What the denoiser is conditioned on, [N]; guided, [2N], the first N unconditional but for the pictures."""
-        condition = self.conditioner(self.conditioner.with_pictures(inputs, canvas.image, canvas.mask))
+        condition = prompts.condition(self.conditioner, canvas)
         check_channels(self.unet, self.vae, condition.concat, canvas)
         if condition.text_embeds is not None:  # SDXL takes the sizes too: before cropping, where cropped, drawn
             height, width = (side * downsampling(self.vae) for side in canvas.size)
             sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-            sizes = sizes.expand(len(inputs), -1).to(condition.text_embeds)
+            sizes = sizes.expand(len(prompts.inputs), -1).to(condition.text_embeds)
             condition = dataclasses.replace(condition, time_ids=sizes)
         if not guided:
             return condition
-        empty = self.conditioner.empty(len(inputs))
-        if self.conditioner.takes_pictures:
-            empty = dataclasses.replace(empty, concat=condition.concat)
-        return Condition.cat([dataclasses.replace(empty, time_ids=condition.time_ids), condition])
+        return Condition.cat([prompts.unconditional(self.conditioner, canvas, condition), condition])
 
     def noise(self, seeds: list[int], size: tuple[int, int] | None = None) -> torch.Tensor:
         """The starting noise [N, z, h, w] of N seeds.   size  (h, w)"""

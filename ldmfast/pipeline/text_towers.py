@@ -15,11 +15,10 @@ from ldmfast.conditioning.hybrid import Hybrid
 from ldmfast.conditioning.spatial import MaskedImage
 from ldmfast.conditioning.text import TextEncoder
 from ldmfast.conditioning.text_sdxl import TwoTextEncoders
-from ldmfast.files import first_line
+from ldmfast.files import first_line, read_json
+from ldmfast.pipeline.clip_tokenizer import CLIP, clip_tokenizer
 from ldmfast.released.diffusers_folder import pipeline_class
 from ldmfast.released.model import Model, Part
-
-CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer every Stable Diffusion uses
 
 
 def text_tower(part: Part, dtype: torch.dtype | None) -> nn.Module:
@@ -60,7 +59,9 @@ def join_text_towers(
 def _conditioner(path: Path, towers: dict[str, nn.Module], tokenizers: dict) -> Conditioner:
     if "text_encoder_2" in towers:
         both = "text_encoder", "text_encoder_2"
-        return TwoTextEncoders([towers[n] for n in both], [tokenizers[n] for n in both], name=os.path.abspath(path))
+        index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+        options = {"name": os.path.abspath(path), "zeros": index.get("force_zeros_for_empty_prompt", True)}
+        return TwoTextEncoders([towers[n] for n in both], [tokenizers[n] for n in both], **options)
     tower, tokenizer = towers["text_encoder"], tokenizers["text_encoder"]
     return TextEncoder(tower, tokenizer, tower.config.max_position_embeddings, name=os.path.abspath(path))
 
@@ -83,24 +84,23 @@ class AbsentTokenizer:
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise OSError(self.reason)
 
+    def get_vocab(self) -> NoReturn:
+        raise OSError(self.reason)
+
 
 def _tokenizer(path: Path, part: str, named, tower: nn.Module):
     """The folder's, the one that is named, or CLIP's; if none is there, one that says so when it is asked."""
-    from transformers import CLIPTokenizer
-
     own = path / part
     where = named or (own if own.is_dir() else CLIP)
     try:
-        asked = named and not Path(named).is_dir()  # a hub name: nothing else is looked for there
-        tokenizer = CLIPTokenizer.from_pretrained(str(where), local_files_only=not asked)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes an empty one of nothing
-            raise OSError("it has no vocabulary")
+        tokenizer = clip_tokenizer(where, hub=bool(named))
     except (OSError, ValueError, TypeError) as error:
         reason = f"the tokenizer {str(where)!r} could not be loaded ({first_line(error, 120)})"
         if named:
             raise OSError(f"{reason}; name a folder with CLIP's vocab.json and merges.txt") from error
         return AbsentTokenizer(
-            f"{reason}; load the model with tokenizer= a folder with vocab.json and merges.txt, or {CLIP!r}"
+            f"{reason}; load the model with tokenizer= a folder with vocab.json and merges.txt, {CLIP!r}, or "
+            "'open_clip' where open_clip_torch is installed; on the command line --tokenizer"
         )
     tokenizer.model_max_length = tower.config.max_position_embeddings
     if not own.is_dir() and tower.config.hidden_act == "gelu" and "!" in tokenizer.get_vocab():

@@ -30,7 +30,7 @@ def start(config):
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     if config.precision == "fp16" and cpu:
         raise ValueError("precision='fp16' needs a GPU; on a CPU use bf16 or fp32")
-    _refuse_a_lone_process()
+    refuse_a_lone_process()
     # accelerate keeps the first run's settings for the life of the process; a process group stays as it is
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     # a plugin, because the bare number gives way to an environment variable
@@ -44,7 +44,7 @@ def start(config):
     return accelerator
 
 
-def _refuse_a_lone_process():
+def refuse_a_lone_process():
     """`accelerate launch --cpu --num_processes 2` starts a single process where there is no mpirun, without a word."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if launched and not any(name in os.environ for name in RANKS):

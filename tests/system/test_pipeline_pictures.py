@@ -371,10 +371,11 @@ class Words:
     """A tokenizer of one token a letter."""
 
     model_max_length, added_tokens_encoder, tokenize = 7, {}, staticmethod(list)
+    bos_token_id, eos_token_id, pad_token_id = 0, 51, 51
 
-    def __call__(self, captions, truncation=True, **_):
-        if not truncation:
-            return {"input_ids": [[0, *text.encode(), 51] for text in captions]}
+    def __call__(self, captions, add_special_tokens=True, **_):
+        if not add_special_tokens:
+            return {"input_ids": [ord(c) % 50 for c in captions]}
         ids = [([0] + [ord(c) % 50 for c in text] + [51] * 7)[:6] + [51] for text in captions]
         return transformers.BatchEncoding({"input_ids": torch.tensor(ids)})
 
