@@ -12,6 +12,7 @@ import released_layout as layout
 import tiny
 import torch
 from diffusers.loaders import single_file_utils
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ldmfast
@@ -102,6 +103,18 @@ def test_stable_diffusion_draws(sd1, vocabulary):
     assert len(pictures) == 2 and pictures[0].size == (64, 64)
     assert pipe.guidance == 7.5  # what diffusers' pipeline takes; the small models here take 3
     assert pictures[0].tobytes() != pipe("a tree", steps=2, seeds=3, size=(64, 64))[0].tobytes()
+
+
+def test_the_command_line_draws_a_file_with_a_tokenizer_and_no_network(sd1, vocabulary, tmp_path, capsys):
+    words = ["sample", "a (cat:1.2)", "--model", str(sd1), "--steps", "2", "--size", "64x64", "--quiet", "--scale", "1"]
+    words += ["--seed", "3", "-o", str(tmp_path / "a.png")]
+    assert (
+        cli.main([*words, "--tokenizer", str(vocabulary / "vocab.json"), "--negative", "dog", "--clip-skip", "1"]) == 0
+    )
+    asked = {"negative": "dog", "clip_skip": 1, "steps": 2, "seeds": 3, "size": (64, 64)}
+    wanted = ldmfast.load(sd1, tokenizer=vocabulary)("a (cat:1.2)", **asked)[0]
+    assert Image.open(tmp_path / "a.png").tobytes() == wanted.tobytes()
+    assert cli.main(words) == 2 and "on the command line --tokenizer" in capsys.readouterr().err
 
 
 def test_without_a_tokenizer_the_prompt_says_so(sd1, tmp_path):

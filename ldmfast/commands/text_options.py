@@ -47,8 +47,11 @@ def add_model_options(made):
 
 def _embedding(text):
     """ "FILE" or "FILE=WORD" -> (file, word or None)."""
-    file, equals, word = text.rpartition("=")
-    return (file, word) if equals and word and not Path(text).exists() else (text, None)
+    ends = [i for i, sign in enumerate(text) if sign == "=" and text[i + 1 :]]  # a path and a word may have one, too
+    if Path(text).exists() or not ends:
+        return text, None
+    end = next((i for i in ends if Path(text[:i]).exists()), ends[-1])
+    return text[:end], text[end + 1 :]
 
 
 def check(arguments):

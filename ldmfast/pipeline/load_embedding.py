@@ -44,7 +44,10 @@ def load_embedding(target: Any, *files: Embedding) -> list[str]:
         for token, rows in by_token.items():
             for (tokenizer, model), values in zip(towers, rows, strict=True):
                 _add(tokenizer, model, token, values)
-    return [token for _, by_token in found for token in by_token]
+    words = [token for _, by_token in found for token in by_token]
+    if not isinstance(target, diffusers.DiffusionPipeline):
+        target.words = tuple(dict.fromkeys([*target.words, *words]))
+    return words
 
 
 def as_embeddings(embedding: Embedding | Iterable[Embedding] | None) -> list[Embedding]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ class LatentDiffusionPipeline:
     scheduler    a diffusers scheduler: the noise schedule, and the sampler unless a call names another
     conditioner  a Conditioner; None for an unconditional model
     guidance     the scale of classifier-free guidance where a call names none
+    words        what `load_embedding` put on the text towers
     """
 
+    words: tuple[str, ...] = ()
     _interrupt = False
 
     def __init__(
@@ -92,7 +95,12 @@ class LatentDiffusionPipeline:
         raise missing_attribute(type(self).__name__, name)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that `ldmfast.load` reads. `dtype` converts the weights in the files only."""
+        """Write a folder that `ldmfast.load` reads. `dtype` converts the weights in the files only.
+
+        Warns of words of embeddings, which are not saved.
+        """
+        if self.words:
+            warnings.warn(f"not saved with the pipeline: the embeddings of {', '.join(self.words)}", stacklevel=2)
         parts = {name: getattr(self, name) for name in ("unet", "vae", "scheduler", "conditioner", "guidance")}
         save_parts(folder, **parts, dtype=dtype)
 

@@ -159,6 +159,27 @@ def test_a_word_again_takes_the_new_vectors(home, tmp_path):
     assert apart(drawn(twice, "a kohya"), drawn(once, "a kohya")) == 0
 
 
+def test_saving_says_what_is_left_out(home, tmp_path):
+    pipe = ldmfast.load(home / "sd", embedding=[home / "kohya.pt", home / "two.bin"])
+    with pytest.warns(UserWarning, match="not saved with the pipeline: the embeddings of kohya, <toy>, <two>"):
+        pipe.save_pretrained(tmp_path / "saved")
+
+
+def test_the_command_line_says_what_is_not_there(home, tmp_path, capsys):
+    words = ["sample", "a kohya", "--model", str(home / "sd"), "--quiet", "--steps", "1", "--size", "32x32"]
+    words += ["-o", str(tmp_path / "a.png")]
+    assert cli.main([*words, "--embedding", f"{home}/kohya.pt", "--embedding", f"{home}/webui.pt=<a=b>"]) == 0
+    assert capsys.readouterr().err.count("no prompt has") == 1
+    for more, message in (
+        (["--embedding", "none.pt=<x>"], "--embedding none.pt: no such file"),
+        (["--lora", "none.safetensors:0.5"], "--lora none.safetensors: no such file"),
+        (["--clip-skip", "-1"], "--clip-skip -1 must be 0 or more"),
+        (["--negative", "b", "--guidance", "1"], "--negative does nothing with --guidance 1"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_live_pipeline_of_diffusers_takes_them_too(home):
     stock = stable_diffusion_xl()
     taken = ldmfast.optimize(copy.deepcopy(stock))

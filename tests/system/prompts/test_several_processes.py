@@ -7,30 +7,38 @@ import json
 import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from lora_pipelines import stable_diffusion
 from PIL import Image
-from test_pipeline_pictures import class_conditional
 from tiny import CUTOUTS
 
-from ldmfast.commands import cli
+from ldmfast.commands import cli, several_processes
 from ldmfast.data import emoji
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # numpy's, about diffusers
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def process(index, port, home, commands):
-    """One of two, which runs each command and keeps what it said and its exit codes."""
+class OutOfLuck:
+    def __call__(self, inputs, **options):
+        raise ValueError("out of luck")
+
+
+def process(index, port, home, commands, spoiled):
+    """One of two, which runs each command and keeps what it said and its exit codes.
+
+    spoiled   the second one has a pipeline that raises
+    """
     import torch
 
     torch.set_num_threads(1)
     places = (str(index), str(index), "2", "2", "127.0.0.1", str(port))
     os.environ.update(dict(zip(LAUNCHED, places, strict=True)))
     codes = []
+    if spoiled and index == 1:
+        several_processes._Processes._load = lambda self, *_: setattr(self, "pipe", OutOfLuck()) or []
     with (
         Path(home, f"{index}.txt").open("w") as said,
         contextlib.redirect_stdout(said),
@@ -50,11 +58,11 @@ def two():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ldmfast.training.train_denoiser"])  # an installed name: it lacks pytest's path
 
-    def run(home, *commands):
+    def run(home, *commands, spoiled=False):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        both = [context.Process(target=process, args=(i, port, home, commands)) for i in range(2)]
+        both = [context.Process(target=process, args=(i, port, home, commands, spoiled)) for i in range(2)]
         for each in both:
             each.start()
         for each in both:
@@ -70,8 +78,8 @@ def two():
 
 
 def sample(model, out, *more):
-    options = ["--steps", "2", "--seed", "5", "--scale", "1", "--exact", "--device", "cpu"]
-    return ["sample", "--model", str(model), "-o", str(out), *options, *more]
+    options = ["--steps", "2", "--seed", "5", "--scale", "1", "--size", "32x32", "--exact", "--device", "cpu"]
+    return ["sample", *more, "--model", str(model), "-o", str(out), *options]
 
 
 def evaluation(out, *more):
@@ -81,17 +89,16 @@ def evaluation(out, *more):
 
 def test_two_processes_draw_what_one_draws(two, tmp_path):
     """Pictures of several inputs and sizes of shares, one picture alone, a mistake on the way, then another command."""
-    class_conditional().save_pretrained(tmp_path / "model")
-    classes = ["--class", "0", "1", "2", "-n", "1"]
+    stable_diffusion().save_pretrained(tmp_path / "model")
     commands = {
-        "three.png": classes,
-        "one.png": ["--class", "1", "--preview-every", "1"],
-        "batches.png": [*classes, "--batch", "1", "--sampler", "euler-a"],
+        "three.png": ["a", "b", "a (cat:1.2)", "--negative", "dog", "--clip-skip", "1"],
+        "one.png": ["a", "--preview-every", "1"],
+        "batches.png": ["a", "b", "-n", "2", "--batch", "1", "--sampler", "euler-a"],
     }
-    wrong = sample(tmp_path / "model", tmp_path / "no.png", "--class", "1", "--strength", "0.5")
+    wrong = sample(tmp_path / "model", tmp_path / "no.png", "a", "--clip-skip", "9")
     codes, said = two(tmp_path, *(sample(tmp_path / "model", tmp_path / n, *c) for n, c in commands.items()), wrong)
     assert codes == [[0, 0, 0, 2], [0, 0, 0, 0]]
-    assert "strength=0.5 is given without image" in said[0] and "step" in said[0] and said[1] == ""
+    assert "clip_skip=9 must be" in said[0] and "step" in said[0] and said[1] == ""
     (tmp_path / "alone").mkdir()
     for name, command in commands.items():
         assert cli.main([*sample(tmp_path / "model", tmp_path / "alone" / name, *command), "--quiet"]) == 0
@@ -116,34 +123,16 @@ def test_two_processes_score_what_one_scores(two, tmp_path):
 
 def test_what_goes_wrong_in_another_process_is_said_by_the_main_one(two, tmp_path):
     """The second one's pipeline raises."""
-    class_conditional().save_pretrained(tmp_path / "model")
-    code = """
-import os, sys
-from ldmfast.commands import cli, common, several_processes
-class Broken:
-    def __call__(self, *inputs, **options):
-        raise ValueError("out of luck")
-if os.environ["RANK"] == "1":
-    several_processes._Processes._load = lambda self, *_: setattr(self, "pipe", Broken()) or []
-sys.exit(cli.main(sys.argv[1:]))
-"""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = sample(tmp_path / "model", tmp_path / "a.png", "--class", "0", "1", "--quiet")
-    both = []
-    for i in range(2):
-        places = dict(zip(LAUNCHED, (str(i), str(i), "2", "2", "127.0.0.1", str(port)), strict=True))
-        command = [sys.executable, "-c", code, *words]
-        both.append(subprocess.Popen(command, env={**os.environ, **places}, stderr=subprocess.PIPE, text=True))
-    said = [each.communicate(timeout=120)[1] for each in both]
-    assert [each.returncode for each in both] == [2, 0] and not (tmp_path / "a.png").exists()
-    assert "ldmfast: process 1: ValueError: out of luck" in said[0]
+    stable_diffusion().save_pretrained(tmp_path / "model")
+    words = sample(tmp_path / "model", tmp_path / "a.png", "a", "b", "--quiet")
+    codes, said = two(tmp_path, words, spoiled=True)
+    assert codes == [[2], [0]] and said == ["ldmfast: process 1: ValueError: out of luck\n", ""]
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_a_device_for_all_and_a_launch_that_started_one_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(sample("emoji600", tmp_path / "a.png", "a cat", "--device", "cuda:1")) == 2
+    assert cli.main([*sample("emoji600", tmp_path / "a.png", "a cat"), "--device", "cuda:1"]) == 2
     assert "--device cuda:1: each of several processes has a device of its own" in capsys.readouterr().err
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
