@@ -13,6 +13,8 @@
     ldmfast verify model/ --html verify.html
     ldmfast study run/study
     ldmfast doctor
+    ldmfast tune
+    ldmfast profile
     ldmfast report bench1.json bench2.json -o report.html
 
 A mistake in what was asked is answered with one sentence and exit code 2.
@@ -66,9 +68,11 @@ def parser():
         train,
         verify,
     )
+    from ldmfast.commands.measuring import profile, tune
 
     top = argparse.ArgumentParser("ldmfast", description="Latent diffusion with fused kernels.")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for family in (sample, evaluate, evaluate_autoencoders, train, data, convert, study, verify, doctor, bench_report):
+    measuring = (doctor, tune, profile, bench_report)
+    for family in (sample, evaluate, evaluate_autoencoders, train, data, convert, study, verify, *measuring):
         family.add(commands)
     return top

@@ -40,6 +40,7 @@ from ldmfast.models.layers import (
     projected,
     tokens,
 )
+from ldmfast.ops.measured.ranges import block as named
 
 
 @dataclass
@@ -68,6 +69,7 @@ def recomputed(m: nn.Module, function: Callable[..., torch.Tensor], *args: Any) 
     return function(*args)
 
 
+@named
 def resnet(
     m: ResnetBlock2D,
     x: torch.Tensor,
@@ -125,6 +127,7 @@ def _time(m: ResnetBlock2D, cond: BlockInputs, batch: int, lent: torch.Tensor | 
     return {"scale": scale, "shift": shift, **lent_only}
 
 
+@named
 def attention(
     m: Attention, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None, norm: nn.LayerNorm
 ) -> torch.Tensor:
@@ -142,6 +145,7 @@ def attention(
     return _attended(m, y, h if m.residual_connection else None, x)
 
 
+@named
 def image_attention(m: Attention, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """Self-attention over the pixels of x [N, C, H, W] behind its own GroupNorm: the autoencoder's and UNet2D's."""
     if obstacle(m) or m.group_norm is None:
@@ -191,6 +195,7 @@ def _attended(m: Attention, h: torch.Tensor, inner: torch.Tensor | None, outer: 
     return linear(m.to_out[0], h, residual=inner, output_scale=scale) + outer
 
 
+@named
 def feed_forward(m: FeedForward, x: torch.Tensor, norm: nn.LayerNorm, h: torch.Tensor | None = None) -> torch.Tensor:
     """x + GEGLU and a linear layer of h = norm(x), where that is there already: x + (a * gelu(b)) W, [a, b] = h V."""
     if obstacle(m) or type(m.net[0]) is not GEGLU or obstacle(m.net[0]):
@@ -204,6 +209,7 @@ def feed_forward(m: FeedForward, x: torch.Tensor, norm: nn.LayerNorm, h: torch.T
     return x + h
 
 
+@named
 def transformer_block(m: BasicTransformerBlock, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and added to x [N, L, C]."""
     if obstacle(m):
@@ -242,6 +248,7 @@ def _transformer_block_of_sums(m: BasicTransformerBlock, x: torch.Tensor, cond: 
     return feed_forward(m.ff, x, m.norm3, h)
 
 
+@named
 def transformer(m: Transformer2DModel, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """The spatial transformer: an image as tokens, through its blocks, and added back."""
     if obstacle(m):
@@ -262,6 +269,7 @@ def resample(m: nn.Module, x: torch.Tensor, cond: BlockInputs, size: tuple[int, 
     return upsample(m, x, size) if isinstance(m, Upsample2D) else downsample(m, x)
 
 
+@named
 def downsample(m: Downsample2D, x: torch.Tensor) -> torch.Tensor:
     """Half the size: a convolution of stride 2 (padded only right and below where `padding` is 0), or a mean."""
     if obstacle(m):
@@ -271,6 +279,7 @@ def downsample(m: Downsample2D, x: torch.Tensor) -> torch.Tensor:
     return conv2d(m.conv, x)
 
 
+@named
 def upsample(m: Upsample2D, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Twice the size, or `size`: each pixel repeated, then a convolution."""
     if obstacle(m):
@@ -282,6 +291,7 @@ def upsample(m: Upsample2D, x: torch.Tensor, size: tuple[int, int] | None = None
     return conv2d(m.conv, x) if m.use_conv else x
 
 
+@named
 def down_block(
     m: nn.Module, x: torch.Tensor, cond: BlockInputs, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, tuple]:
@@ -309,6 +319,7 @@ def down_block(
     return x, tuple(skips)
 
 
+@named
 def mid_block(m: nn.Module, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """The lowest level: resnet, then (transformer, resnet) each time."""
     crosses = has_cross_attention(m)
@@ -322,6 +333,7 @@ def mid_block(m: nn.Module, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     return x
 
 
+@named
 def up_block(
     m: nn.Module, x: torch.Tensor, skips: tuple, cond: BlockInputs, size: tuple[int, int] | None = None
 ) -> torch.Tensor:

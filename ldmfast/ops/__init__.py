@@ -19,6 +19,7 @@ from ldmfast.ops.group_norm_affine import group_norm_affine
 from ldmfast.ops.group_norm_silu import group_norm_silu
 from ldmfast.ops.layer_norm import layer_norm
 from ldmfast.ops.linear import linear
+from ldmfast.ops.measured import ranges as _ranges
 from ldmfast.ops.registry import explain, use_backend
 from ldmfast.ops.timestep_mlp import timestep_mlp
 
@@ -41,3 +42,6 @@ __all__ = [
     "timestep_mlp",
     "use_backend",
 ]
+
+if _ranges.asked_for():
+    _ranges.name_ops()

@@ -195,4 +195,41 @@ def _wide(q, *others):
     return f"head width D={q.shape[3]} is over {WIDEST}" if q.shape[3] > WIDEST else None
 
 
-speeds.register(op, lambda q, k, *others: {"L": q.shape[1], "S": k.shape[1], "D": q.shape[3]})
+# PyTorch's fused kernels are vendor kernels like others: `sdpa` is whichever of them torch takes, `cudnn` cuDNN's
+_sdpa = op.backend("sdpa", devices={"cuda"})(_reference)
+
+
+@_sdpa.refuses
+def _unfused(q, k, *others):
+    if q.dtype is torch.float64:
+        return "no fused kernel of PyTorch's has float64"
+    return "there is nothing to attend to" if q.numel() == 0 or k.shape[1] == 0 else None
+
+
+@op.backend("cudnn", devices={"cuda"})
+def _cudnn(q, k, v, scale, mask):
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, False, scale=scale)[0]
+    return out.transpose(1, 2).contiguous()
+
+
+_cudnn.refuses(_unfused)
+
+
+@_cudnn.refuses
+def _not_cudnns(q, k, v, scale, mask):
+    if q.dtype is torch.float32:
+        return "cuDNN's attention has no float32"
+    if mask is not None:
+        return "it is called without a mask only"
+    if q.shape[3] % 8 or q.shape[3] > 128:
+        return f"head width D={q.shape[3]}; cuDNN's attention takes multiples of 8 up to 128"
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return f"cuDNN's attention needs sm_80, this GPU is sm_{major}{minor}" if major < 8 else None
+
+
+def _sizes(q, k, *others):
+    return {"L": q.shape[1], "S": k.shape[1], "D": q.shape[3], "heads": q.shape[0] * q.shape[2]}
+
+
+speeds.register(op, _sizes)

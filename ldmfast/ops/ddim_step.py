@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ldmfast.ops import native, triton_backend
+from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors, short
 from ldmfast.ops.ddim_coefficients import NAME, PREDICTIONS, coefficient_table, coefficients_of, number_on_host
 from ldmfast.ops.dispatcher import vmapped
@@ -343,3 +343,4 @@ def _triton(kernel, sample, model_output, coefficients, table, guidance, noise, 
 
 
 triton_backend.register(op, _triton)
+speeds.register(op, lambda sample, *others: {"numel": sample.numel()})

@@ -7,7 +7,7 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from ldmfast.ops import native, triton_backend
+from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
 from ldmfast.ops.dispatcher import laid_out
 from ldmfast.ops.operator import Op
@@ -255,3 +255,11 @@ def too_wide(x: torch.Tensor, groups: int, kernels: str) -> str | None:
 
 
 triton_backend.register(op, _triton).refuses(lambda x, weight, bias, groups, *others: too_wide(x, groups, NAME))
+
+
+def _sizes(x, *others):
+    N, C = x.shape[:2]
+    return {"N": N, "C": C, "P": x.shape[2:].numel(), "last": int(memory_layout(x) is torch.channels_last)}
+
+
+speeds.register(op, _sizes)

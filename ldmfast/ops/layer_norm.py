@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ldmfast.ops import native
+from ldmfast.ops import native, speeds
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
 from ldmfast.ops.operator import Op
 
@@ -111,3 +111,4 @@ def _native(extension, x, weight, bias, eps):
 
 
 native.register(op, _native, modules=("cpu",))
+speeds.register(op, lambda x, *others: {"M": x.shape[:-1].numel(), "K": x.shape[-1]})

@@ -26,7 +26,8 @@ from ldmfast.ops.contract.switch import chosen_numerics, exact
 # each an Op of operator.py, which stands on this file
 OPS: dict[str, Choice] = {}  # what a user calls, by name
 BACKWARD_OPS: dict[str, Choice] = {}  # what autograd calls, by its own name
-RANKS = {"cuda": 3, "triton": 2, "cpu": 2, "torch": 0, "cuda-host": -1}  # below 0: only when named, in tests
+# below 0: only when named, in tests
+RANKS = {"cuda": 3, "triton": 2, "cpu": 2, "sdpa": 1, "cudnn": 1, "torch": 0, "cuda-host": -1}
 BACKENDS = tuple(name for name, rank in RANKS.items() if rank >= 0)  # what a user may name
 
 _chosen: list[str] = []  # LDMFAST_BACKEND as it was at import, if set; the innermost use_backend is last
@@ -146,6 +147,9 @@ class Choice:
         self.name = name
         self.backends: dict[str, Backend] = {}
         self.plans: dict[tuple, Callable] = {}  # of calls, by what operator.py sees of them
+        self.sizes: Callable[..., dict[str, int]] | None = None  # of args, that times depend on (speeds.py)
+        self.lead = 0  # the argument whose dtype and device the times are of
+        self.origin: Callable[[Sequence], str] | None = None  # where the choice for args comes from
         self._ranked: list[Backend] = []
         self._automatic: dict[str, list[Backend]] = {}
 
@@ -242,6 +246,8 @@ def explain(op: Callable | str, *args: Any, **kwargs: Any) -> str:
             if slow := backend.slowness(arguments):
                 said += f", slower here: {slow}"
         lines.append(f"  {backend.name:<10} {said}")
+    if runs and not name and op.origin:
+        lines.append(f"  chosen by {op.origin(arguments)}")
     if not runs:
         lines.append("  nothing runs: " + (f"backend {name} was asked for" if name else "every backend refuses"))
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Where a backend is slower than another one, which the automatic choice then prefers.
 
 One frozen row for each region of shapes, dtypes and architectures. A row says whether it was measured; one that was
-not is an estimate, to be replaced by the figures of bench/bench_ops.py on that GPU. Products on a CPU are measured by
-bench/layers.py.
+not is an estimate, to be replaced by the figures of bench/gpu on that GPU. Products on a CPU are measured by
+bench/layers.py. What `ldmfast tune` measured on this machine (measured/tuned.py) goes before all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ldmfast.ops.measured import tuned
 from ldmfast.ops.registry import Choice
 
 SIXTEEN = frozenset({torch.float16, torch.bfloat16})
@@ -71,9 +72,9 @@ _GENERIC = (("lanes", 0, 4),)
 _TILES = "a processor with AMX: 8 times the products of AVX512-BF16 a cycle, whatever is folded"
 SLOWER = (
     # the kernel without tensor cores, which computes the scores D / 64 times
-    Slower("attention", "cuda", "torch", _WIDE, (("D", 257, ANY),), SIXTEEN),
+    Slower("attention", "cuda", "sdpa", _WIDE, (("D", 257, ANY),), SIXTEEN),
     *(
-        Slower("attention", backend, "torch", _NARROW.format(time), (("D", D, D), _SELF), SIXTEEN, frozenset({90}))
+        Slower("attention", backend, "sdpa", _NARROW.format(time), (("D", D, D), _SELF), SIXTEEN, frozenset({90}))
         for backend, time in (("cuda", "190-215"), ("triton", "170-200"))
         for D in (64, 128)
     ),
@@ -100,25 +101,84 @@ SLOWER = (
 )
 
 
+class _Speeds:
+    """What is known of one op's backends: this machine's table (`ldmfast tune`), else the rows of SLOWER."""
+
+    def __init__(self, op: Choice, sizes: Callable[..., dict[str, int]], lead: int) -> None:
+        self.op, self.sizes, self.lead = op, sizes, lead
+        self.rows = {name: [row for row in SLOWER if (row.op, row.backend) == (op.name, name)] for name in op.backends}
+        self.known: dict[tuple, list[tuple[str, str]]] = {}
+        tuned.on_forgetting(self.known.clear)
+
+    def condition(self, name: str) -> Callable:
+        """The sentence of a faster backend that does not refuse, or None: asked at every call."""
+        rows = self.rows[name]
+
+        def slower(*args):
+            tensor = args[self.lead]
+            if not rows and tuned.table(tensor.device) is None:
+                return None
+            sizes = self.sizes(*args)
+            key = (name, tensor.device, tensor.dtype, architecture(tensor.device), *sizes.values())
+            faster = self.known.get(key)
+            if faster is None:
+                if len(self.known) >= MOST_KNOWN:
+                    self.known.clear()
+                faster = self.known[key] = self.faster(name, sizes, tensor)
+            for than, sentence in faster:
+                if self.op.backends[than].refusal(args) is None:  # a backend that refuses is no better choice
+                    return sentence
+            return None
+
+        return slower
+
+    def faster(self, name: str, sizes: dict[str, int], tensor: torch.Tensor) -> list[tuple[str, str]]:
+        """(backend, sentence) of those that are faster at this shape, the fastest first."""
+        point = self.point(sizes, tensor)
+        if point is None or name not in point[1]:
+            return [(row.than, row.sentence()) for row in self.rows[name] if row.holds(sizes, tensor)]
+        where, times = point
+
+        def sentence(than: str) -> str:
+            figures = f"{1e6 * times[than]:.4g} against {1e6 * times[name]:.4g} us"
+            at = ", ".join(f"{size} {value}" for size, value in where.items())
+            return f"{than} is faster (measured on this machine: {figures} at {at})"
+
+        faster = [than for than in sorted(times, key=times.get) if times[than] * tuned.NEAR < times[name]]
+        return [(than, sentence(than)) for than in faster if than in self.op.backends]
+
+    def point(self, sizes: dict[str, int], tensor: torch.Tensor) -> tuple[dict, dict] | None:
+        table = tuned.table(tensor.device)
+        return table and table.times(self.op.name, tensor.dtype, sizes)
+
+    def origin(self, args) -> str:
+        """Where the choice for these arguments comes from, as a sentence's end."""
+        tensor, sizes = args[self.lead], self.sizes(*args)
+        if self.point(sizes, tensor):
+            table = tuned.table(tensor.device)
+            return f"`ldmfast tune` on this machine, {table.when} ({table.path})"
+        rows = [row for rows in self.rows.values() for row in rows if row.holds(sizes, tensor)]
+        if any(row.measured for row in rows):
+            return "ldmfast's own table, measured on another machine (`ldmfast tune` measures on this one)"
+        if rows:
+            return "ldmfast's own table, an estimate (`ldmfast tune` measures on this machine)"
+        return "the backends' ranks: no figures for this shape (`ldmfast tune` measures on this machine)"
+
+
+MOST_KNOWN = 4096  # shapes that an op remembers
+
+
 def register(op: Choice, sizes: Callable[..., dict[str, int]], lead: int = 0) -> None:
-    """Gives the op's backends their rows of SLOWER. Call it when all of them are registered.
+    """Lets the choice between the op's backends go by their times. Call it when all of them are registered.
 
-    sizes  called as sizes(*args): the sizes by name that the rows bound
-    lead   the argument whose dtype and device the rows mean
+    sizes  called as sizes(*args): the sizes by name that a time depends on, and that the rows bound; always the same
+           names in the same order
+    lead   the argument whose dtype and device are meant
     """
-    for row in SLOWER:
-        if row.op == op.name:
-            op.backends[row.backend].slower(_condition(op, row, sizes, lead))
-
-
-def _condition(op, row: Slower, sizes: Callable, lead: int) -> Callable:
-    def condition(*args):
-        # a backend that refuses is no better choice
-        if row.holds(sizes(*args), args[lead]) and op.backends[row.than].refusal(args) is None:
-            return row.sentence()
-        return None
-
-    return condition
+    speeds = _Speeds(op, sizes, lead)
+    for name, backend in op.backends.items():
+        backend.slower(speeds.condition(name))
+    op.sizes, op.lead, op.origin = sizes, lead, speeds.origin
 
 
 def architecture(device: torch.device) -> int | None:

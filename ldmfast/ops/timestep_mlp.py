@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ldmfast.ops import native, triton_backend
+from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors, short
 from ldmfast.ops.operator import Op
 
@@ -218,3 +218,4 @@ def _triton(kernel, t, w1, b1, w2, b2, dim, flip_sin_to_cos, downscale_freq_shif
 
 
 triton_backend.register(op, _triton)
+speeds.register(op, lambda t, w1, b1, w2, *others: {"N": t.shape[0], "K": w1.shape[1], "C": w2.shape[0]}, lead=1)

@@ -56,9 +56,10 @@ def test_a_named_backend_runs_though_it_is_slower(fake_op):
 def on_a_gpu(op, monkeypatch, arch):
     """Tensors of the CPU are taken for a GPU's, of this architecture."""
     monkeypatch.delitem(op.backends, "cpu")
-    for name in ("cuda", "triton"):
+    for name in {"cuda", "triton", "sdpa"} & op.backends.keys():
         monkeypatch.setattr(op.backends[name], "devices", None)
-        monkeypatch.setattr(op.backends[name], "conditions", [])
+        if name != "sdpa":
+            monkeypatch.setattr(op.backends[name], "conditions", [])
     monkeypatch.setattr(op, "_automatic", {})
     monkeypatch.setattr("ldmfast.ops.speeds.architecture", lambda device: arch)
 
@@ -67,13 +68,13 @@ def on_a_gpu(op, monkeypatch, arch):
     "arch, D, S, dtype, runs",
     [
         (90, 40, 4096, torch.float16, "cuda"),
-        (90, 64, 4096, torch.float16, "torch"),
-        (90, 128, 1024, torch.bfloat16, "torch"),
+        (90, 64, 4096, torch.float16, "sdpa"),
+        (90, 128, 1024, torch.bfloat16, "sdpa"),
         (90, 64, 77, torch.float16, "cuda"),  # a prompt's keys
         (90, 64, 4096, torch.float32, "cuda"),
         (80, 64, 4096, torch.float16, "cuda"),
         (80, 256, 16, torch.float16, "cuda"),
-        (80, 512, 16, torch.bfloat16, "torch"),  # Triton refuses it
+        (80, 512, 16, torch.bfloat16, "sdpa"),  # Triton refuses it
         (80, 512, 16, torch.float32, "cuda"),
         (None, 64, 4096, torch.float16, "cuda"),
     ],
@@ -87,10 +88,10 @@ def test_attention_leaves_to_sdpa_what_it_does_faster(arch, D, S, dtype, runs, m
     q, k = torch.empty(1, 1, 1, D, dtype=dtype), torch.empty(1, S, 1, D, dtype=dtype)
     assert op.select((q, k, k, 1.0, None)).name == runs
     said = ops.explain(ops.attention, q, k, k)
-    assert ("slower here: torch is faster (an estimate, not measured: H100" in said) == (runs == "torch")
+    assert ("slower here: sdpa is faster (an estimate, not measured: H100" in said) == (runs == "sdpa")
     assert f"{runs:<10} runs" in said
     asked = ops.explain(ops.attention, q, k, k, backend="cuda")
-    assert ("cuda       runs (asked for), slower here" in asked) == (runs == "torch")
+    assert ("cuda       runs (asked for), slower here" in asked) == (runs == "sdpa")
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def _wide(dout, q, *others):
 def _gradient(grads, args, outputs, needed, backend):
     q, k, v, scale, mask = args
     inputs = (*grads, q, k, v, *outputs, scale, mask)
-    if needed[4] or not op.fused(inputs, backend):
-        return None
+    if needed[4] or backend in ("sdpa", "cudnn") or not op.fused(inputs, backend):
+        return None  # SDPA's own gradient, by autograd, where SDPA was asked for
     found = op(*inputs, backend)
     return *(gradient if wanted else None for gradient, wanted in zip(found, needed, strict=False)), None, None
