@@ -22,7 +22,7 @@ def read(path) -> dict:
                 raise ValueError(f"{path} is damaged: a row lacks {error}") from error
             except (TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{path} is damaged: {files.first_line(error)}") from error
-    raise ValueError(f"{path} is not a file of bench/peers, bench/layers.py or bench/step_time.py --json")
+    raise ValueError(f"{path} is not a file of bench/peers, bench/layers.py or bench/gpu/step_time.py --json")
 
 
 def number(value, what: str) -> float:
@@ -92,9 +92,11 @@ def _layers(content: dict) -> dict:
 def _step(content: dict) -> dict:
     rows = []
     for row in content["rows"]:
-        figures = (
-            {"error": str(row["error"])} if "error" in row else {"seconds": number(row["median_ms"], "median_ms") / 1e3}
-        )
+        failed = next((name for name in ("error", "refused") if name in row), None)
+        if failed:
+            figures = {"error": str(row[failed])}
+        else:
+            figures = {"seconds": number(row["median_ms"], "median_ms") / 1e3}
         rows.append({"name": str(row["name"]), **figures})
     return {"title": f"{content['what']}, {content['dtype']}", "rows": rows}
 
@@ -103,5 +105,8 @@ KINDS = {
     "peers": (lambda content: content.get("what") == "peers", _peers),
     "parts": (lambda content: content.get("what") == "parts", _parts),
     "layers": (lambda content: "peak_gflops" in content and "rows" in content, _layers),
-    "step": (lambda content: str(content.get("what")).startswith("SD1.5 step") and "rows" in content, _step),
+    "step": (
+        lambda content: ("work" in content or str(content.get("what")).startswith("SD1.5 step")) and "rows" in content,
+        _step,
+    ),
 }

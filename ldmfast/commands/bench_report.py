@@ -1,6 +1,6 @@
 """`ldmfast report`: what the benchmarks wrote, as one HTML file that needs nothing beside it.
 
-Files of bench/peers/compare.py, bench/peers/parts.py, bench/layers.py and bench/step_time.py are taken, in any number.
+Any number of files of bench/peers/compare.py, bench/peers/parts.py, bench/layers.py and bench/gpu/step_time.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MISSING = {
     "peers": "None of these files compares engines: <code>make bench-peers</code> does.",
     "parts": "None of these files has the parts of a step: <code>python bench/peers/parts.py --json FILE</code>.",
     "layers": "None of these files has layers: <code>python bench/layers.py --json FILE</code> measures them.",
-    "step": "None of these files has a step with guidance: <code>python bench/step_time.py --json FILE</code>.",
+    "step": "None of these files has a step with guidance: <code>python bench/gpu/step_time.py --json FILE</code>.",
 }
 NAMES = {"unet": "SD1.5 U-Net", "sdxl": "SDXL U-Net", "vae": "decoder", "picture": "whole picture"}
 FIRST = ("ldmfast", "stock", "compile")  # these have a colour of their own; others follow

@@ -17,6 +17,7 @@ import torch
 
 from ldmfast.ops.measured.tuned import driver, processor
 
+MODES = ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile, beside the default
 LAUNCHES, MOST_LAUNCHES = 20, 512  # in a graph: at least, and at most where cold buffers are gone round
 
 
@@ -65,6 +66,9 @@ class Gpu:
 
         return replay
 
+    def compiled(self, network: Callable, mode: str, fullgraph: bool) -> Callable:
+        return torch.compile(network, mode=mode, fullgraph=fullgraph)
+
     def once(self, run: Callable) -> float:
         """Seconds of one call, by events on the device."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -76,7 +80,7 @@ class Gpu:
 
 
 class StandIn:
-    """The processor with a GPU's interface: a graph is the function itself. Its figures are the processor's."""
+    """The processor with a GPU's interface, where a graph and what is compiled are the function itself."""
 
     kind = "cpu"
     cache_bytes = 1 << 20
@@ -90,6 +94,11 @@ class StandIn:
     def graph(self, run: Callable) -> Callable:
         run()
         return run
+
+    def compiled(self, network: Callable, mode: str, fullgraph: bool) -> Callable:
+        if mode not in MODES:
+            raise ValueError(f"torch.compile has no mode {mode!r}")
+        return network  # compiling for a processor would take a dry run's whole time: bench/peers does it
 
     def once(self, run: Callable) -> float:
         begin = time.perf_counter()

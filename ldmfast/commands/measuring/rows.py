@@ -103,7 +103,7 @@ def prepared(row: Row, work: Work, device: Gpu | StandIn) -> Callable[[], torch.
         return _own_graph(model, work)
     network = work.network(row.ours)
     if row.compiled:
-        network = torch.compile(network, mode=row.compiled, fullgraph=not row.ours)
+        network = device.compiled(network, row.compiled, fullgraph=not row.ours)
     recorded = row.graph == "recorded"
     run = work.step(network, row.ours, recorded)
     return device.graph(run) if recorded else run
@@ -112,4 +112,18 @@ def prepared(row: Row, work: Work, device: Gpu | StandIn) -> Callable[[], torch.
 def _own_graph(model, work: Work) -> Callable:
     if not hasattr(model, "graph"):
         raise NotImplementedError(f"{type(model).__name__} has no graph mode")
-    return work.step(model.graph(), True, True)
+    try:
+        model.graph()
+    except ValueError as reason:  # on a machine without a GPU
+        raise NotImplementedError(str(reason)) from reason
+    return work.step(work.network(True), True, True)
+
+
+def released(row: Row, work: Work) -> dict:
+    """Turns off what the row turned on in the network; why its calls ran without their graph, if they did."""
+    graphs = getattr(work.ours, "graphs", None) if row.graph == "own" else None
+    if graphs is None:
+        return {}
+    reason = graphs.eager
+    work.ours.graph(False)
+    return {"without_graph": str(reason)} if reason else {}
