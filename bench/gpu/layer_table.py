@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
+BENCH = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(BENCH.parent), str(BENCH), str(BENCH / "gpu")]
 
 import clocks  # noqa: E402
-import layers  # noqa: E402, I001
+import layers  # noqa: E402
 import torch  # noqa: E402
-from record import LOST, DeviceLost, Record  # noqa: E402  (puts bench/ on the path)
+from record import LOST, DeviceLost, Record  # noqa: E402
 
 from ldmfast import ops  # noqa: E402
 from ldmfast.commands.measuring import clock  # noqa: E402

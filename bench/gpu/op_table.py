@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
+BENCH = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(BENCH.parent), str(BENCH), str(BENCH / "gpu")]
 
-import bench_ops  # noqa: E402, I001
+import bench_ops  # noqa: E402
 import clocks  # noqa: E402
 import torch  # noqa: E402
-from record import LOST, DeviceLost, Record  # noqa: E402  (puts bench/ on the path)
+from record import LOST, DeviceLost, Record  # noqa: E402
 from torch.nn.attention import sdpa_kernel  # noqa: E402
 
 from ldmfast.commands.measuring import clock  # noqa: E402

@@ -17,6 +17,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PATH = [str(ROOT / "bench" / "gpu"), str(ROOT), *sys.path]  # as a script has it that is started by itself
 sys.path[:0] = [str(ROOT / "bench" / "gpu")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -145,7 +146,8 @@ def tried(argv: list[str]) -> tuple[int, str]:
 
                 return cli.main(argv[2:]), said.getvalue()
             if script.parent == ROOT / "bench" / "gpu":
-                return loaded(script).main(argv[1:]), said.getvalue()
+                with alone(script) as module:
+                    return module.main(argv[1:]), said.getvalue()
         except SystemExit as error:  # argparse's
             return int(error.code or 0), said.getvalue()
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -166,13 +168,28 @@ class Both(io.TextIOBase):
         self.shown.flush()
 
 
-def loaded(script: Path):
-    """A script as a module, made once."""
-    if script.stem not in sys.modules:
+@contextlib.contextmanager
+def alone(script: Path):
+    """Context giving a script as a module that finds only what it would find in a process of its own."""
+    ours = [name for name, module in sys.modules.items() if of_the_benches(module)]
+    kept, path = {name: sys.modules.pop(name) for name in ours}, sys.path
+    sys.path = list(PATH)
+    try:
         spec = importlib.util.spec_from_file_location(script.stem, script)
         sys.modules[script.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[script.stem])
-    return sys.modules[script.stem]
+        yield sys.modules[script.stem]
+    finally:
+        sys.path = path
+        for name in [name for name, module in sys.modules.items() if of_the_benches(module)]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+def of_the_benches(module) -> bool:
+    """Whether it lies in bench/ or tests/."""
+    file = Path(getattr(module, "__file__", None) or "/")
+    return any(room in file.parents for room in (ROOT / "bench", ROOT / "tests"))
 
 
 def counts(file: Path) -> dict:
