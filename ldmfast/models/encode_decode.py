@@ -38,7 +38,7 @@ def decode_latents(vae: Autoencoder, z: torch.Tensor) -> torch.Tensor:
 
     A VQModel quantises them first. Raises TypeError for a model of neither family.
     """
-    if not isinstance(vae, diffusers.VQModel | diffusers.AutoencoderKL):
+    if not isinstance(vae, (diffusers.VQModel, diffusers.AutoencoderKL)):
         raise _unknown("decode_latents", vae)
     return vae.decode(unscaled(vae, z)).sample
 

@@ -99,7 +99,7 @@ def expected_context_width(unet: UNet2DConditionModel) -> int | None:
     if not any(getattr(block, "has_cross_attention", False) for block in blocks):
         return None
     width = unet.config.cross_attention_dim
-    widths = {width} if isinstance(width, int | None) else set(width)
+    widths = {width} if isinstance(width, (int, type(None))) else set(width)
     return widths.pop() if len(widths) == 1 else None
 
 
@@ -121,7 +121,7 @@ def timestep_tensor(
     n = sample.shape[0]
     if isinstance(timestep, _NUMPY) and timestep.dtype.kind in "iuf":
         timestep = torch.from_numpy(numpy.array(timestep, "int64" if timestep.dtype.kind in "iu" else "float32"))
-    if isinstance(timestep, bool) or not isinstance(timestep, int | float | torch.Tensor):
+    if isinstance(timestep, bool) or not isinstance(timestep, (int, float, torch.Tensor)):
         kinds = "an int, a float or a tensor [] or [N]"
         raise ValueError(f"timestep must be {kinds}, of numpy or torch; got {type(timestep).__name__}")
     if not isinstance(timestep, torch.Tensor):
@@ -167,7 +167,7 @@ def check_values(**inputs: object) -> None:
     if not _debugging():
         return
     for name, value in inputs.items():
-        several = isinstance(value, list | tuple)
+        several = isinstance(value, (list, tuple))
         for i, x in enumerate(value if several else (value,)):
             if isinstance(x, torch.Tensor) and readable(x) and not bool(torch.isfinite(x).all()):
                 what = f"{name}[{i}]" if several else name

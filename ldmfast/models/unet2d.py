@@ -40,7 +40,7 @@ class UNet2D(Graphed, DropIn, UNet2DModel):
     @functools.wraps(UNet2DModel.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         widths = kwargs.get("attention_head_dim")
-        several = isinstance(widths, list | tuple)
+        several = isinstance(widths, (list, tuple))
         super().__init__(*args, **({**kwargs, "attention_head_dim": None} if several else kwargs))
         if several:
             self._set_head_widths(list(widths))

@@ -44,7 +44,7 @@ def linear(
 
 
 def _arguments(x, weight, bias=None, residual=None, activation="none", output_scale=1.0, layer_norm=None):
-    if layer_norm is not None and (not isinstance(layer_norm, tuple | list) or len(layer_norm) != 3):
+    if layer_norm is not None and (not isinstance(layer_norm, (tuple, list)) or len(layer_norm) != 3):
         raise TypeError(f"{NAME}: layer_norm is {layer_norm!r:.80}, expected (weight, bias, eps) or None")
     norm_weight, norm_bias, eps = layer_norm or (None, None, None)
     require_tensors(NAME, x=x, weight=weight, bias_=bias, residual_=residual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -24,3 +25,14 @@ def test_the_oldest_are_pinned_and_the_newest_are_not():
 
 def test_the_tests_that_it_names_are_there():
     assert [name for name in run.TESTS if not (ROOT / "tests" / name).is_file()] == []
+
+
+def test_what_is_compiled_asks_for_types_as_the_oldest_torch_takes_it():
+    """torch 2.9's compiler knows isinstance(x, (a, b)) and not isinstance(x, a | b): torch.compile(UNet) broke there."""
+    unions = []
+    for file in sorted(path for room in ("ops", "models") for path in (ROOT / "ldmfast" / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            asked = isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass")
+            if asked and isinstance(node.args[1], ast.BinOp):
+                unions.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert unions == []

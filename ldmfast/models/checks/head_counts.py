@@ -45,7 +45,7 @@ def warn_of_heads(model: nn.Module, source: str | Path) -> None:
         name = "attention_head_dim" if config.get("num_attention_heads") is None else "num_attention_heads"
         said = config.get(name)
         warnings.warn(
-            f"{source}: its configuration says {name}={said if isinstance(said, int | None) else list(said)}; "
+            f"{source}: its configuration says {name}={said if isinstance(said, (int, type(None))) else list(said)}; "
             f"{WIDTHS[width]} has {list(usual) if len(set(usual)) > 1 else usual[0]} heads. "
             "A wrong number loads, and draws noise.",
             stacklevel=3,

@@ -61,7 +61,7 @@ def check_residuals(
 
 def _check_adapters(name: str, *, adapters, places: list[Shape], last: Shape, sample: torch.Tensor) -> None:
     """One for each level, at most, and one more for the mid block (T2I-Adapter-XL's), of its very shape."""
-    if not isinstance(adapters, list | tuple):
+    if not isinstance(adapters, (list, tuple)):
         raise ValueError(f"{name} must be a list of tensors; got {type(adapters).__name__}")
     if len(adapters) > len(places) + 1:
         raise ValueError(
