@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from torch import nn
 
 from ldmfast.files import first_line
 from ldmfast.models.lora import require_peft
+from ldmfast.pipeline.lora_adapter import PREFIX, attach
 from ldmfast.released.lora.lora_file import lora_path, read_lora
-from ldmfast.released.lora.lora_matrices import Change
 from ldmfast.released.lora.lora_names import TEXT, TEXT_2, UNET
 
 Lora = str | Path | tuple[str | Path, float]
@@ -99,7 +98,7 @@ def _load(path: Path, networks: dict[str, nn.Module]) -> str:
     """Put a file on the networks, unless it is there; its adapter's name."""
     state = path.stat()
     written = f"{path.resolve()} {state.st_mtime_ns} {state.st_size} {state.st_ino}"
-    name = f"ldmfast_{hashlib.sha256(written.encode()).hexdigest()[:16]}"
+    name = f"{PREFIX}{hashlib.sha256(written.encode()).hexdigest()[:16]}"
     if any(name in _held(network) for network in networks.values()):
         return name
     changes, notes = read_lora(path, networks)
@@ -110,7 +109,7 @@ def _load(path: Path, networks: dict[str, nn.Module]) -> str:
     for part, of_layers in changes.items():
         try:
             with _quiet():
-                _attach(networks[part], part, of_layers, name)
+                attach(networks[part], part, of_layers, name)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} does not fit this {part}: {first_line(error)}") from error
     return name
@@ -134,77 +133,30 @@ def _quiet():
             logging.enable_progress_bar()
 
 
-def _attach(network: nn.Module, part: str, changes: dict[str, Change], name: str) -> None:
-    from ldmfast.models.lora_norm import adapt_norm
-
-    pairs = {layer: change for layer, change in changes.items() if change.up is not None}
-    if pairs:
-        state = _peft_state(pairs)
-        if part == UNET:
-            network.load_lora_adapter(state, prefix=None, adapter_name=name)
-        else:
-            network.load_adapter(peft_config=_config(pairs), adapter_state_dict=state, adapter_name=name)
-    else:
-        network.peft_config = {**(getattr(network, "peft_config", None) or {}), name: _config({})}
-        network._hf_peft_config_loaded = True
-    for layer, change in changes.items():
-        if change.up is None:
-            adapt_norm(network, layer, name, change.norm_weight, change.norm_bias)
-
-
-def _peft_state(pairs: dict[str, Change]) -> dict[str, torch.Tensor]:
-    """The pairs under peft's names; a bias or a magnitude is had by all layers or none."""
-    biased = any(change.bias is not None for change in pairs.values())
-    dora = [change.magnitude is not None for change in pairs.values()]
-    if any(dora) and (biased or not all(dora)):
-        raise ValueError("DoRA on some layers and plain matrices or biases on others cannot be had in one adapter")
-    state = {}
-    for layer, change in pairs.items():
-        state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = change.down, change.up.contiguous()
-        if biased:
-            rows = len(change.up)
-            state[f"{layer}.lora_B.bias"] = torch.zeros(rows) if change.bias is None else change.bias
-        if change.magnitude is not None:
-            shape = (1, -1, 1, 1) if change.up.ndim == 4 else (-1,)
-            state[f"{layer}.lora_magnitude_vector"] = change.magnitude.reshape(shape)
-    return state
-
-
-def _config(pairs: dict[str, Change]):
-    """peft's configuration of a text encoder's adapter, or of an empty one."""
-    from peft import LoraConfig
-
-    ranks = {layer: change.up.shape[1] for layer, change in pairs.items()}
-    return LoraConfig(
-        r=1,
-        lora_alpha=1,
-        rank_pattern=dict(ranks),
-        alpha_pattern=dict(ranks),
-        target_modules=list(pairs),
-        lora_bias=any(change.bias is not None for change in pairs.values()),
-        use_dora=any(change.magnitude is not None for change in pairs.values()),
-    )
-
-
 def _activate(network: nn.Module, scales: dict[str, float]) -> None:
     """Exactly these adapters, of those that this network has: none fused, none switched off."""
-    from diffusers.loaders.lora_base import set_adapters_for_text_encoder
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    held = _held(network)
-    if not held:
-        return
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            if module.merged:
-                module.unmerge()
-            module.enable_adapters(True)
-    names = [name for name in scales if name in held]
-    values = [scales[name] for name in names]
-    if isinstance(network, diffusers.ModelMixin):
-        network.set_adapters(names, values)
-    else:
-        set_adapters_for_text_encoder(names, network, values)
+    names = [name for name in scales if name in _held(network)]
+    for layer in network.modules():
+        if isinstance(layer, BaseTunerLayer):
+            if layer.merged:
+                layer.unmerge()
+            if layer.disable_adapters:
+                layer.enable_adapters(True)
+            _switch(layer, names)
+            for name in names:
+                layer.set_scale(name, scales[name])
+
+
+def _switch(layer: nn.Module, names: list[str]) -> None:
+    """As peft's layer.set_adapter(names), whose time grows with every adapter that is held."""
+    for attribute in layer.adapter_layer_names:
+        table = getattr(layer, attribute)
+        for name in {*layer.active_adapters, *names}:
+            if name in table:
+                table[name].requires_grad_(name in names)
+    layer._active_adapter = names
 
 
 def _delete(network: nn.Module, names: list[str]) -> None:

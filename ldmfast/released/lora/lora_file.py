@@ -13,7 +13,7 @@ from torch import nn
 from ldmfast.files import read_json
 from ldmfast.models.weight_files import WIDTHS
 from ldmfast.released.lora.lora_matrices import Change, change
-from ldmfast.released.lora.lora_names import TEXT, UNET, Key, find, layer_names, other_kind, parse
+from ldmfast.released.lora.lora_names import TEXT, UNET, Key, find, layer_names, layers, other_kind, parse
 from ldmfast.released.weights import read_weights
 
 IN_A_FOLDER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors")
@@ -38,8 +38,8 @@ def read_lora(path: Path, networks: dict[str, nn.Module]) -> tuple[dict[str, dic
     """
     tensors, others = read_weights(path)
     found = _by_layer(path, tensors)
-    names = {part: layer_names(part, network) for part, network in networks.items()}
-    modules = {part: dict(network.named_modules()) for part, network in networks.items()}
+    modules = {part: layers(network) for part, network in networks.items()}
+    names = {part: layer_names(part, network, modules[part]) for part, network in networks.items()}
     scale_of = _scales(path, others)
     changes: dict[str, dict[str, Change]] = {}
     absent: dict[str, int] = {}
@@ -50,9 +50,8 @@ def read_lora(path: Path, networks: dict[str, nn.Module]) -> tuple[dict[str, dic
                 absent[parts[0]] = absent.get(parts[0], 0) + 1
                 continue
             raise ValueError(_misfit(path, tensors, f"it changes {layer!r}, which is no layer of it", parts[0]))
-        module = _base(modules[part][name])
         try:
-            changes.setdefault(part, {})[name] = _checked(module, own, scale_of(part, name))
+            changes.setdefault(part, {})[name] = _checked(modules[part][name], own, scale_of(part, name))
         except ValueError as error:
             raise ValueError(_misfit(path, tensors, f"{layer} {error}", part)) from error
     return changes, [f"{count} layers of {part}" for part, count in absent.items()]
@@ -81,13 +80,6 @@ def _place(parts, layer, names) -> tuple[str, str | None]:
         if part in names and (name := find(layer, names[part])):
             return part, name
     return parts[0], None
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """The layer under the adapters that it may have."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
 
 
 def _checked(module: nn.Module, own: dict, scale: float | None) -> Change:

@@ -7,7 +7,9 @@ kinds, among those that the network has.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -66,6 +68,7 @@ class Key:
     role: str
 
 
+@functools.lru_cache(1 << 14)
 def parse(key: str) -> Key | None:
     """A key of a LoRA file; None for a key of something else."""
     for pattern, role in _ROLES:
@@ -80,12 +83,25 @@ def other_kind(keys: list[str]) -> str | None:
     """The name of the method whose file has such keys, where that is none of those that `parse` knows."""
     if any(key.endswith(".oft_blocks") for key in keys) and any(".rescale" in key for key in keys):
         return "OFT or BOFT"
-    return next((name for key in keys for pattern, name in _OTHERS if re.search(pattern, key)), None)
+    return next((name for pattern, name in _OTHERS if re.search(pattern, "\n".join(keys), re.MULTILINE)), None)
 
 
-def layer_names(part: str, network: nn.Module) -> dict[str, str]:
-    """{flattened name: name} of a network's layers, in every spelling that files have."""
-    names = {_flat(name): name for name in _layers(network)}
+def layers(network: nn.Module) -> dict[str, nn.Module]:
+    """{name: layer} of what has a weight, as they were before any adapter."""
+    found, waiting = {}, [("", network)]
+    while waiting:
+        name, module = waiting.pop()
+        while (inner := module._modules.get("base_layer")) is not None:
+            module = inner
+        if hasattr(module, "weight"):
+            found[name[1:]] = module
+        waiting += [(f"{name}.{child}", inside) for child, inside in module._modules.items() if inside is not None]
+    return found
+
+
+def layer_names(part: str, network: nn.Module, known: Iterable[str]) -> dict[str, str]:
+    """{flattened name: name} of a network's `layers`, in every spelling that files have.   known  their names"""
+    names = {_flat(name): name for name in known}
     if part != UNET:
         own = {flat.removeprefix("text_model_"): name for flat, name in names.items()}
         old = {
@@ -97,7 +113,7 @@ def layer_names(part: str, network: nn.Module) -> dict[str, str]:
         own |= {spelt: own[flat] for spelt, flat in old.items()}
         return own | {f"text_model_{flat}": name for flat, name in own.items()}
     spelt = {flat.removesuffix("_0"): name for flat, name in names.items() if flat.endswith("to_out_0")}
-    return {**spelt, **names, **_released_names(network)}
+    return {**spelt, **names, **_released_names(network, names.values())}
 
 
 def find(layer: str, names: dict[str, str]) -> str | None:
@@ -109,16 +125,10 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _layers(network: nn.Module) -> list[str]:
-    """The names of what has a weight, as they were before any adapter."""
-    names = [name for name, module in network.named_modules() if hasattr(module, "weight") and ".lora_" not in name]
-    return sorted({name.replace(".base_layer", "") for name in names})
-
-
-def _released_names(unet: nn.Module) -> dict[str, str]:
+def _released_names(unet: nn.Module, known: Iterable[str]) -> dict[str, str]:
     """{flattened released name: name}; none for a network without a place in the released layout."""
     try:
-        entries = unet_entries({f"{name}.weight": (1, 1) for name in _layers(unet)}, dict(unet.config), legacy=False)
+        entries = unet_entries({f"{name}.weight": (1, 1) for name in known}, dict(unet.config), legacy=False)
     except (ValueError, KeyError):
         return {}
     single = {e.released: e.keys[0] for e in entries if len(e.keys) == 1}

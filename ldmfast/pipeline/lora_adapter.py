@@ -1,0 +1,140 @@
+"""A file's changes as an adapter of peft's on a network's layers.
+
+diffusers' and transformers' own loaders put it on. They take 0.2 to 0.6 s of a U-Net of Stable Diffusion 1, more with
+each adapter that is there; so where every layer has an adapter of `load_lora`'s already, the new one is made as a copy
+of that layer's, with the file's matrices in it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from ldmfast.released.lora.lora_matrices import Change
+from ldmfast.released.lora.lora_names import UNET
+
+PREFIX = "ldmfast_"  # of the names of adapters that load_lora made
+
+
+def attach(network: nn.Module, part: str, changes: dict[str, Change], name: str) -> None:
+    """Put an adapter of that name on the layers of `network` (the `part` of a pipeline) that `changes` has.
+
+    Raises RuntimeError or ValueError, from peft, for what does not fit.
+    """
+    from ldmfast.models.lora_norm import adapt_norm  # needs peft
+
+    pairs = {layer: change for layer, change in changes.items() if change.up is not None}
+    if pairs and _attach_by_copies(network, pairs, name):
+        pass
+    elif pairs:
+        state = _peft_state(pairs)
+        if part == UNET:
+            network.load_lora_adapter(state, prefix=None, adapter_name=name)
+        else:
+            network.load_adapter(peft_config=_config(pairs), adapter_state_dict=state, adapter_name=name)
+    else:
+        network.peft_config = {**(getattr(network, "peft_config", None) or {}), name: _config({})}
+        network._hf_peft_config_loaded = True
+    for layer, change in changes.items():
+        if change.up is None:
+            adapt_norm(network, layer, name, change.norm_weight, change.norm_bias)
+
+
+def _peft_state(pairs: dict[str, Change]) -> dict[str, torch.Tensor]:
+    """The pairs under peft's names; a bias or a magnitude is had by all layers or none."""
+    biased = any(change.bias is not None for change in pairs.values())
+    dora = [change.magnitude is not None for change in pairs.values()]
+    if any(dora) and (biased or not all(dora)):
+        raise ValueError("DoRA on some layers and plain matrices or biases on others cannot be had in one adapter")
+    state = {}
+    for layer, change in pairs.items():
+        state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = change.down, change.up.contiguous()
+        if biased:
+            rows = len(change.up)
+            state[f"{layer}.lora_B.bias"] = torch.zeros(rows) if change.bias is None else change.bias
+        if change.magnitude is not None:
+            shape = (1, -1, 1, 1) if change.up.ndim == 4 else (-1,)
+            state[f"{layer}.lora_magnitude_vector"] = change.magnitude.reshape(shape)
+    return state
+
+
+def _config(pairs: dict[str, Change]):
+    """peft's configuration of a text encoder's adapter, or of an empty one."""
+    from peft import LoraConfig
+
+    ranks = {layer: change.up.shape[1] for layer, change in pairs.items()}
+    return LoraConfig(
+        r=1,
+        lora_alpha=1,
+        rank_pattern=dict(ranks),
+        alpha_pattern=dict(ranks),
+        target_modules=list(pairs),
+        lora_bias=any(change.bias is not None for change in pairs.values()),
+        use_dora=any(change.magnitude is not None for change in pairs.values()),
+    )
+
+
+def _attach_by_copies(network: nn.Module, pairs: dict[str, Change], name: str) -> bool:
+    """Do it by copying an adapter of each layer; False, with nothing done, where a layer has none to copy."""
+    copies = []
+    for layer, change in pairs.items():
+        module = _adapted(network, layer)
+        like = None if module is None else _template(module)
+        if like is None or change.bias is not None or change.magnitude is not None:
+            return False
+        copies.append((module, like, change))
+    config = copy.copy(network.peft_config[copies[0][1]])
+    ranks = {layer: change.up.shape[1] for layer, change in pairs.items()}
+    config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern = 1, 1, dict(ranks), dict(ranks)
+    config.target_modules = set(pairs)
+    network.peft_config[name] = config
+    for module, like, change in copies:
+        _copy_adapter(module, like, name, change)
+    return True
+
+
+def _adapted(network: nn.Module, layer: str) -> nn.Module | None:
+    """The layer of peft's in that place; None if it is another, or its weights are not where it computes."""
+    from peft.tuners.lora import LoraLayer
+
+    module = network.get_submodule(layer)
+    offloaded = any(hasattr(m, hook) for m in (network, module) for hook in ("_hf_hook", "_diffusers_hook"))
+    return module if isinstance(module, LoraLayer) and not offloaded else None
+
+
+def _template(layer: nn.Module) -> str | None:
+    """The name of an adapter of this layer that is two matrices and no more, made by load_lora."""
+    for name, down in layer.lora_A.items():
+        more = (getattr(layer, table, {}).get(name) for table in ("use_dora", "lora_bias", "lora_variant"))
+        weights = down.weight, layer.lora_B[name].weight
+        if name.startswith(PREFIX) and not any(more) and not any(weight.is_meta for weight in weights):
+            return name
+    return None
+
+
+def _copy_adapter(layer: nn.Module, like: str, name: str, change: Change) -> None:
+    rank = change.up.shape[1]
+    new = {"r": rank, "lora_alpha": rank, "scaling": 1.0}  # the factors have the scale in them
+    new["lora_A"] = _copied(layer.lora_A[like], change.down)
+    new["lora_B"] = _copied(layer.lora_B[like], change.up)
+    for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+        table = getattr(layer, attribute)
+        if like in table:
+            table[name] = new[attribute] if attribute in new else copy.copy(table[like])
+
+
+def _copied(module: nn.Module, weight: torch.Tensor) -> nn.Module:
+    """A linear layer or convolution like `module`, its dtype and device, with another weight."""
+    made = type(module).__new__(type(module))
+    made.__dict__ = {
+        key: type(value)(value) if isinstance(value, dict) else value for key, value in vars(module).items()
+    }
+    made.weight = nn.Parameter(weight.to(module.weight, copy=True).contiguous())
+    rows, columns = weight.shape[:2]
+    if isinstance(module, nn.Linear):
+        made.in_features, made.out_features = columns, rows
+    else:
+        made.in_channels, made.out_channels = columns, rows
+    return made
