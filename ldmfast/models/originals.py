@@ -53,27 +53,28 @@ def _method(kind: type, name: str) -> Callable | None:
 
 def _own(function: Callable) -> bool:
     """Whether the function was defined in torch or in diffusers; its own name of a module can be borrowed."""
-    return function.__globals__.get("__name__", "").partition(".")[0] in ("torch", "diffusers")
+    if inspect.isbuiltin(function):
+        return True
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] in ("torch", "diffusers")
 
 
-def functions(kinds: Iterator[type]) -> tuple[tuple[dict, str, Callable], ...]:
+def functions(kinds: Iterator[type]) -> tuple[tuple[dict, str, Callable | None], ...]:
     """(namespace, name, function) of what the forwards of `kinds` call that is no method: F's, diffusers.models'.
 
-    Not F.linear and F.conv2d, which counters of operations and tests wrap in order to watch.
+    The function is None where it is not the package's own: it was replaced before ldmfast was imported. Counters of
+    operations wrap F.linear and F.conv2d in order to watch: then stock's forward is what they see.
     """
     found = {}
     for kind in kinds:
         for _, function in methods(kind):
             space = getattr(inspect.unwrap(function), "__globals__", {}) if function else {}
             for name in names_in(function) if function else ():
-                if name in ("linear", "conv2d"):
-                    continue
                 if callable(F.__dict__.get(name)):
                     found["F", name] = F.__dict__, name, F.__dict__[name]
                 elif getattr(space.get(name), "__module__", "").startswith("diffusers.models"):
                     if inspect.isfunction(space[name]):
                         found[space["__name__"], name] = space, name, space[name]
-    return tuple(found.values())
+    return tuple((space, name, function if _own(function) else None) for space, name, function in found.values())
 
 
 def replaced(module: nn.Module, kind: type, known: Methods) -> str | None:

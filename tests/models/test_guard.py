@@ -24,6 +24,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ldmfast.diffusion import catalogue
+from ldmfast.models import originals
 
 CLOSE = 1e-5
 SMALL = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
@@ -277,6 +278,9 @@ def test_a_processors_call_that_was_replaced_on_its_class(processor, monkeypatch
     "space, function, name",
     [
         (F, "interpolate", "vae"),
+        (F, "linear", "sdxl"),
+        (F, "conv2d", "sdxl"),
+        (F, "conv2d", "vae"),
         (F, "group_norm", "sdxl"),
         (F, "scaled_dot_product_attention", "sdxl"),
         (F, "silu", "vq"),
@@ -371,3 +375,9 @@ print(UNet.from_unet(tiny.unet()).explain()[0])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="tests")
     assert "_conv_forward was replaced" in done.stdout
+
+
+def test_a_function_that_was_replaced_before_the_import_is_none_of_torchs(monkeypatch):
+    monkeypatch.setattr(F, "linear", around(F.linear))
+    found = {name: function for _, name, function in originals.functions((nn.Linear, nn.Conv2d))}
+    assert found["linear"] is None and found["conv2d"] is F.conv2d
