@@ -149,7 +149,7 @@ DENOISERS = {
         _plain(7, 3, 256, (1, 2, 3, 4), (8, 4, 2), updown=True), "vq-f4-noattn", "masked", (0.0015, 0.0205), heads=8
     ),
     "bsr_sr": Denoiser(_plain(6, 3, 160, (1, 2, 2, 4), (16, 8)), "vq-f4", "picture", (0.0015, 0.0155), width=32),
-    "sd-v1": Denoiser(_cross(4, 320, *_SD, 768), "kl-f8", "clip", **_CLIP),
+    "sd-v1": Denoiser(_cross(4, 320, *_SD, 768), "kl-f8", "clip", both_predictions=True, **_CLIP),
     "sd-v1-inpainting": Denoiser(_cross(9, 320, *_SD, 768, outputs=4), "kl-f8", "clip", **_CLIP),
     "instruct-pix2pix": Denoiser(_cross(8, 320, *_SD, 768, outputs=4), "kl-f8", "clip", **_CLIP),
     "sd-v2": Denoiser(

@@ -1,7 +1,8 @@
 """What a released model predicts, and its noise schedule: what the file says decides, then its family.
 
 The prediction type, from the first of these that says it:
-    1. the original configuration (config=): parameterization (v, eps, x0) or prediction_type; for SDXL the scaling
+    1. the original configuration (config=): parameterization (v, eps, x0) or prediction_type; for SDXL the scaling;
+       a whole one that has none of them means epsilon, the default of the released code
     2. what the file says of itself: modelspec.prediction_type, modelspec.predict_key, prediction_type, or
        an architecture modelspec.architecture that ends with -v
     3. the tensors that mark it: edm_vpred.sigma_max, v_pred
@@ -35,7 +36,8 @@ _BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squared
 _BETAS |= {name: name for name in ("scaled_linear", "squaredcos_cap_v2")}
 _START, _END = 1e-4, 2e-2  # the released code's, where a configuration has one of them alone
 _COSINE_S = 8e-3
-_LINE = ("linear_start", "linear_end", "beta_schedule")
+_LINE = {"linear_start", "linear_end", "beta_schedule"}
+_WHOLE = {"unet_config", "first_stage_config", "linear_start"}  # what every original configuration before SDXL's has
 
 
 def schedule(
@@ -51,9 +53,7 @@ def schedule(
     if known is not None:
         changed = {"prediction_type": by_config} if by_config else {}
         changed |= _zero_terminal_snr() if zero_snr else {}
-        changed |= (
-            _betas(tensors, settings, row) if {"linear_start", "linear_end", "beta_schedule"} & {*settings} else {}
-        )
+        changed |= _betas(tensors, settings, row) if _LINE & {*settings} else {}
         return {**known, **changed}, None
     prediction, guess = _prediction(by_config, tensors, row, said)
     if "edm_mean" in tensors:
@@ -86,7 +86,9 @@ def _by_config(settings: dict) -> str | None:
             raise ValueError(f"config says {name}: {settings[name]!r}, expected v, eps or x0")
     scaling = inner(settings, "denoiser_config").get("scaling_config")
     target = str(scaling.get("target", "") if isinstance(scaling, dict) else "").rpartition(".")[2]
-    return {"VScaling": "v_prediction", "EpsScaling": "epsilon"}.get(target)
+    if target:
+        return {"VScaling": "v_prediction", "EpsScaling": "epsilon"}.get(target)
+    return "epsilon" if _WHOLE <= {*settings} else None
 
 
 def _prediction_of(value: Any) -> str | None:

@@ -209,7 +209,7 @@ def test_names_as_tools_leave_them(spelling, sd1, tmp_path):
     path = saved({SPELLINGS[spelling](name): value for name, value in sd1.items()}, tmp_path / "file.ckpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipe = ldmfast.load(path)
+        pipe = ldmfast.load(path, config={"parameterization": "eps"})
     assert torch.equal(pipe.unet.conv_in.weight, sd1[UNET + "input_blocks.0.0.weight"])
     assert torch.equal(pipe.vae.encoder.conv_in.weight, sd1[STAGE + "encoder.conv_in.weight"])
     report = convert(path, tmp_path / "folder")
@@ -309,7 +309,8 @@ def said(path, **options):
 MARKS = {  # metadata, tensors and numbers beside the weights -> the prediction type
     "nothing, Stable Diffusion 2": ("sd-v2", {}, {}, None),
     "nothing, SDXL": ("sdxl", {}, {}, None),
-    "nothing, Stable Diffusion 1": ("sd-v1", {}, {}, "epsilon"),
+    "nothing, Stable Diffusion 1": ("sd-v1", {}, {}, None),
+    "metadata, epsilon, Stable Diffusion 1": ("sd-v1", {"modelspec.predict_key": "epsilon"}, {}, "epsilon"),
     "metadata, v": ("sd-v1", {"modelspec.prediction_type": "v"}, {}, "v_prediction"),
     "metadata, epsilon": ("sd-v2", {"modelspec.prediction_type": "epsilon"}, {}, "epsilon"),
     "metadata of another tool": ("sdxl", {"modelspec.predict_key": "v"}, {}, "v_prediction"),
@@ -411,6 +412,15 @@ def test_what_else_a_configuration_says(sd1, tmp_path):
     betas = torch.linspace(0.001, 0.02, 1000)
     own = ldmfast.load(saved(sd1 | {"betas": betas}, tmp_path / "own.safetensors")).scheduler.config
     assert own.beta_schedule == "linear" and own.trained_betas is None
+
+
+@pytest.mark.parametrize("family", ["sd-v1", "sd-v2"])
+def test_a_whole_original_configuration_that_names_no_prediction_means_epsilon(family, tmp_path):
+    """v2-inference.yaml differs from v2-inference-v.yaml in `parameterization: "v"`, which it has not."""
+    path = saved(small(family), tmp_path / "file.safetensors")
+    line = {"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}
+    pipe, guesses = said(path, config={"model": {"params": {**line, "unet_config": {}, "first_stage_config": {}}}})
+    assert pipe.scheduler.config.prediction_type == "epsilon" and guesses == []
 
 
 def test_a_configuration_goes_before_what_convert_wrote(sd1, tmp_path):
