@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("tests", type=Path, help="the folder tests/ of a diffusers checkout")
     parser.add_argument("--route", choices=("classes", "optimize"), help="only this one (default: both)")
     parser.add_argument("-k", help="only tests whose names match, as pytest's -k")
-    parser.add_argument("--files", default="*", help="only files that match, such as 'lora/*'")
+    parser.add_argument("--files", nargs="+", default=["*"], help="only files that match one, such as 'lora/*'")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/diffusers_suite.md"), help="the table")
     arguments = parser.parse_args()
     tests = arguments.tests.resolve()
@@ -82,7 +82,8 @@ def main() -> int:
         write_text_encoders(Path(folder, "local"))
         for group, files in FILES.items():
             for file in files:
-                if not fnmatch.fnmatch(file, arguments.files) or not (group in IN_OPTIMIZE or "classes" in routes):
+                chosen = any(fnmatch.fnmatch(file, pattern) for pattern in arguments.files)
+                if not chosen or not (group in IN_OPTIMIZE or "classes" in routes):
                     continue
                 stock = outcomes(tests, file, "stock", Path(folder), arguments.k)
                 for route in routes:
@@ -93,12 +94,16 @@ def main() -> int:
                         print(row, *more, sep="\n", flush=True)
                         rows.append(row)
                         differing += more
-    table = ["| file | route | stock passes | ours passes of these |", "| --- | --- | --- | --- |", *rows]
-    report = [*table, "", *(differing or ["Every test that stock passes, ours passes."])]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text("\n".join(report) + "\n")
+                        write_table(arguments.output, rows, differing)
     print(f"\n{arguments.output}")
     return 1 if any("reason not known" in line for line in differing) else 0
+
+
+def write_table(output: Path, rows: list[str], differing: list[str]) -> None:
+    """What was seen so far."""
+    table = ["| file | route | stock passes | ours passes of these |", "| --- | --- | --- | --- |", *rows]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join([*table, "", *(differing or ["Every test that stock passes, ours passes."])]) + "\n")
 
 
 def outcomes(tests: Path, file: str, route: str, folder: Path, words: str | None) -> dict[str, list[str]]:
