@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_readme_states_the_bounds():
-    stated = re.search(r"Supported: Python ([\d.]+) to [\d.]+, (.+?) and later", (ROOT / "README.md").read_text())
-    assert dict(part.split() for part in stated[2].split(", ")) == run.lower_bounds()
+    stated = re.search(r"Supported: Python ([\d.]+) to ([\d.]+), (.+?) and later", (ROOT / "README.md").read_text())
+    assert dict(part.split() for part in stated[3].split(", ")) == run.lower_bounds()
+    assert run.PYTHONS == {"oldest": f"python{stated[1]}", "newest": f"python{stated[2]}"}
     assert f'requires-python = ">={stated[1]}"' in (ROOT / "pyproject.toml").read_text()
 
 
