@@ -1,8 +1,8 @@
 """`make test-matrix`: the numbers of the ops, models and pipelines with the oldest and the newest supported versions.
 
-Each end has a virtual environment in build/matrix/, which is kept, of the oldest or the newest supported Python where it
-is on the PATH, else of this one; `--python PATH` names another, `--end oldest` one end alone. Needs the network, and some
-6 GB a CUDA build of torch. An end takes about 7 minutes of one core, and 3 more to build the CPU kernels for its Python.
+Each end has a virtual environment in build/matrix/, which is kept, of the oldest or the newest supported Python where
+it is on the PATH, else of this one; `--python PATH` names another, `--end oldest` one end alone. Needs the network, and
+some 6 GB a CUDA build of torch.
 The oldest are the lower bounds of pyproject.toml; tests/matrix/test_bounds.py holds that.
 """
 

@@ -29,7 +29,7 @@ def test_the_tests_that_it_names_are_there():
 
 
 def test_what_is_compiled_asks_for_types_as_the_oldest_torch_takes_it():
-    """torch 2.9's compiler knows isinstance(x, (a, b)) and not isinstance(x, a | b): torch.compile(UNet) broke there."""
+    """torch 2.9's compiler knows isinstance(x, (a, b)) and not isinstance(x, a | b): it broke there."""
     unions = []
     for file in sorted(path for room in ("ops", "models") for path in (ROOT / "ldmfast" / room).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
