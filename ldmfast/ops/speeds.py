@@ -109,6 +109,7 @@ class _Speeds:
         self.rows = {name: [row for row in SLOWER if (row.op, row.backend) == (op.name, name)] for name in op.backends}
         self.known: dict[tuple, list[tuple[str, str]]] = {}
         tuned.on_forgetting(self.known.clear)
+        tuned.on_forgetting(op.plans.clear)
 
     def condition(self, name: str) -> Callable:
         """The sentence of a faster backend that does not refuse, or None: asked at every call."""
