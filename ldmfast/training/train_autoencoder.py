@@ -10,8 +10,9 @@ from ldmfast.data.collection import CACHE, load_pictures
 from ldmfast.metrics.reconstruction import reconstruct, score
 from ldmfast.models import AutoencoderKL, VQModel
 from ldmfast.pictures import grid, to_pil
-from ldmfast.training import checkpoint, latents, linear_start
+from ldmfast.training import checkpoint, latents
 from ldmfast.training.autoencoder_loss import AutoencoderLoss
+from ldmfast.training.first_weights import linear_start
 from ldmfast.training.loop import fit
 from ldmfast.training.run import Run
 

@@ -13,8 +13,8 @@ from ldmfast.models import UNet
 from ldmfast.models.unet2d import UNet2D
 from ldmfast.pictures import grid
 from ldmfast.pipeline import LatentDiffusionPipeline, saved_autoencoder
-from ldmfast.shipped import locate
 from ldmfast.training import checkpoint, condition_sources, latents, parallel
+from ldmfast.training.first_weights.of_a_model import begin_with
 from ldmfast.training.loop import fit
 from ldmfast.training.run import Run
 
@@ -64,21 +64,6 @@ def network(config, shape, conditioner):
     if config.first_weights:
         begin_with(unet, config.first_weights)
     return unet
-
-
-def begin_with(unet, model):
-    """Give `unet` the weights of a finished pipeline's U-Net that it has under the same name and in the same shape.
-
-    model  a folder or a shipped model's name
-    Returns the names that keep their random first weights. Raises ValueError if nothing agrees.
-    """
-    found = type(unet).from_pretrained(locate(model), subfolder="unet").state_dict()
-    own = unet.state_dict()
-    same = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
-    if not same:
-        raise ValueError(f"first_weights={model}: none of its {len(found)} weights has a name and shape of this U-Net")
-    unet.load_state_dict(same, strict=False)
-    return sorted(set(own) - set(same))
 
 
 def learner(unet, conditioner, config):

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldmfast.training import linear_start, train_autoencoder
+from ldmfast.training import train_autoencoder
 from ldmfast.training.config import AutoencoderConfig
+from ldmfast.training.first_weights import linear_start
 
 
 def build(**changes):

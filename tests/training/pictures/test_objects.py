@@ -19,6 +19,7 @@ from ldmfast.evaluation.detect import Found
 from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.training import train_denoiser
 from ldmfast.training.config import DenoiserConfig
+from ldmfast.training.first_weights import of_a_model
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +136,13 @@ def test_a_denoiser_begins_with_another_ones_weights(tmp_path):
     source.save_pretrained(tmp_path / "unet")
     wider = train_denoiser.build(DenoiserConfig(**settings), 8, 16, 24)
     fresh = {name: value.clone() for name, value in wider.state_dict().items()}
-    kept = train_denoiser.begin_with(wider, tmp_path)
+    kept = of_a_model.begin_with(wider, tmp_path)
     assert kept == ["conv_in.weight", "conv_out.bias", "conv_out.weight"]
     for name, value in wider.state_dict().items():
         assert torch.equal(value, fresh[name] if name in kept else source.state_dict()[name]), name
     other = train_denoiser.build(DenoiserConfig(**settings | {"channels": (8, 24), "head_width": 8}), 3, 16, 20)
     with pytest.raises(ValueError, match=r"first_weights=.*: none of its \d+ weights has a name and shape"):
-        train_denoiser.begin_with(other, tmp_path)
+        of_a_model.begin_with(other, tmp_path)
 
 
 def test_a_model_is_scored_from_the_command_line(collection, tmp_path, monkeypatch, capsys):
