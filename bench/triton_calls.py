@@ -68,7 +68,7 @@ def timestep_mlp():
 
 
 def ddim_step():
-    """A latent and a batch of pictures; guided; plain, and with everything."""
+    """A latent and a batch of pictures; guided; plain, with everything, by a row, and of a multistep method."""
     for side in (64, 1024):
         for dtype in FLOATS:
             x, output = (_empty(n, 4, side, side, dtype=dtype) for n in (2, 4))
@@ -76,6 +76,9 @@ def ddim_step():
             name = _name(list(x.shape), dtype, "guided")
             yield name, (x, output, None, x, x, [0.5] * 7, None, 7.5, None)
             yield name + " noise table clip", (x, output, x, x, x, None, table, 7.5, 1.0)
+            row = _empty(1, dtype=torch.int64)
+            yield name + " row of a table", (x, output, None, x, x, None, table, 7.5, None, row)
+            yield name + " multistep", (x, output, x, x, x, None, table, 7.5, None, row, [1.0] * 4, [x, x, x])
 
 
 def timestep_mlp_backward():

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ldmfast.ops.dispatcher import transformed
+from ldmfast.ops.dispatcher import Values, transformed
 
 NAME = "ddim_step"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -34,7 +34,8 @@ def coefficients_of(alpha_t: float, alpha_prev: float, sigma: float, prediction:
     a, b = math.sqrt(alpha_t), math.sqrt(1.0 - alpha_t)
     x0_sample, x0_model, eps_sample, eps_model = _parametrisation(a, b, prediction)
     previous = math.sqrt(alpha_prev), math.sqrt(max(direction, 0.0))
-    return x0_sample, x0_model, eps_sample, eps_model, *previous, sigma
+    row = x0_sample, x0_model, eps_sample, eps_model, *previous, sigma
+    return row if torch.compiler.is_compiling() else Values(row)
 
 
 def _parametrisation(a, b, prediction):

@@ -58,22 +58,8 @@ def ddim_step(
     Traffic: 4 * sample bytes, 5 with guidance, 1 more for each of `history`.
     Source: Song et al. 2021 (arXiv 2010.02502), equation 12; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
-    arguments = _arguments(
-        sample,
-        model_output,
-        alpha_t,
-        alpha_prev,
-        guidance=guidance,
-        sigma=sigma,
-        noise=noise,
-        prediction=prediction,
-        clip=clip,
-        table=table,
-        row=row,
-        weights=weights,
-        history=history,
-    )
-    return op(*arguments, backend)
+    given = sample, model_output, alpha_t, alpha_prev, guidance, sigma, noise, prediction, clip
+    return op(*_arguments(*given, table, row, weights, history), backend)
 
 
 def _arguments(
@@ -81,7 +67,6 @@ def _arguments(
     model_output,
     alpha_t=None,
     alpha_prev=None,
-    *,
     guidance=None,
     sigma=0.0,
     noise=None,
@@ -103,10 +88,10 @@ def _arguments(
             raise ValueError(
                 f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {coefficients[6]}"
             )
-    if len(history) > 3 or len(history) >= max(len(weights), 1):
+    if history and not len(weights) - 1 == len(history) <= 3:
         raise ValueError(f"{NAME}: history has {len(history)} tensors for {len(weights)} weights, expected one less")
-    past = (*history, None, None, None)[:3]
-    return sample, model_output, coefficients, table, guidance, noise, clip, row, weights, *past
+    past = (*history, None, None, None)[:3] if history else (None, None, None)
+    return sample, model_output, coefficients, table, guidance, noise, clip, row, weights or None, *past
 
 
 def _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise):
@@ -115,7 +100,10 @@ def _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise):
         raise ValueError(f"{NAME}: prediction is {prediction!r}, expected {', '.join(PREDICTIONS)}")
     if alpha_t is None or alpha_prev is None:
         raise ValueError(f"{NAME}: alpha_t or alpha_prev is None, expected both, or a table")
-    host = [number_on_host(value) for value in (alpha_t, alpha_prev, sigma)]
+    if type(alpha_t) is type(alpha_prev) is type(sigma) is float:
+        host = [alpha_t, alpha_prev, sigma]
+    else:
+        host = [number_on_host(value) for value in (alpha_t, alpha_prev, sigma)]
     if None not in host:
         if host[2] and noise is None:
             raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {host[2]}")
@@ -135,7 +123,7 @@ def check(
     noise: torch.Tensor | None,
     clip: float | None,
     row: torch.Tensor | None = None,
-    weights: Sequence[float] = (),
+    weights: Sequence[float] | None = None,
     *history: torch.Tensor | None,
 ) -> None:
     if sample.dim() == 0:
@@ -154,7 +142,7 @@ def check(
         require_shape(NAME, "model_output", model_output, (2 * N, *rest), "with guidance, [2N, ...]")
     require_shape(NAME, "noise", noise, (N, *rest), "sample's shape")
     _check_coefficients(sample, coefficients, table, row)
-    if weights or any(tensor is not None for tensor in history):
+    if weights is not None or any(tensor is not None for tensor in history):
         _check_history(sample, weights, history)
     if clip is not None and not clip > 0:
         raise ValueError(f"{NAME}: clip is {clip}, expected more than 0")
@@ -181,9 +169,9 @@ def _check_coefficients(sample, coefficients, table, row):
 
 
 def _check_history(sample, weights, history):
-    count = sum(tensor is not None for tensor in history)
-    if len(weights) != count + 1:
-        raise ValueError(f"{NAME}: weights has {len(weights)} values for {count} of history, expected one more")
+    count, found = sum(tensor is not None for tensor in history), len(weights or ())
+    if found != count + 1:
+        raise ValueError(f"{NAME}: weights has {found} values for {count} of history, expected one more")
     for i, tensor in enumerate(history[:count]):
         name = f"history[{i}]"
         require_tensors(NAME, **{name: tensor})
@@ -225,7 +213,7 @@ def _autocast(dtype, *args):
 op = Op(
     NAME,
     "(Tensor sample, Tensor model_output, float[] coefficients, Tensor? table, float? guidance, Tensor? noise, "
-    "float? clip, Tensor? row, float[] weights, Tensor? history1, Tensor? history2, "
+    "float? clip, Tensor? row, float[]? weights, Tensor? history1, Tensor? history2, "
     "Tensor? history3) -> (Tensor, Tensor)",
     check=check,
     fake=_fake,
@@ -238,7 +226,7 @@ ddim_step.op = op
 
 
 @op.backend("torch")
-def _reference(sample, model_output, coefficients, table, guidance, noise, clip, row=None, weights=(), *history):
+def _reference(sample, model_output, coefficients, table, guidance, noise, clip, row=None, weights=None, *history):
     dtype = torch.float64 if sample.dtype is torch.float64 else torch.float32
     x, m = sample.to(dtype), model_output.to(dtype)
     if table is not None:
@@ -284,7 +272,7 @@ def dense(sample: torch.Tensor, *others: torch.Tensor | None) -> Sequence[torch.
 
 
 def _native(
-    extension, sample, model_output, coefficients, table, guidance, noise, clip, row=None, weights=(), *history
+    extension, sample, model_output, coefficients, table, guidance, noise, clip, row=None, weights=None, *history
 ):
     prev, x0 = empty_output(sample), empty_output(sample)
     if prev.numel():
@@ -293,8 +281,8 @@ def _native(
         fields |= {"noise": noise, "prev": prev, "x0": x0, "row": row}
         fields |= {"rows": 0 if table is None else table.shape[0]}
         fields |= {"stride_row": row.stride(0) if row is not None and row.shape[0] > 1 else 0}
-        fields |= {"multistep": len(weights) > 0}
-        fields |= zip(_WEIGHTS, (*weights, 0.0, 0.0, 0.0, 0.0), strict=False)
+        fields |= {"multistep": weights is not None}
+        fields |= zip(_WEIGHTS, (*(weights or ()), 0.0, 0.0, 0.0, 0.0), strict=False)
         fields |= zip(_HISTORY, (*history, None, None, None), strict=False)
         extension.ddim_step(fields, *native.place(sample))
     return prev, x0
@@ -332,13 +320,13 @@ def native_fields(
 native.register(op, _native)
 
 
-def _triton(kernel, sample, model_output, coefficients, table, guidance, noise, clip, row=None, weights=(), *history):
+def _triton(kernel, sample, model_output, coefficients, table, guidance, noise, clip, row=None, weights=None, *history):
     prev, x0 = empty_output(sample), empty_output(sample)
     if prev.numel():
         sample, model_output, noise, *history = dense(sample, model_output, noise, *history)
         table = None if table is None else table.contiguous()
         past = [tensor for tensor in history if tensor is not None]
-        kernel(sample, model_output, noise, prev, x0, coefficients, table, guidance, clip, row, weights, past)
+        kernel(sample, model_output, noise, prev, x0, coefficients, table, guidance, clip, row, weights or (), past)
     return prev, x0
 
 

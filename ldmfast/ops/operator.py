@@ -84,7 +84,7 @@ class Op(Choice):
     def __call__(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """args as in the schema, the backend's name or None last."""
         if not torch.compiler.is_compiling():
-            if self._numbers is not None:
+            if self._numbers is not None and type(args[self._numbers]) is not Values:
                 args = (*args[: self._numbers], Values(args[self._numbers]), *args[self._numbers + 1 :])
             seen = signature(args)
             if seen is not None:
