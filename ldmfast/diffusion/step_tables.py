@@ -20,17 +20,9 @@ class StepTables:
     """A base of our schedulers, before diffusers' class, whose `alphas_cumprod` and `timesteps` it reads."""
 
     def add_noise(self, original_samples: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._move(original_samples.device)
+        with torch.inference_mode(False):  # as the parent does next, but to no tensor whose changes nobody could see
+            self.alphas_cumprod = self.alphas_cumprod.to(original_samples.device)
         return super().add_noise(original_samples, *args, **kwargs)
-
-    def get_velocity(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._move(sample.device)
-        return super().get_velocity(sample, *args, **kwargs)
-
-    def _move(self, device: torch.device) -> None:
-        """As the parent does next, but to no inference tensor, whose changes nobody could see."""
-        with torch.inference_mode(False):
-            self.alphas_cumprod = self.alphas_cumprod.to(device)
 
     def _kept(self, settings: tuple, sources: tuple[torch.Tensor, ...], make: Callable[[], Any]) -> Any:
         """make(), kept for these settings while the tensors that it is made of are the same ones, and unchanged."""
@@ -96,7 +88,7 @@ def row_of(timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
 def before(alphas: torch.Tensor, stride: int, final: torch.Tensor) -> torch.Tensor:
     """[T]: the cumulative product of `stride` times earlier, or `final` where that is before the schedule begins."""
     stride = min(stride, len(alphas))
-    return torch.cat([final.to(alphas).expand(stride), alphas[: len(alphas) - stride]])
+    return torch.cat([final.to(alphas, non_blocking=True).expand(stride), alphas[: len(alphas) - stride]])
 
 
 def place_of(timestep: torch.Tensor, times: torch.Tensor) -> int | None:

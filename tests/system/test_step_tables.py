@@ -197,3 +197,10 @@ def test_a_schedule_can_be_learned(unread):
         x = scheduler.step(torch.ones(1, 4), scheduler.timesteps[0], torch.ones(1, 4)).prev_sample
         x.sum().backward()
     assert scheduler.alphas_cumprod.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, PNDMScheduler])
+def test_ours_offer_what_stock_offers(kind):
+    """Code asks a scheduler what it can do by hasattr."""
+    asked = ("add_noise", "get_velocity", "scale_model_input", "set_begin_index", "set_timesteps", "step")
+    assert [hasattr(kind(), name) for name in asked] == [hasattr(kind.stock(), name) for name in asked]
