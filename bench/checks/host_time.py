@@ -45,6 +45,7 @@ def calls():
     time_layers = empty(1280, 320), empty(1280), empty(1280, 1280), empty(1280)
     t, latents, outputs = empty(2, kind=torch.float32), empty(1, 4, 64, 64), empty(2, 4, 64, 64)
     table, at = empty(1000, 7, kind=torch.float32), torch.tensor([500])
+    residual = q.view(2, 4096, 320)
     named = {"norm_scale": factors, "norm_shift": factors.clone(), "norm_silu": True}
     yield "group_norm_silu", "", lambda b: ops.group_norm_silu(x, row, shift, 32, backend=b)
     yield "group_norm_silu", "add", lambda b: ops.group_norm_silu(x, row, shift, 32, add=rows, backend=b)
@@ -53,13 +54,16 @@ def calls():
     yield "attention", "cross", lambda b: ops.attention(q, k, v, backend=b)
     yield "timestep_mlp", "", lambda b: ops.timestep_mlp(t, *time_layers, dim=320, backend=b)
     yield "linear", "", lambda b: ops.linear(tokens, weight, row, backend=b)
-    yield "linear", "residual", lambda b: ops.linear(tokens, weight, row, residual=q.view(2, 4096, 320), backend=b)
+    yield "linear", "residual", lambda b: ops.linear(tokens, weight, row, residual=residual, backend=b)
     yield "conv2d", "", lambda b: ops.conv2d(x, kernel, row, padding=1, backend=b)
     yield "conv2d", "norm", lambda b: ops.conv2d(x, kernel, row, padding=1, add=rows, **named, backend=b)
     yield "ddim_step", "numbers", lambda b: ops.ddim_step(latents, outputs, 0.3, 0.5, guidance=7.5, backend=b)
-    by_row = {"table": table, "row": at}
     if "row" in ops.ddim_step.__kwdefaults__:
-        yield "ddim_step", "row", lambda b: ops.ddim_step(latents, outputs, guidance=7.5, **by_row, backend=b)
+        yield (
+            "ddim_step",
+            "row",
+            lambda b: ops.ddim_step(latents, outputs, guidance=7.5, table=table, row=at, backend=b),
+        )
 
 
 def without_launches(backend: str) -> None:
