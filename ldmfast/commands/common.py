@@ -44,6 +44,9 @@ def add_model_options(command):
         action="store_true",
         help="the same bits in any batch and at any number of threads, on a CPU; slower (LDMFAST_NUMERICS=exact)",
     )
+    command.add_argument(
+        "--graph", action="store_true", help="replay the denoiser's steps as CUDA graphs; needs an NVIDIA GPU"
+    )
     command.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
     command.add_argument("--guidance", type=float, help="guidance scale; 1 turns it off (default: the model's)")
     command.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
@@ -96,4 +99,6 @@ def pipeline(arguments, default=shipped.ASSETS / shipped.TEXT):
         from ldmfast.pipeline.load_lora import load_lora
 
         load_lora(pipe, *arguments.lora)
+    if arguments.graph:
+        pipe.unet.graph()
     return pipe.to(device)

@@ -66,8 +66,10 @@ def _predicted(unet, x, t, condition, guidance):
 
 
 def _updated(x, output, row, guidance, clip):
-    """ops.ddim_step with the coefficients [N, 7] of each sample, as a graph reads them."""
-    return ops.ddim_step.op(x, output, [], row, guidance, None, clip, None)
+    """ops.ddim_step with the coefficients [N, 7] of each sample in memory, where a graph reads them."""
+    arguments = list(ops.ddim_step.op.normalise(x, output, 1.0, 1.0, guidance=guidance, clip=clip))
+    arguments[2:4] = (), row  # the table, in place of the numbers that the alphas gave
+    return ops.ddim_step.op(*arguments, None)
 
 
 def _rows(scheduler, times):

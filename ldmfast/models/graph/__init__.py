@@ -5,10 +5,16 @@
     print(*unet.explain(), sep="\\n")              # why a call ran without its graph, if one did
     unet.graph(False)                             # off; what the graphs hold is released
 
-The first call of its kind runs as it is: kernels compile, cuDNN chooses, tables go to the device. The second is
-captured, and the graph's first replay compared with it, bit for bit. From the third on it is replayed. A graph is used
-only while everything that it has captured is as it was (network_state.py, call_inputs.py); each row below is a test of
-tests/models/graph/.
+The first call of its kind runs as it is: kernels compile, cuDNN chooses, tables go to the device, and weights of
+convolutions are laid out for it, after which a first call comes once more. The second is captured, and the graph's
+first replay compared with it, bit for bit. From the third on it is replayed. In LatentDiffusionPipeline a whole step is
+one graph with DDIM (eta 0): the U-Net, guidance, the update (pipeline/captured_step.py); with another sampler, and in
+diffusers' pipelines, the U-Net's call.
+
+A graph is used only while everything that it has captured is as it was (network_state.py, call_inputs.py). The keys and
+values of a prompt are computed in it at each step: kept outside, they would miss weights that change in place. All
+graphs of a network share their memory, so its calls take turns, also those of several threads or streams. Each row is
+a test of tests/models/graph/.
 
     what changes                              what happens
     ----------------------------------------  --------------------------------------------------------------------------

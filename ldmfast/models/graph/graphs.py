@@ -247,7 +247,7 @@ def _remember(seen: OrderedDict, key: tuple) -> None:
 
 
 def _elsewhere(state: NetworkState, device: torch.device) -> str | None:
-    found = state.devices() - {str(device)}
+    found = state.devices - {str(device)}
     return f"some of its weights are on {' and '.join(sorted(found))}, its inputs on {device}" if found else None
 
 

@@ -24,7 +24,8 @@ _NOTES = ("_graphs", "peft_config", "_hf_peft_config_loaded", "_safe_fusing", "l
 class NetworkState:
     """A network as it is when this is made.
 
-    reason  why no graph is made of a network in this state, as a clause, or None
+    reason   why no graph is made of a network in this state, as a clause, or None
+    devices  where its weights are, as torch spells it
     """
 
     def __init__(self, network: nn.Module, reason: str | None = None) -> None:
@@ -43,7 +44,9 @@ class NetworkState:
         self._attributes += [(vars(p), dict(vars(p))) for p in processors]
         self._methods += [(kind, "__call__", kind.__call__) for kind in {type(p) for p in processors}]
         self._tables = [m._parameters for m in self.modules] + [m._buffers for m in self.modules if m._buffers]
-        self._weights = self._where()
+        weights = self._present()
+        self._weights = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in weights]
+        self.devices = {str(x.device) for x in weights}
 
     def holds(self) -> bool:
         """Whether the modules are set up as they were. It says nothing of the weights."""
@@ -57,23 +60,19 @@ class NetworkState:
 
     def weights_hold(self) -> bool:
         """Whether each weight and buffer is where it was, with its dtype, shape and strides."""
-        return self._where() == self._weights
-
-    def devices(self) -> set[str]:
-        """Where the weights are, as torch spells it."""
-        return {str(x.device) for table in self._tables for x in table.values() if x is not None}
+        weights = self._present()
+        return len(weights) == len(self._weights) and all(map(_is_at, weights, self._weights))
 
     def within(self, other: NetworkState) -> bool:
         """Whether the other state still has all modules of this one."""
         return {id(m) for m in self.modules} <= {id(m) for m in other.modules}
 
-    def _where(self) -> list[tuple]:
-        return [
-            (x.data_ptr(), x.dtype, x.shape, x.stride())
-            for table in self._tables
-            for x in table.values()
-            if x is not None
-        ]
+    def _present(self) -> list[Tensor]:
+        return [x for table in self._tables for x in table.values() if x is not None]
+
+
+def _is_at(x: Tensor, place: tuple) -> bool:
+    return (x.data_ptr(), x.dtype, x.shape, x.stride()) == place
 
 
 def _settings(m: nn.Module) -> dict[str, Any]:

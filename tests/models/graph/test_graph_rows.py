@@ -1,4 +1,4 @@
-"""Each row of the table in ldmfast/models/graph/__init__.py: what is seen, what makes a graph, what turns it off."""
+"""Each row of the table in ldmfast/models/graph/__init__.py: what is seen, what makes another graph, what ends it."""
 
 from __future__ import annotations
 
