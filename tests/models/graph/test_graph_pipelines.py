@@ -59,7 +59,7 @@ def controlnet():
 
 def sdxl():
     absent = {"text_encoder_2": None, "tokenizer_2": None, "image_encoder": None, "feature_extractor": None}
-    pipe = pipeline(diffusers.StableDiffusionXLPipeline, unet=tiny.unet("sdxl"), **absent)
+    pipe = pipeline(diffusers.StableDiffusionXLPipeline, unet=tiny.unet("sdxl", layers_per_block=1), **absent)
     pooled = {"pooled_prompt_embeds": torch.ones(1, 32), "negative_pooled_prompt_embeds": torch.zeros(1, 32)}
     return pipe, pooled
 
