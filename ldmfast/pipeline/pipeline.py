@@ -97,8 +97,10 @@ class LatentDiffusionPipeline:
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `ldmfast.load` reads. `dtype` converts the weights in the files only.
 
-        Warns of words of embeddings, which are not saved.
+        Warns of words of embeddings, which are not saved. Raises ValueError with a LoRA on it.
         """
+        if getattr(self.unet, "peft_config", None):
+            raise ValueError("this pipeline has a LoRA; take it off before saving: ldmfast.load_lora(pipeline)")
         if self.words:
             warnings.warn(f"not saved with the pipeline: the embeddings of {', '.join(self.words)}", stacklevel=2)
         parts = {name: getattr(self, name) for name in ("unet", "vae", "scheduler", "conditioner", "guidance")}

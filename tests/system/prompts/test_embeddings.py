@@ -165,6 +165,15 @@ def test_saving_says_what_is_left_out(home, tmp_path):
         pipe.save_pretrained(tmp_path / "saved")
 
 
+def test_with_a_lora_nothing_is_saved_that_could_not_be_loaded(home, tmp_path):
+    pipe = ldmfast.load(home / "sd", lora=write_kohya(stable_diffusion(), tmp_path / "style.safetensors", seed=1))
+    with pytest.raises(ValueError, match="has a LoRA; take it off before saving"):
+        pipe.save_pretrained(tmp_path / "saved")
+    ldmfast.load_lora(pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert apart(drawn(ldmfast.load(tmp_path / "saved"), "a cat"), drawn(ldmfast.load(home / "sd"), "a cat")) == 0
+
+
 def test_the_command_line_says_what_is_not_there(home, tmp_path, capsys):
     words = ["sample", "a kohya", "--model", str(home / "sd"), "--quiet", "--steps", "1", "--size", "32x32"]
     words += ["-o", str(tmp_path / "a.png")]
