@@ -109,8 +109,9 @@ def _add(tokenizer: Any, model: nn.Module, token: str, rows: torch.Tensor) -> No
     from transformers import AddedToken
 
     names = _names(token, len(rows))
-    # a word of letters only is one where it stands alone: "cat" is no part of "category"
-    alone = re.fullmatch(r"\w+", token) is not None
+    # a word of letters only is one where it stands alone: "cat" is no part of "category"; the Python tokenizers of
+    # transformers 4 would ask for spaces around it, and so not know it before a comma
+    alone = re.fullmatch(r"\w+", token) is not None and getattr(tokenizer, "is_fast", False)
     tokenizer.add_tokens(
         [AddedToken(name, single_word=alone) for name in names if name not in tokenizer.added_tokens_encoder]
     )
