@@ -58,6 +58,7 @@ def linear_fused_kernel(
     GEGLU: tl.constexpr = ACTIVATION == "geglu"
     # blocks of the same rows of x are neighbours: they share them in the L2 cache, as all share the weight
     column = tl.program_id(0) % blocks_n
+    stride_w = tl.cast(stride_w, tl.int64)
     if second_ptr is not None:
         part = tl.program_id(0) // blocks_n
         if third_ptr is not None:
@@ -65,10 +66,10 @@ def linear_fused_kernel(
         else:
             weight, m = part % 2, part // 2
         if weight == 1:
-            weight_ptr, stride_w = second_ptr, stride_second
+            weight_ptr, stride_w = second_ptr, tl.cast(stride_second, tl.int64)
         if third_ptr is not None:
             if weight == 2:
-                weight_ptr, stride_w = third_ptr, stride_third
+                weight_ptr, stride_w = third_ptr, tl.cast(stride_third, tl.int64)
         out_ptr += weight * N
     else:
         m = tl.program_id(0) // blocks_n

@@ -17,7 +17,9 @@ template <typename T> __device__ __forceinline__ float rounded(float v) { return
 
 // KEPT: vectors of a lane in registers, which cover the row; 0: the sum is read again, by the lane that wrote it
 template <typename T, int V, int KEPT>
-__global__ void __launch_bounds__(kThreads) residual_layer_norm_kernel(const __grid_constant__ ResidualLayerNormArgs a) {
+// 1 block at least: left alone, ptxas stops at 64 registers for one form on sm_90 and spills 4 bytes
+__global__ void __launch_bounds__(kThreads, 1)
+residual_layer_norm_kernel(const __grid_constant__ ResidualLayerNormArgs a) {
   const int lane = threadIdx.x % 32;
   const int64_t m = int64_t(blockIdx.x) * kRows + threadIdx.x / 32;
   if (m >= a.M) return;                // the whole warp
