@@ -171,7 +171,7 @@ class Both(io.TextIOBase):
 @contextlib.contextmanager
 def alone(script: Path):
     """Context giving a script as a module that finds only what it would find in a process of its own."""
-    ours = [name for name, module in sys.modules.items() if of_the_benches(module)]
+    ours = [name for name, module in sys.modules.items() if name != "__main__" and of_the_benches(module)]
     kept, path = {name: sys.modules.pop(name) for name in ours}, sys.path
     sys.path = list(PATH)
     try:
@@ -181,7 +181,7 @@ def alone(script: Path):
         yield sys.modules[script.stem]
     finally:
         sys.path = path
-        for name in [name for name, module in sys.modules.items() if of_the_benches(module)]:
+        for name in [n for n, module in sys.modules.items() if n != "__main__" and of_the_benches(module)]:
             del sys.modules[name]
         sys.modules.update(kept)
 

@@ -142,8 +142,8 @@ def test_wrong_argument_is_named(call, error, words):
 @pytest.mark.parametrize("name", OPS)
 def test_unknown_backend(name):
     function, args, kwargs = small(name)
-    with pytest.raises(ValueError, match=f"{name}: unknown backend 'cudnn'; known: cuda, triton, cpu, torch"):
-        function(*args, **kwargs, backend="cudnn")
+    with pytest.raises(ValueError, match=f"{name}: unknown backend 'tpu'; known: cuda, triton, cpu, sdpa, cudnn, torch"):
+        function(*args, **kwargs, backend="tpu")
 
 
 @pytest.mark.parametrize("name", OPS)

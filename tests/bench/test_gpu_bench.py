@@ -17,7 +17,7 @@ from ldmfast.commands import bench_files
 from ldmfast.commands.measuring import classes, clock, rows
 from ldmfast.files import read_json
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench" / "gpu"))
 
 import clocks  # noqa: E402
