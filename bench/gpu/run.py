@@ -109,6 +109,9 @@ def result(command: stages.Command, options, end: float) -> dict:
     file = options.out / f"{command.name}.xml"
     if not options.dry and file.exists():
         found["tests"] = counts(file)
+        if found["tests"]["tests"] == found["tests"]["skipped"] and not rc:
+            found["rc"], said = 5, "every test was skipped"
+            rc = 5
     if rc:
         found["said"] = said[-TAIL:]
     return found

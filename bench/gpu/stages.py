@@ -63,16 +63,24 @@ NCU = (
     *("ncu", "--profile-from-start", "off", "--kernel-name-base", "demangled", "--clock-control", "none"),
     *("--set", "full", "--import-source", "yes", "-f", "-o", "OUT/ops"),
 )
+# without it the tests of stage A would all be skipped
+MODULE = """import sys
+from ldmfast.ops import native
+missing = native.missing("cuda")
+print(missing or native.module("cuda").flags)
+sys.exit(bool(missing) and "dry" not in sys.argv)
+"""
 STAGES = {
     "A": (
         Command("build", ("setup.py", "-q", "build_ext", "--inplace"), 400, ("--help",)),
+        Command("module", ("-c", MODULE), 60, ("dry",)),
         Command("smi", ("-c", "print()"), 20, (), ("nvidia-smi", "-q")),
         tests("cuda", 300, *NUMBERS, "tests/ops/test_ops_contract.py", "-k", "(cuda and not host) or contract"),
     ),
     "B": (
         measured("step", "step_time.py", 150),
         profile("sd15", 60, "ours-graph", "stock-graph", "ours"),
-        measured("ops", "op_table.py", 150),
+        measured("ops", "op_table.py", 190),
         measured("layers", "layer_table.py", 90),
         measured("sdxl", "step_time.py", 90, "--work", "sdxl"),
         measured("vae", "step_time.py", 60, "--work", "vae"),

@@ -196,7 +196,7 @@ def _wide(q, *others):
 
 
 # PyTorch's fused kernels are vendor kernels like others: `sdpa` is whichever of them torch takes, `cudnn` cuDNN's
-_sdpa = op.backend("sdpa", devices={"cuda"})(_reference)
+_sdpa = op.backend("sdpa", devices={"cuda"})(_reference.run)
 
 
 @_sdpa.refuses

@@ -185,6 +185,12 @@ def test_the_tests_are_counted(tmp_path):
     assert runner.counts(file) == {"tests": 3, "skipped": 1, "failed": 1, "first": ["b"]}
 
 
+def test_tests_that_were_all_skipped_are_red(tmp_path):
+    text = "import sys; open(sys.argv[1], 'w').write('<testsuite tests=\\'2\\' skipped=\\'2\\' failures=\\'0\\'/>')"
+    found = runner.result(stages.Command("x", ("-c", text, "OUT/x.xml"), 20), options(tmp_path), time.time() + 20)
+    assert found["rc"] == 5 and found["said"] == "every test was skipped"
+
+
 def test_modules_of_another_python_are_not_taken(tmp_path):
     (tmp_path / "modules" / "ldmfast").mkdir(parents=True)
     (tmp_path / "modules" / "ldmfast" / "_cpu.cpython-399-x86_64-linux-gnu.so").touch()

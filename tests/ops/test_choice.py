@@ -94,6 +94,34 @@ def test_attention_leaves_to_sdpa_what_it_does_faster(arch, D, S, dtype, runs, m
     assert ("cuda       runs (asked for), slower here" in asked) == (runs == "sdpa")
 
 
+@pytest.mark.parametrize("mask", [None, torch.rand(2, 6) > 0.5], ids=["all keys", "some keys"])
+def test_pytorchs_attention_is_a_backend_with_its_own_gradient(mask, monkeypatch):
+    monkeypatch.setattr(OPS["attention"].backends["sdpa"], "devices", None)
+    q, k, v = (x(2, size, 3, 8).requires_grad_() for size in (5, 6, 6))
+    found, wanted = (ops.attention(q, k, v, mask=mask, backend=name) for name in ("sdpa", "torch"))
+    assert torch.equal(found, wanted)
+    for got, exact in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (found, wanted)), strict=True):
+        assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize(
+    "D, S, dtype, mask, sentence",
+    [
+        (40, 4, torch.float64, None, "no fused kernel of PyTorch's has float64"),
+        (40, 0, torch.float16, None, "there is nothing to attend to"),
+        (40, 4, torch.float32, None, "cuDNN's attention has no float32"),
+        (40, 4, torch.float16, torch.ones(1, 4, dtype=torch.bool), "it is called without a mask only"),
+        (160, 4, torch.float16, None, "head width D=160; cuDNN's attention takes multiples of 8 up to 128"),
+        (44, 4, torch.float16, None, "head width D=44; cuDNN's attention takes multiples of 8 up to 128"),
+        (64, 4, torch.float16, None, "cuDNN's attention needs sm_80, this GPU is sm_75"),
+    ],
+)
+def test_cudnns_attention_says_what_it_does_not_take(D, S, dtype, mask, sentence, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    q, k = torch.zeros(1, 4, 1, D, dtype=dtype), torch.zeros(1, S, 1, D, dtype=dtype)
+    assert OPS["attention"].backends["cudnn"].reason((q, k, k, 1.0, mask)) == sentence
+
+
 @pytest.mark.parametrize(
     "shape, named, dtype, lanes, runs",
     [

@@ -142,7 +142,9 @@ def test_wrong_argument_is_named(call, error, words):
 @pytest.mark.parametrize("name", OPS)
 def test_unknown_backend(name):
     function, args, kwargs = small(name)
-    with pytest.raises(ValueError, match=f"{name}: unknown backend 'tpu'; known: cuda, triton, cpu, sdpa, cudnn, torch"):
+    with pytest.raises(
+        ValueError, match=f"{name}: unknown backend 'tpu'; known: cuda, triton, cpu, sdpa, cudnn, torch"
+    ):
         function(*args, **kwargs, backend="tpu")
 
 

@@ -55,10 +55,11 @@ def run(arguments):
                 measured.add(call.key)
                 if row := _row(call, device, arguments.seconds):
                     rows.append(row)
+                    tuned.write(place, rows, _today())  # what a run that is cut short measured counts, too
     if len(rows) == kept:
         print("nothing to measure: no op has two backends here")
         return
-    print(tuned.write(place, rows, _today()))
+    print(tuned.path_of(place))
 
 
 def _kept(place, only: list[str]) -> list[dict]:
@@ -76,6 +77,7 @@ def _row(call, device, seconds: float) -> dict | None:
     """The times of one op at one shape, printed, too; None where fewer than two backends run it."""
     import torch
 
+    from ldmfast import files
     from ldmfast.commands.measuring import clock
     from ldmfast.ops.registry import RANKS
 
@@ -87,7 +89,14 @@ def _row(call, device, seconds: float) -> dict | None:
         times = {}
         for name in able:
             run = call.op.backends[name].run
-            times[name] = clock.per_call(device, [lambda run=run: run(*args)], seconds, launches=call.launches(device))
+            try:
+                times[name] = clock.per_call(device, [lambda r=run: r(*args)], seconds, call.launches(device))
+            except RuntimeError as error:  # of a kernel that does not compile, or memory that is not there
+                if "CUDA error" in str(error):  # nothing more can be measured in this process
+                    raise
+                print(f"{call.op.name} {name} is left out: {files.first_line(error)}")
+    if len(times) < 2:
+        return None
     best = min(times, key=times.get)
     sizes = " ".join(f"{name} {value}" for name, value in call.sizes.items())
     timed = "  ".join(f"{name} {1e6 * took:.1f} us{' *' * (name == best)}" for name, took in times.items())
