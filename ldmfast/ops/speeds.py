@@ -92,10 +92,6 @@ SLOWER = (
             ("linear", "bfloat16", torch.bfloat16, "0.12-0.49"),
         )
     ),
-    # beside cuBLAS Triton wins by what it saves: a pass over the output costs more than a tenth of such a product
-    Slower("linear", "triton", "torch", "a plain product is cuBLAS's", (_ALONE,)),
-    Slower("linear", "triton", "torch", "no tensor cores in float32", dtypes=frozenset({torch.float32})),
-    Slower("qkv_projection", "triton", "torch", "no tensor cores in float32", dtypes=frozenset({torch.float32})),
     *(Slower(op, "cpu", "torch", _TILES, (("tiles", 1, 1),), SIXTEEN) for op in ("conv2d", "linear")),
     Slower("group_norm_silu_backward", "cuda", "triton", "H100, [2, 320, 64, 64] float16: 25-35 us against 15 us"),
 )
@@ -108,8 +104,12 @@ class _Speeds:
         self.op, self.sizes, self.lead = op, sizes, lead
         self.rows = {name: [row for row in SLOWER if (row.op, row.backend) == (op.name, name)] for name in op.backends}
         self.known: dict[tuple, list[tuple[str, str]]] = {}
-        tuned.on_forgetting(self.known.clear)
-        tuned.on_forgetting(op.plans.clear)
+        tuned.on_forgetting(self.forget)
+
+    def forget(self) -> None:
+        """What was chosen by a table that is no longer there is chosen anew."""
+        self.known.clear()
+        getattr(self.op, "plans", {}).clear()  # of calls that were seen before
 
     def condition(self, name: str) -> Callable:
         """The sentence of a faster backend that does not refuse, or None: asked at every call."""
