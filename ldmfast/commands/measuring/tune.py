@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ldmfast.commands.common import command
 
+OFTEN = 20  # rows between two writes
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -55,11 +56,12 @@ def run(arguments):
                 measured.add(call.key)
                 if row := _row(call, device, arguments.seconds):
                     rows.append(row)
-                    tuned.write(place, rows, _today())  # what a run that is cut short measured counts, too
+                    if len(rows) % OFTEN == 0:  # what a run that is cut short measured counts, too
+                        tuned.write(place, rows, _today())
     if len(rows) == kept:
         print("nothing to measure: no op has two backends here")
         return
-    print(tuned.path_of(place))
+    print(tuned.write(place, rows, _today()))
 
 
 def _kept(place, only: list[str]) -> list[dict]:
