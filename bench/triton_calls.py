@@ -37,9 +37,9 @@ def group_norm_silu_backward():
 
 
 def attention():
-    """Self- and cross-attention of every tile that configuration() can choose, with each kind of mask."""
+    """Self- and cross-attention of every tile that configuration() can choose, each kind of mask, an odd length."""
     cases = [(4096, 4096, 40), (4096, 77, 40), (1024, 1024, 64), (1024, 1024, 80), (4096, 4096, 80)]
-    cases += [(4096, 4096, 128), (256, 256, 160), (4096, 77, 160), (256, 77, 256)]
+    cases += [(4096, 4096, 128), (256, 256, 160), (4096, 77, 160), (256, 77, 256), (1023, 1023, 80)]
     for length, keys, d in cases:
         for dtype in (torch.float32, torch.bfloat16):
             q, k = (_empty(2, size, 8, d, dtype=dtype) for size in (length, keys))

@@ -167,7 +167,10 @@ def configurations(d: int, itemsize: int, masked: bool, mask_rows: bool) -> dict
     if itemsize == 4:
         # no tensor cores: products by plain multiplication, whose operands live in registers
         size = 16 if mask_rows else 32
-        return dict.fromkeys(("statistics", "keys", "queries"), Configuration(size, size, 8, 1))
+        queries = Configuration(size, size, 8, 1)
+        # two sums and two products of more than 64 columns: Triton 3.6 spills 396 bytes with 32 rows an iteration
+        keys = replace(queries, block_step=16) if d > 64 else queries
+        return {"statistics": queries, "keys": keys, "queries": queries}
     step = 64 if d <= 64 else 32
     # a mask is prefetched as well, which the widest heads leave no registers for
     tight = masked and d > 128
