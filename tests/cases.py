@@ -124,6 +124,7 @@ def _cases():
     yield Case(TM, "float-t", timesteps(3, 320, 640, 320, kind=torch.float32))
     yield Case(TM, "batch-17", timesteps(17, 64, 96, 80))
     yield Case(TM, "odd", timesteps(2, 33, 45, 27, flip_sin_to_cos=False, downscale_freq_shift=1.0))
+    yield Case(TM, "wide", timesteps(2, 32, 2304, 8))  # more inputs than a block stages at a time
     yield Case(TM, "no-bias", timesteps(2, 32, 64, 64, bias=False, max_period=100.0))
     yield Case(TM, "no-hidden-layer", timesteps(2, 32, 0, 64))
     yield Case(TM, "empty", timesteps(0, 32, 64, 64))

@@ -59,11 +59,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 // threadIdx.x, read again: what is derived from it is not kept in registers across a loop
-__device__ __forceinline__ int fresh_thread_index() {
-  int i;
+__device__ __forceinline__ unsigned fresh_thread_index() {
+  unsigned i;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
   return i;
 }
+template <int BYTES> __device__ __forceinline__ void check_aligned(const void*) {}   // the emulator's does
 __device__ __forceinline__ float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
 __device__ __forceinline__ bool warp_any(bool v) { return __any_sync(0xFFFFFFFFu, v); }
 
@@ -149,6 +150,7 @@ __device__ __forceinline__ float load_as_float(const void* p, int64_t i, DType d
 
 // 1, 2 or 4 words in one access
 template <int W> __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[W]) {
+  check_aligned<4 * W>(p);
   if constexpr (W == 4) {
     const uint4 u = *static_cast<const uint4*>(p);
     w[0] = u.x, w[1] = u.y, w[2] = u.z, w[3] = u.w;
@@ -160,6 +162,7 @@ template <int W> __device__ __forceinline__ void load_words(const void* p, uint3
   }
 }
 template <int W> __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[W]) {
+  check_aligned<4 * W>(p);
   if constexpr (W == 4) *static_cast<uint4*>(p) = uint4{w[0], w[1], w[2], w[3]};
   else if constexpr (W == 2) *static_cast<uint2*>(p) = uint2{w[0], w[1]};
   else *static_cast<uint32_t*>(p) = w[0];

@@ -1,9 +1,6 @@
 // The one way a kernel is started. Nothing here allocates device memory or waits, so a CUDA graph can capture it.
 #pragma once
 #include "common.cuh"
-#ifdef LDMFAST_CUDA_HOST
-#include "emulator/host_run.h"
-#endif
 
 namespace ldmfast {
 
@@ -30,14 +27,16 @@ void launch(const char* op, const Params& params, Blocks blocks, int threads, si
   if (shared > size_t(device_of(op, where).shared_limit)) throw std::runtime_error(std::string(op) + ": shared memory");
   try {
     host::run([](const void* p) { KERNEL(*static_cast<const Params*>(p)); }, &params,
-              dim3{unsigned(blocks.x), unsigned(blocks.y), unsigned(blocks.z)}, threads, shared, cluster);
+              sizeof(params), dim3{unsigned(blocks.x), unsigned(blocks.y), unsigned(blocks.z)}, threads, shared, cluster);
   } catch (const std::runtime_error& e) {
     throw std::runtime_error(std::string(op) + ": " + e.what());
   }
 }
 #else
 inline void check(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();   // cleared, or whoever asks next is told of it as of a failure of its own
+  throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
 }
 
 constexpr int kDevices = 64;   // what is cached per device; beyond that it is asked for at each call
@@ -103,7 +102,6 @@ void launch(const char* op, const Params& params, Blocks blocks, int threads, si
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
   check(op, cudaLaunchKernelEx(&config, KERNEL, params));
-  check(op, cudaGetLastError());
 }
 #endif
 

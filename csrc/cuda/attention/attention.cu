@@ -6,9 +6,9 @@
 // p v.
 //
 // Predicted for 16 heads x 4096 x 4096, D = 40, 132 multiprocessors at 1.75 GHz: the exponentials take 72 us (16 a
-// clock), instruction issue 69 us (244 a warp for 32 x 32 scores), the products 66 us at 60 % of the tensor cores'
-// rate, shared memory 45 us with MT = 2 (with MT = 1 a fragment of K or V would feed one product only: 90 us). 512
-// blocks at 4 a multiprocessor are one wave, which wants 128 registers a thread.
+// clock), instruction issue 79 us (sm_90a: 236 a warp for 32 x 32 scores and 42 of the tiles' copies), the products 66
+// us at 60 % of the tensor cores' rate, shared memory 45 us with MT = 2 (with MT = 1 a fragment of K or V would feed one
+// product only: 90 us). 512 blocks at 4 a multiprocessor are one wave, which wants 128 registers a thread.
 #include "attention_mma.cuh"
 
 namespace ldmfast {
@@ -70,7 +70,9 @@ __device__ __forceinline__ void write_output(Warp<C>& w, const Params& p, typena
     const T* from = rows + r * C::kStride + c;
     T* to = out + (first + r) * a.H * a.D + c;
     if (p.wide_out) {
-      if (c < a.D) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+      uint32_t words[4];
+      load_words(from, words);
+      if (c < a.D) store_words(to, words);
     } else {
       for (int j = 0; j < 8 && c + j < a.D; ++j) to[j] = from[j];
     }

@@ -31,7 +31,8 @@ __device__ __forceinline__ void fetch(typename C::T* to, const typename C::T* he
   using T = typename C::T;
   if (wide) {
     constexpr int kPass = kBackwardThreads / C::kColumns;
-    const int thread = fresh_thread_index(), first = thread / C::kColumns, c = thread % C::kColumns * 8;
+    const unsigned thread = fresh_thread_index();
+    const int first = thread / C::kColumns, c = thread % C::kColumns * 8;
     if (first >= kPass) return;
 #pragma unroll 1
     for (int r = first; r < ROWS; r += kPass) {
@@ -169,7 +170,8 @@ template <typename C> __device__ __forceinline__ void cut_product(float (&s)[C::
       s[t][i] = int(t * 8 + threadIdx.x % 4 * 2 + i % 2) >= left ? -INFINITY : s[t][i];
 }
 
-// sum * factor to rows [first, ...) of a dense [rows, H, D] tensor, through the warp's own rows of shared memory
+// sum * factor to rows [first, ...) of a dense [rows, H, D] tensor, through the warp's own rows of shared memory, which
+// nobody reads any more
 template <typename C>
 __device__ __forceinline__ void write_rows(const float (&sum)[C::kColumns][4], float factor, typename C::T* tile,
                                            typename C::T* out, int64_t stride, int first, int rows, int D, bool wide) {
@@ -177,7 +179,6 @@ __device__ __forceinline__ void write_rows(const float (&sum)[C::kColumns][4], f
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 * 16;
   tile += warp * C::kStride;
   first += warp;
-  __syncwarp();
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -191,7 +192,9 @@ __device__ __forceinline__ void write_rows(const float (&sum)[C::kColumns][4], f
     const T* from = tile + r * C::kStride + c;
     T* to = out + (first + r) * stride + c;
     if (wide) {
-      if (c < D) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+      uint32_t words[4];
+      load_words(from, words);
+      if (c < D) store_words(to, words);
     } else {
       for (int j = 0; j < 8 && c + j < D; ++j) to[j] = from[j];
     }

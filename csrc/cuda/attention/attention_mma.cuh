@@ -31,10 +31,18 @@ __device__ __forceinline__ void load_tile(typename C::T* to, const typename C::T
                                           int rows, int D, bool wide) {
   using T = typename C::T;
   if (wide) {
-    constexpr int kPass = kThreads / C::kColumns;
-    const int thread = fresh_thread_index(), first = thread / C::kColumns, c = thread % C::kColumns * 8;
+    constexpr int kPass = kThreads / C::kColumns, kPasses = (ROWS + kPass - 1) / kPass;
+    const unsigned thread = fresh_thread_index();
+    const int first = thread / C::kColumns, c = thread % C::kColumns * 8;
     const T* source = head + (from + first) * stride + c;
     if (first >= kPass) return;
+    if (from + ROWS <= rows && D == C::D) {   // a whole tile: unrolled, and no row is asked about but the last pass's
+      to += first * C::kStride + c;
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i, to += kPass * C::kStride, source += kPass * stride)
+        if (i + 1 < kPasses || first < ROWS - i * kPass) cp_async<16>(to, source);
+      return;
+    }
 #pragma unroll 1
     for (int r = first; r < ROWS; r += kPass, source += kPass * stride) {
       const bool valid = from + r < rows && c < D;

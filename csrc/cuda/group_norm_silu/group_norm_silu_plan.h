@@ -12,7 +12,12 @@ struct Plan {
   int64_t blocks;
 };
 
-constexpr int64_t kSmallSlab = 24 << 10;     // two launches: several blocks a multiprocessor hide each other's waits
+inline int64_t small_slab() {                // two launches: several blocks a multiprocessor hide each other's waits
+#ifdef LDMFAST_CUDA_HOST
+  if (const char* bytes = std::getenv("LDMFAST_CUDA_HOST_SLAB")) return std::atoll(bytes);
+#endif
+  return 24 << 10;
+}
 constexpr int64_t kPlainLimit = 64 << 10;    // fused without a cluster: fits the smallest chip's 99 KB with the rest
 constexpr int64_t kClusterLimit = 200 << 10;
 constexpr int64_t kFewBlocks = 96;           // below this a chip of 100 to 132 multiprocessors is left idle
@@ -120,9 +125,9 @@ inline Plan plan_of(const GroupNormSiluArgs& a, const Shape& s) {
 
 inline void split(Plan& plan, const Shape& s, int64_t most_slices = INT32_MAX) {
   plan.fused = false;
-  const int64_t wanted = ceil_div(kManyBlocks, s.tasks), most = ceil_div(s.bytes, kSmallSlab);
+  const int64_t wanted = ceil_div(kManyBlocks, s.tasks), most = ceil_div(s.bytes, small_slab());
   const int64_t slices = wanted < most ? wanted : most;
-  cut(plan, s, slices < most_slices ? slices : most_slices, kSmallSlab);
+  cut(plan, s, slices < most_slices ? slices : most_slices, small_slab());
 }
 
 // Two launches in any case, with at most most_parts moments a group (no fewer than its tiles)
@@ -148,7 +153,7 @@ inline Plan make_plan(const GroupNormSiluArgs& a, const Device* device, int64_t 
     if (fuse(plan, s, slices, device->shared_limit < kClusterLimit ? device->shared_limit : kClusterLimit)) return plan;
     plan.params.clustered = false;
   }
-  if (s.bytes <= kSmallSlab && fuse(plan, s, 1, kPlainLimit)) return plan;
+  if (s.bytes <= small_slab() && fuse(plan, s, 1, kPlainLimit)) return plan;
   split(plan, s);
   return plan;
 }

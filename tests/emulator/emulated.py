@@ -1,0 +1,134 @@
+"""Calls of the CUDA kernels in the emulator (csrc/cuda/emulator), under its settings, each held to its error budget."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "ops"), str(TESTS.parent)]  # for a run as a script
+
+import torch  # noqa: E402
+from case import Case  # noqa: E402
+from cases import CASES, DTYPES, FLOOR, backward_inputs, exactly, relative_error, tuples  # noqa: E402
+
+from ldmfast.ops.registry import BACKWARD_OPS, OPS  # noqa: E402
+
+BACKEND = "cuda-host"
+PREFIX = "LDMFAST_CUDA_HOST_"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op, or its gradient, on a case's inputs."""
+
+    case: Case
+    dtype: torch.dtype
+    backward: bool = False
+    settings: tuple[tuple[str, str], ...] = ()  # of the emulator, beside those of the run
+
+    def __str__(self) -> str:
+        named = "".join(f" {name}={value}" for name, value in self.settings)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.case.op}{'_backward' if self.backward else ''} {self.case.label} {dtype}{named}"
+
+
+def calls(case: Case, dtypes=DTYPES, gradient: bool = True) -> Iterator[Call]:
+    """The op's and its gradient's, in each dtype that the emulated kernels take."""
+    for dtype in dtypes:
+        for backward in (False, True)[: 1 + gradient]:
+            call = Call(case, dtype, backward)
+            if _refused(call) is None:
+                yield call
+
+
+def every_call() -> Iterator[Call]:
+    """All cases but the big ones; GroupNorm on a chip without clusters, too, and with several slabs a block."""
+    for case in CASES:
+        if case.big:
+            continue
+        for call in calls(case):
+            yield call
+            if case.op == "group_norm_silu" and not call.backward:
+                yield replace(call, settings=(("ARCH", "80"),))
+            if case.op == "group_norm_silu":
+                yield replace(call, settings=(("ARCH", "80"), ("SLAB", "2048")))
+
+
+def failure(call: Call, **settings: str | None) -> str | None:
+    """What is wrong with the call under the settings: the emulator's error, or an error above the budget; or None."""
+    arguments, exact, budgets = _prepared(replace(call, settings=()))
+    op = BACKWARD_OPS[f"{call.case.op}_backward"] if call.backward else OPS[call.case.op]
+    with settings_of(**dict(call.settings), **settings):
+        try:
+            outputs = tuples(op.backends[BACKEND].run(*arguments))
+        except RuntimeError as error:
+            return str(error)
+    for number, (y, true, budget) in enumerate(zip(outputs, exact, budgets, strict=True)):
+        if true is None or y is None:
+            continue
+        error = _error(y, true)
+        if not error <= budget:
+            return f"output {number}: error {error:.1e}, budget {budget:.1e}"
+    return None
+
+
+@contextlib.contextmanager
+def settings_of(**settings: str | None) -> Iterator[None]:
+    """The emulator's settings: LDMFAST_CUDA_HOST_<name>."""
+    before = {name: os.environ.get(PREFIX + name) for name in settings}
+    _set(settings)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(settings) -> None:
+    for name, value in settings.items():
+        if value is None:
+            os.environ.pop(PREFIX + name, None)
+        else:
+            os.environ[PREFIX + name] = value
+
+
+@functools.lru_cache(maxsize=64)
+def _prepared(call: Call):
+    """(arguments, exact outputs, the budget of each output's error)"""
+    torch.manual_seed(sum(map(ord, call.case.label)))
+    args, kwargs = call.case.make(call.dtype)
+    arguments = OPS[call.case.op].normalise(*args, **kwargs)
+    op = OPS[call.case.op]
+    if call.backward:
+        grads = [torch.randn_like(out) for out in tuples(op.reference(*arguments))]
+        arguments = backward_inputs(call.case.op, arguments, grads)
+        op = BACKWARD_OPS[f"{call.case.op}_backward"]
+    same = tuples(op.reference(*arguments))
+    exact = tuples(op.reference(*exactly(arguments)))
+    # an output that is zero but for rounding is held to the others' size
+    largest = max((true.norm().item() for true in exact if true is not None), default=0.0)
+    budgets = []
+    for y, true in zip(same, exact, strict=True):
+        if true is None:
+            budgets.append(None)
+            continue
+        slack = max(1.0, 0.01 * largest / (true.norm().item() or 1.0))
+        budgets.append(2 * _error(y, true) + FLOOR[call.dtype] * slack)
+    return arguments, exact, budgets
+
+
+def _error(y, true) -> float:
+    return relative_error(y, true) if y.numel() else 0.0
+
+
+def _refused(call: Call) -> str | None:
+    name = call.case.op
+    op = BACKWARD_OPS.get(f"{name}_backward") if call.backward else OPS[name]
+    if op is None or BACKEND not in op.backends:
+        return "it has no such kernel"
+    return op.backends[BACKEND].refusal(_prepared(call)[0])

@@ -1,0 +1,109 @@
+"""The CUDA kernels under the adversarial emulator: as much as fits the suite. `python tests/emulator` does the rest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, SMALL
+from emulated import BACKEND, Call, calls, failure, settings_of
+from mutations import NO_CLUSTERS, SLABS, SOURCES, Site, noticed, sites
+
+from ldmfast.ops import native
+from ldmfast.ops.registry import OPS
+
+pytestmark = pytest.mark.skipif(native.missing(BACKEND) is not None, reason=f"cuda-host: {native.missing(BACKEND)}")
+
+GROUP_NORMS = [case for case in CASES if case.op == "group_norm_silu" and not case.big]
+OF_OPS = [case for op, case in SMALL.items() if op in ("group_norm_silu", "attention", "timestep_mlp", "ddim_step")]
+
+
+def small_calls() -> list[Call]:
+    return [call for case in OF_OPS for call in calls(case, (torch.float16, torch.float32))]
+
+
+def named(label: str, op: str) -> Call:
+    case = next(case for case in CASES if case.op == op and case.label == label)
+    return next(calls(case, (torch.float16,)))
+
+
+@pytest.mark.parametrize("settings", [{"SEED": "1"}, {"SEED": "2"}, {"RACES": "1"}], ids=str)
+@pytest.mark.parametrize("call", small_calls(), ids=str)
+def test_any_order_and_without_a_race(call, settings):
+    assert failure(call, **settings) is None
+
+
+@pytest.mark.parametrize("case", GROUP_NORMS, ids=lambda case: case.label)
+def test_group_norm_on_a_chip_without_clusters(case):
+    """Two launches, where sm_90 has one with a cluster: A100, RTX 3090 and 4090."""
+    for call in calls(case, (torch.bfloat16,), gradient=False):
+        assert failure(call, **dict(NO_CLUSTERS)) is None
+
+
+@pytest.mark.parametrize("label", ["odd-13x7", "everything", "one-group-odd-slice-13x13"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_group_norm_with_several_slabs_a_block(label, layout):
+    """As for the autoencoder's pictures, with slabs of 2 KB in place of 24."""
+    case = next(case for case in GROUP_NORMS if case.label == f"{label}-{layout}")
+    for call in calls(case, (torch.bfloat16,)):
+        assert failure(call, **dict(SLABS)) is None
+
+
+@pytest.mark.parametrize("name", ["attention.cu", "group_norm_silu.cu", "attention_backward_mma.cuh"])
+def test_a_removed_barrier_is_a_race(name):
+    site = next(site for site in sites() if site.file.name == name and site.primitive == "__syncthreads")
+    call, found = noticed(site, "races")
+    assert "race: " in found and "without a barrier" in found, (call, found)
+
+
+def test_a_peer_that_exits_too_soon_is_noticed():
+    """Its memory is another block's by then; in every order of the blocks, too."""
+    last = [site for site in sites() if site.primitive == "cluster_wait"][-1]
+    call = named("C320-8x8-channels_last", "group_norm_silu")
+    assert "block" in (failure(call, RACES="1", **last.setting) or "")
+    assert failure(call, RACES="1") is None
+
+
+def test_every_primitive_is_a_mutant():
+    """Of each kernel that has one: a barrier that the pattern does not see would never be removed."""
+    found = {(site.file.name, site.line) for site in sites()}
+    assert len(found) > 30
+    unseen = [
+        f"{path.name}:{number}"
+        for path in sorted(SOURCES.rglob("*.cu*"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if ("__syncthreads(" in line or "__syncwarp(" in line) and (path.name, number) not in found
+    ]
+    assert not unseen
+
+
+def test_a_planted_race_in_global_memory(monkeypatch):
+    """The output lies 16 bytes before the input, so that blocks write what their neighbours read."""
+    memory = torch.randn(2 * 64 * 64 + 8).half()
+    x, y = memory[8:].view(2, 64, 8, 8), memory[:-8].view(2, 64, 8, 8)
+    monkeypatch.setattr(sys.modules["ldmfast.ops.group_norm_silu"], "empty_output", lambda x: y)
+    arguments = OPS["group_norm_silu"].normalise(x, None, None, 32)
+    with settings_of(RACES="1"), pytest.raises(RuntimeError, match=r"race: a (read|write).*block.*group_norm_silu"):
+        OPS["group_norm_silu"].backends[BACKEND].run(*arguments)
+
+
+def test_what_is_skipped_must_exist():
+    """A setting for a line without a barrier changes nothing."""
+    call = named("C320-8x8-channels_last", "group_norm_silu")
+    assert failure(call, **Site(Path("group_norm_silu.cu"), 1, "__syncthreads").setting) is None
+
+
+def test_the_command_lists_what_ran():
+    command = [sys.executable, str(Path(__file__).parent), "races", "--only", "ddim_step odd"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "3 calls (ddim_step 3), 0 fail" in done.stdout, done.stdout + done.stderr
+
+
+def test_settings_are_put_back(monkeypatch):
+    monkeypatch.delenv("LDMFAST_CUDA_HOST_SEED", raising=False)
+    with settings_of(SEED="1"), settings_of(SEED=None):
+        assert "LDMFAST_CUDA_HOST_SEED" not in os.environ
