@@ -30,6 +30,12 @@ const char* active_isa();
 }  // namespace ldmfast
 #endif
 
+#ifdef LDMFAST_CUDA
+namespace ldmfast {
+void cuda_versions(int& runtime, int& driver);  // csrc/cuda/versions.cu
+}  // namespace ldmfast
+#endif
+
 namespace {
 
 // read(value, into) writes a field, or leaves Python's error set; kind(into) is what the value should have been.
@@ -226,6 +232,13 @@ PYBIND11_MODULE(LDMFAST_MODULE, m) {
   LDMFAST_GPU_OPS(LDMFAST_BIND)
 #endif
   m.attr("fields") = fields;
+#ifdef LDMFAST_CUDA
+  m.def("versions", [] {
+    int runtime = 0, driver = 0;
+    cuda_versions(runtime, driver);
+    return py::make_tuple(runtime, driver);
+  });
+#endif
 #ifdef LDMFAST_CPU
   m.def("compiled_isas", &compiled_isas);
   m.def("active_isa", &active_isa);

@@ -29,7 +29,7 @@ MODULES = {"cpu": "_cpu", "cuda": "_cuda", "cuda-host": "_cuda_host"}
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "cuda-host": "cpu"}
 HOW = {
     "cpu": "install ldmfast with a C++17 compiler on PATH",
-    "cuda": "install ldmfast with nvcc on PATH",
+    "cuda": "install ldmfast with nvcc 12.0 or later on PATH",
     "cuda-host": "make host-kernels",
 }
 
@@ -57,6 +57,28 @@ def lacks(backend: str, op: str) -> str | None:
     """Why the backend's module cannot run this op, or None: it may be older than the op."""
     built = op in getattr(module(backend), "fields", ())
     return None if built else f"was built without {op} (build it again: {HOW[backend]})"
+
+
+CAPABILITY = (8, 0)  # the oldest that csrc/cuda/CMakeLists.txt names: Ampere
+
+
+@functools.cache
+def unsupported(device: int) -> str | None:
+    """Why the CUDA module cannot run on this GPU, or under its driver, or None."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < CAPABILITY:
+        return f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]} (Ampere), this GPU has {major}.{minor}"
+    runtime, driver = getattr(module("cuda"), "versions", lambda: (0, 0))()  # not in a module that was built before
+    if driver // 1000 < runtime // 1000:  # within one major version any driver will do
+        return (
+            f"was built with CUDA {_version(runtime)}, which needs a newer driver than this one for CUDA "
+            f"{_version(driver)} (update it, or install ldmfast with an nvcc of CUDA {driver // 1000})"
+        )
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 @functools.cache
@@ -109,10 +131,15 @@ def register(op: Choice, function: Callable, lead: int = 0, modules: Iterable[st
     for name in modules:
 
         def run(*args, _name=name):
+            if args[0].is_cuda and args[0].device.index != torch.cuda.current_device():
+                with torch.cuda.device(args[0].device):  # which makes no context on the other, as cudaSetDevice does
+                    return function(module(_name), *args)
             return function(module(_name), *args)
 
         backend = op.backend(name, devices={DEVICES[name]})(run)
         backend.refuses(lambda *args, _name=name: missing(_name) or lacks(_name, op.name))
+        if name == "cuda":
+            backend.refuses(lambda *args: unsupported(args[0].device.index) if args[0].is_cuda else None)
         backend.refuses(float64)
         backend.planned[run] = functools.partial(_planned, name, function)
 

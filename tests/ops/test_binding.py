@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,3 +187,21 @@ def test_a_list_of_fields_that_is_wrong_does_not_compile(tmp_path, name):
         [compiler, "-std=c++17", "-fsyntax-only", f"-I{CSRC}", str(source)], capture_output=True, text=True, check=False
     )
     assert (done.returncode == 0) is compiles, done.stderr
+
+
+@pytest.mark.parametrize(
+    "capability,versions,sentence",
+    [
+        ((7, 5), (12080, 12080), "needs compute capability 8.0 (Ampere), this GPU has 7.5"),
+        ((9, 0), (13000, 12040), "was built with CUDA 13.0, which needs a newer driver than this one for CUDA 12.4"),
+        ((8, 0), (12080, 12020), None),
+        ((12, 0), (12080, 13000), None),
+    ],
+    ids=str,
+)
+def test_a_gpu_or_driver_that_is_too_old_is_refused(monkeypatch, capability, versions, sentence):
+    """T4 and V100 have no image of the kernels; torch may come with an older CUDA than nvcc's."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(native, "module", lambda backend: SimpleNamespace(versions=lambda: versions))
+    found = native.unsupported.__wrapped__(0)
+    assert found is None if sentence is None else found.startswith(sentence)
