@@ -142,10 +142,15 @@ template <int64_t B> constexpr int64_t round_up(int64_t a) { return (a + B - 1) 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
+// an element as it lies in memory, and what it is: several loads are on their way before the first is converted
+__device__ __forceinline__ uint32_t load_bits(const void* p, int64_t i, DType d) {
+  return d == DType::kFloat32 ? static_cast<const uint32_t*>(p)[i] : static_cast<const uint16_t*>(p)[i];
+}
+__device__ __forceinline__ float bits_as_float(uint32_t u, DType d) {
+  return d == DType::kFloat32 ? bits_to_float(u) : d == DType::kFloat16 ? unpack2<f16>(u).x : unpack2<bf16>(u).x;
+}
 __device__ __forceinline__ float load_as_float(const void* p, int64_t i, DType d) {
-  if (d == DType::kFloat32) return static_cast<const float*>(p)[i];
-  if (d == DType::kFloat16) return to_float(static_cast<const f16*>(p)[i]);
-  return to_float(static_cast<const bf16*>(p)[i]);
+  return bits_as_float(load_bits(p, i, d), d);
 }
 
 // 1, 2 or 4 words in one access

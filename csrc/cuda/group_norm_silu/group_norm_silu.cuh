@@ -54,6 +54,21 @@ __device__ __forceinline__ Moments warp_merge(Moments m) {
   return m;
 }
 
+// What is done to a channel of sample n beside the norm: (x + add), and in the end * gain + offset, where gain is
+// weight * (1 + scale) and offset bias * (1 + scale) + shift. Args: the op's, or its gradient's. Five loads at once: in
+// a step of the U-Net each comes from memory.
+struct Affine { float add, gain, offset; };
+template <typename Args> __device__ __forceinline__ Affine affine_of(const Args& a, int64_t n, int64_t c) {
+  const uint32_t scale = a.scale ? load_bits(a.scale, n * a.stride_scale + c, a.mod_dtype) : 0;
+  const uint32_t shift = a.shift ? load_bits(a.shift, n * a.stride_shift + c, a.mod_dtype) : 0;
+  const uint32_t add = a.add ? load_bits(a.add, n * a.stride_add + c, a.mod_dtype) : 0;
+  const uint32_t weight = a.weight ? load_bits(a.weight, c, a.param_dtype) : 0;
+  const uint32_t bias = a.bias ? load_bits(a.bias, c, a.param_dtype) : 0;
+  const float factor = 1.0f + bits_as_float(scale, a.mod_dtype);
+  return {bits_as_float(add, a.mod_dtype), (a.weight ? bits_as_float(weight, a.param_dtype) : 1.0f) * factor,
+          bits_as_float(bias, a.param_dtype) * factor + bits_as_float(shift, a.mod_dtype)};
+}
+
 // this block's place: sample n, first group and channel, its slice of the task
 struct Place {
   int64_t n, group, channel;

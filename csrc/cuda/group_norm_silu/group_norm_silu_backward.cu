@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ Params p) {
   const GroupNormSiluBackwardArgs& a = p.a;
   float* warp_sums = reinterpret_cast<float*>(shared_memory());   // [2, kWarps]
-  const int64_t width = a.C / a.groups, n = blockIdx.x / unsigned(a.groups);
-  const int64_t first = blockIdx.x % unsigned(a.groups) * width;
+  const int64_t width = p.group_channels, n = blockIdx.x / unsigned(a.groups), group = blockIdx.x % unsigned(a.groups);
+  const int64_t first = group * width;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* sums = a.sums + n * a.C;
   float d = 0.0f, dx = 0.0f;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
       sum[q] = warp_sum(sum[q]);
       if (lane == 0) sums[q * a.N * a.C + c] = sum[q];
     }
-    const float gain = channel_of(p, n, c).gain;
+    const float gain = group_norm::affine_of(a, n, c).gain;
     d += gain * sum[0], dx += gain * sum[1];
   }
   if (lane == 0) warp_sums[warp] = d, warp_sums[kWarps + warp] = dx;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   float* stats = p.stats + int64_t(blockIdx.x) * kStats;
   if (threadIdx.x == 0) stats[3] = d, stats[4] = dx;
   for (int64_t c = first + threadIdx.x; c < first + width; c += kThreads) {
-    const Channel channel = channel_of(p, n, c);
+    const Channel channel = channel_of(p, n, c, group);
     float* all = sums + 2 * a.N * a.C + c;                        // what lies there is the sum of xhat
     *all = channel.rstd * (channel.gain * sums[c] - static_cast<float>(a.P) * d - *all * dx);
   }
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(const __grid_constan
   float mean_d[CL ? V : 1], mean_dx[CL ? V : 1];
 #pragma unroll
   for (int j = 0; j < (CL ? V : 1); ++j) {
-    const float* stats = p.stats + (w.n * p.a.groups + (w.c + j) / (p.a.C / p.a.groups)) * kStats;
+    const float* stats = stats_of(p, w.n, w.group(p, j));
     mean_d[j] = stats[3] * channel[j].rstd, mean_dx[j] = stats[4] * channel[j].rstd;
   }
   w.each(p, [&](int64_t x, int64_t y) {
@@ -206,7 +206,8 @@ size_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs& a) {
 void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a, const Launch& where) {
   using namespace group_norm_backward;
   if (a.N * a.C * a.P == 0) return;
-  if (a.P > INT32_MAX - kStretch) throw std::runtime_error("group_norm_silu_backward: more than 2^31 pixels");
+  if (a.P > INT32_MAX - kStretch || a.C > INT32_MAX)
+    throw std::runtime_error("group_norm_silu_backward: more than 2^31 pixels or channels");
   const Sizes sizes = sizes_of(a);
   const int64_t most = most_parts(a);
   GroupNormSiluArgs f = forward_of(a);
@@ -220,6 +221,8 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a, const Launch& 
   p.moment_parts = plan.params.tiles * plan.params.slices;
   p.slice = static_cast<int>(slice_of(a));
   p.slices = static_cast<int>(ceil_div(a.P, p.slice));
+  p.group_channels = static_cast<int>(a.C / a.groups);
+  p.few = a.N * a.C * p.slices <= INT32_MAX;   // with room for the last block's warps
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.channels_last) start<T, true>(p, plan, where);

@@ -20,26 +20,23 @@ struct Params {
   float* stats;           // [N, groups, kStats]: mean and what is left of it, 1 / std; the means of d and of d * xhat
   float* parts;           // [3, N, slices, C]: a slice's sums of g, of g * xhat and of xhat
   int moment_parts;
+  int group_channels;     // C / groups
+  bool few;               // contiguous: fewer than 2^32 stretches, so that their numbers are divided in 32 bits
   int slices, slice;      // of the P pixels; pixels a slice
   int columns, tiles;     // channels_last: vectors a tile of channels, tiles
 };
 
-// What a channel of one sample needs: xhat = (x + center) * rstd + rest, z = xhat * gain + offset (see Affine)
+// What a channel of one sample needs: xhat = (x + center) * rstd + rest, z = xhat * gain + offset (see Normal)
 struct Channel { float center, rstd, rest, gain, offset; };
-__device__ __forceinline__ Channel channel_of(const Params& p, int64_t n, int64_t c) {
-  const GroupNormSiluBackwardArgs& a = p.a;
-  const float* stats = p.stats + (n * a.groups + c / (a.C / a.groups)) * kStats;
-  const float add = a.add ? load_as_float(a.add, n * a.stride_add + c, a.mod_dtype) : 0.0f;
-  const float scale = a.scale ? 1.0f + load_as_float(a.scale, n * a.stride_scale + c, a.mod_dtype) : 1.0f;
-  const float shift = a.shift ? load_as_float(a.shift, n * a.stride_shift + c, a.mod_dtype) : 0.0f;
-  const float2 center = group_norm::exact_sum(add, -stats[0]);
-  Channel channel;
-  channel.center = center.x;
-  channel.rstd = stats[2];
-  channel.rest = (center.y - stats[1]) * stats[2];
-  channel.gain = (a.weight ? load_as_float(a.weight, c, a.param_dtype) : 1.0f) * scale;
-  channel.offset = (a.bias ? load_as_float(a.bias, c, a.param_dtype) : 0.0f) * scale + shift;
-  return channel;
+__device__ __forceinline__ float* stats_of(const Params& p, int64_t n, int64_t group) {
+  return p.stats + (n * p.a.groups + group) * kStats;
+}
+__device__ __forceinline__ Channel channel_of(const Params& p, int64_t n, int64_t c, int64_t group) {
+  const float* stats = stats_of(p, n, group);
+  const float mean = stats[0], rest = stats[1], rstd = stats[2];
+  const group_norm::Affine f = group_norm::affine_of(p.a, n, c);
+  const float2 center = group_norm::exact_sum(f.add, -mean);
+  return {center.x, rstd, (center.y - rest) * rstd, f.gain, f.offset};
 }
 
 // xhat and g = dy * act'(z) of V neighbours: of V channels, or of one
@@ -78,9 +75,10 @@ template <int V, bool CL> struct Place {
       step = rows;
     } else {
       const int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-      slice = static_cast<int>(unit % p.slices);
-      n = unit / p.slices / p.a.C;
-      c = unit / p.slices % p.a.C;
+      const int64_t row = p.few ? unsigned(unit) / unsigned(p.slices) : unit / p.slices;
+      slice = static_cast<int>(unit - row * p.slices);
+      n = p.few ? unsigned(row) / unsigned(p.a.C) : row / p.a.C;
+      c = row - n * p.a.C;
       active = n < p.a.N;
       first = slice * p.slice + threadIdx.x % 32 * V;
       step = 32 * V;
@@ -90,7 +88,14 @@ template <int V, bool CL> struct Place {
   }
   __device__ __forceinline__ void channels(const Params& p, Channel (&channel)[CL ? V : 1]) const {
 #pragma unroll
-    for (int j = 0; j < (CL ? V : 1); ++j) channel[j] = channel_of(p, n, c + j);
+    for (int j = 0; j < (CL ? V : 1); ++j) channel[j] = channel_of(p, n, c + j, group(p, j));
+  }
+  // of channel c + j: the first one's is divided out once a thread
+  __device__ __forceinline__ int group(const Params& p, int j) const {
+    const int first = unsigned(c) / unsigned(p.group_channels);
+    if (j == 0) return first;
+    const int past = static_cast<int>(c) + j - first * p.group_channels;
+    return past < p.group_channels ? first : first + unsigned(past) / unsigned(p.group_channels);
   }
   // f(offset into x, offset into dy and dx)
   template <typename F> __device__ __forceinline__ void each(const Params& p, F&& f) const {

@@ -24,11 +24,8 @@ __device__ __forceinline__ void load_coefficients(const Params& p, const Place& 
 #pragma unroll 1
   for (int i = threadIdx.x; i < channels; i += kThreads) {
     const int64_t c = slab.channel + i;
-    const float scale = a.scale ? 1.0f + load_as_float(a.scale, w.n * a.stride_scale + c, a.mod_dtype) : 1.0f;
-    const float shift = a.shift ? load_as_float(a.shift, w.n * a.stride_shift + c, a.mod_dtype) : 0.0f;
-    s.add[i] = a.add ? load_as_float(a.add, w.n * a.stride_add + c, a.mod_dtype) : 0.0f;
-    s.gain[i] = (a.weight ? load_as_float(a.weight, c, a.param_dtype) : 1.0f) * scale;
-    s.offset[i] = (a.bias ? load_as_float(a.bias, c, a.param_dtype) : 0.0f) * scale + shift;
+    const Affine f = affine_of(a, w.n, c);
+    s.add[i] = f.add, s.gain[i] = f.gain, s.offset[i] = f.offset;
   }
 }
 
@@ -140,7 +137,6 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(const __grid_co
     slab_moments(p, w, slab, s);
     __syncthreads();
   }
-  __syncthreads();
   for (int g = threadIdx.x; g < w.groups; g += kThreads)
     store(moments_of(p, w, g) + (w.tile * p.slices + w.slice) * 4, s.load(g));
 }
@@ -164,8 +160,8 @@ __device__ __forceinline__ void finish(const Params& p, const Place& w, Storage<
 
 // y = act((x + add - mean) * rstd * gain + offset). The difference comes first, which a mean of 300 does not blunt;
 // what the mean and add - mean lost to rounding is in the offset.
-struct Affine { float center, gain, offset; };
-template <typename T> __device__ __forceinline__ Affine affine(const Storage<T>& s, int c, int g) {
+struct Normal { float center, gain, offset; };
+template <typename T> __device__ __forceinline__ Normal normal(const Storage<T>& s, int c, int g) {
   const float2 center = exact_sum(s.add[c], -s.pivot[g]);
   const float gain = s.gain[c] * s.rstd[g];
   return {center.x, gain, s.offset[c] + (center.y - s.rest[g]) * gain};
@@ -179,7 +175,7 @@ __device__ __forceinline__ void apply(const Params& p, const Place& w, const Sla
     const Columns<V> mine(slab.columns, w.groups, p.group_channels);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const Affine f = affine(s, mine.first + j, mine.group(j));
+      const Normal f = normal(s, mine.first + j, mine.group(j));
       center[j] = f.center, gain[j] = f.gain, offset[j] = f.offset;
     }
   }
@@ -187,7 +183,7 @@ __device__ __forceinline__ void apply(const Params& p, const Place& w, const Sla
   slab.each(w.n, [&](int i, int c, int64_t from, int64_t to) {
     float v[V];
     load_vector(STAGED ? s.slab + i : x + from, v);
-    const Affine one = CL ? Affine{} : affine(s, c, 0);
+    const Normal one = CL ? Normal{} : normal(s, c, 0);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       if constexpr (CL) v[j] = (v[j] + center[j]) * gain[j] + offset[j];
