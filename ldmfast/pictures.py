@@ -12,15 +12,17 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from ldmfast.files import first_line, replacing
 
-Images: TypeAlias = Image.Image | torch.Tensor | Sequence[Image.Image | torch.Tensor]  # of a call: one for all, or N
+if TYPE_CHECKING:  # a command reads the pictures that it was given before it waits for torch
+    import torch
+
+Images: TypeAlias = "Image.Image | torch.Tensor | Sequence[Image.Image | torch.Tensor]"  # of a call: one for all, or N
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -96,6 +98,8 @@ def _eight_bits(picture, kind, name):
 
 def picture_tensor(picture, name="image"):
     """A PIL picture, or a tensor [3, H, W] in [-1, 1], as the latter. Raises TypeError or ValueError naming `name`."""
+    import torch
+
     if isinstance(picture, Image.Image):
         array = np.asarray(rgb(picture, name), dtype=np.float32)
         return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
@@ -107,6 +111,8 @@ def picture_tensor(picture, name="image"):
 
 def mask_tensor(mask, name="mask"):
     """A PIL picture (white where to draw) or a tensor [1, H, W] in [0, 1], as zeros and ones [1, H, W]."""
+    import torch
+
     if isinstance(mask, Image.Image):
         values = torch.from_numpy(np.asarray(grey(mask, name), dtype=np.float32) / 255)[None]
     else:
@@ -119,6 +125,8 @@ def mask_tensor(mask, name="mask"):
 
 
 def _require_tensor(value, name, channels):
+    import torch
+
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a PIL picture or a tensor [{channels}, H, W]")
     if value.ndim != 3 or value.shape[0] != channels:
@@ -127,6 +135,8 @@ def _require_tensor(value, name, channels):
 
 def for_each(value, convert, count, name):
     """One picture for all, or `count` of them -> a tensor [count, c, H, W]. Raises ValueError if they do not fit."""
+    import torch
+
     several = isinstance(value, list | tuple) or (isinstance(value, torch.Tensor) and value.ndim == 4)
     tensors = [convert(each, name) for each in (value if several else [value])]
     sizes = {tuple(t.shape[1:]) for t in tensors}
@@ -139,6 +149,8 @@ def for_each(value, convert, count, name):
 
 def to_pil(x):
     """Pictures [N, 3, H, W] in [-1, 1] (clamped) to N PIL pictures."""
+    import torch
+
     pixels = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in pixels]
 
@@ -160,12 +172,12 @@ def writing(path: str | Path) -> Iterator[Callable[[Image.Image], None]]:
 
 
 def grid(pictures, columns=None, scale=1, gap=4):
-    """N pictures of one size in rows; `scale` enlarges each. One picture comes back without a margin."""
+    """N pictures of one size in rows; `scale` enlarges each, with Lanczos' filter. One comes back without a margin."""
     columns = min(len(pictures), columns or math.ceil(math.sqrt(len(pictures))))
     width, height = (side * scale for side in pictures[0].size)
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for i, picture in enumerate(pictures):
         place = (i % columns * (width + gap), i // columns * (height + gap))
-        sheet.paste(picture.resize((width, height), Image.BICUBIC), place)
+        sheet.paste(picture if scale == 1 else picture.resize((width, height), Image.LANCZOS), place)
     return sheet
