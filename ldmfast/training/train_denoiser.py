@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ldmfast import files
+from ldmfast.data import vocabulary
 from ldmfast.data.collection import CACHE, load_pictures
 from ldmfast.diffusion.loss import add_noise, denoising_loss
 from ldmfast.diffusion.schedule import alphas_cumprod, make_scheduler
@@ -133,6 +134,8 @@ def train_on(pictures, vae, folder, config, *, conditioner=None, describe=None, 
     run.finish()
     if run.main:
         write_pipeline(folder, pipeline.to("cpu"), config, history)
+        if conditioner is None and config.condition in ("text", "transformer"):
+            vocabulary.write(Path(folder, "pipeline"), vocabulary.of_rows(pictures.rows))
     return history
 
 
