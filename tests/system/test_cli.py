@@ -13,34 +13,37 @@ from PIL import Image
 from tiny import CUTOUTS
 
 from ldmfast.commands import cli
+from ldmfast.commands.drawing.described import described
 from ldmfast.conditioning.base import Unconditional
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
 from ldmfast.conditioning.spatial import LowResolution
 
 PROMPT = "a red apple on a yellow background"
+SIZE = described(None).trained
 
 
 def test_sample_writes_a_picture(tmp_path, capsys):
     out = tmp_path / "apple.png"
     assert cli.main(["sample", PROMPT, "-o", str(out), "--steps", "2", "--quiet"]) == 0
     with Image.open(out) as picture:
-        assert picture.size == (256, 256) and picture.format == "PNG"
+        assert picture.size == SIZE and picture.format == "PNG"
     assert capsys.readouterr().out.strip() == str(out)
     assert [p.name for p in tmp_path.iterdir()] == ["apple.png"]
 
 
 def test_sample_lays_out_a_grid(tmp_path):
     out = tmp_path / "grid.jpg"
-    arguments = ["sample", PROMPT, "a cat", "-n", "3", "-o", str(out), "--steps", "1", "--scale", "1", "--quiet"]
+    arguments = ["sample", PROMPT, "a cat", "-n", "3", "-o", str(out), "--steps", "1", "--scale", "2", "--quiet"]
     assert cli.main(arguments) == 0
+    width, height = (2 * side for side in SIZE)
     with Image.open(out) as picture:
-        assert picture.size == (3 * 64 + 2 * 4, 2 * 64 + 4) and picture.format == "JPEG"
+        assert picture.size == (3 * width + 2 * 4, 2 * height + 4) and picture.format == "JPEG"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sample", PROMPT, "-o", "{tmp}/a.png", "--steps", "0"], "steps=0 must lie between"),
+        (["sample", PROMPT, "-o", "{tmp}/a.png", "--steps", "5000"], "steps=5000 must lie between"),
         (["sample", "", "-o", "{tmp}/a.png"], "the prompt is empty"),
         (["sample", PROMPT, "-o", "{tmp}/none/a.png"], "cannot be written"),
         (["sample", PROMPT, "-o", "{tmp}"], "a picture's name ends in"),
@@ -71,9 +74,7 @@ def test_a_mistake_gets_one_sentence(tmp_path, capsys, arguments, message):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["draw"],
-        ["sample", PROMPT],
         ["sample", PROMPT, "-o", "a.png", "--steps", "many"],
         ["train", "denoiser", "--data", "a", "--autoencoder", "b", "--output", "c", "--prediction", "score"],
         ["train", "denoiser", "--data", "a", "--autoencoder", "b", "--output", "c", "--channels", "64;96"],
@@ -134,9 +135,12 @@ def test_training_through_the_command_line(tmp_path, capsys):
     denoiser = ["train", "denoiser", *small, *network, "--autoencoder", run, "--attention", "0,1", "--head-width", "16"]
     assert cli.main(denoiser) == 0
     picture = str(tmp_path / "a.png")
-    assert cli.main(["sample", "a lemon", "--model", run + "/pipeline", "-o", picture, "--steps", "1", "--quiet"]) == 0
-    assert Image.open(picture).size == (256, 256)
     capsys.readouterr()
+    assert cli.main(["sample", "a lemon", "--model", run + "/pipeline", "-o", picture, "--steps", "1", "--quiet"]) == 0
+    assert Image.open(picture).size == (16, 16) and capsys.readouterr().err == ""
+    assert cli.main(["sample", "--list", "--model", run + "/pipeline"]) == 0
+    said = capsys.readouterr().out
+    assert "1 objects: lemon" in said and "grounds: " in said and "red" in said
     Path(run, "denoiser.pt").write_bytes(b"not a checkpoint")
     assert cli.main(denoiser) == 2
     assert "denoiser.pt is damaged or no checkpoint" in capsys.readouterr().err

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from test_pipeline_pictures import class_conditional, half_mask, picture, unconditional
 
-from ldmfast.commands import cli, sample
+from ldmfast.commands import cli
+from ldmfast.commands.drawing import fitting
 from ldmfast.conditioning.spatial import LowResolution
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # numpy's, about diffusers
@@ -57,19 +58,28 @@ def test_a_photograph_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned by 90 degrees
     Image.new("RGB", (12, 8)).save(tmp_path / "turned.png", exif=exif)
-    assert sample._read(tmp_path / "turned.png", None).size == (8, 12)
+    assert fitting.unfitted(tmp_path / "turned.png", None)[0].size == (8, 12)
 
 
 def test_a_picture_is_enlarged_by_a_model_for_that(models, tmp_path):
     out = tmp_path / "a.png"
     assert draw(models, "small", out, "--image", str(models / "small.png"), "--scale", "1") == 0
     assert pixels(out).shape == (20, 24, 3)
+    assert draw(models, "small", out, "--image", str(models / "small.png"), "--size", "48x32") == 0
+    assert pixels(out).shape == (32, 48, 3)
 
 
 def test_without_a_prompt_and_enlarged_to_be_seen(models, tmp_path):
     out = tmp_path / "a.png"
-    assert draw(models, "nothing", out) == 0
+    assert draw(models, "nothing", out, "--scale", "16") == 0
     assert pixels(out).shape == (256, 256, 3)
+
+
+def test_a_picture_of_another_size_is_brought_to_the_models(models, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    assert draw(models, "class", out, "--class", "1", "--image", str(models / "small.png")) == 0
+    assert pixels(out).shape == (16, 16, 3)
+    assert "small.png is 6x5 pixels: its middle, scaled to 16x16, the model's size" in capsys.readouterr().err
 
 
 def test_previews_are_written_while_it_runs(models, tmp_path, monkeypatch):
@@ -90,13 +100,16 @@ def test_previews_are_written_while_it_runs(models, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("class", ["--class", "1", "--strength", "0.5"], "strength=0.5 is given without image"),
-        ("class", ["--class", "1", "--image", "{m}/image.png", "--strength", "2"], "strength=2.0 must lie"),
+        ("class", ["--class", "1", "--strength", "0.5"], "--strength 0.5 says how much of --image is repainted"),
+        ("class", ["--class", "1", "--image", "{m}/image.png", "--strength", "2"], "--strength 2.0 must lie"),
         ("class", ["--class", "1", "--image", "{m}/image.png", "--mask", "{m}/black.png"], "mask is empty"),
-        ("class", ["--class", "1", "--image", "{m}/small.png"], "both sides must be multiples of 4"),
-        ("class", ["--class", "1", "--image", "{m}/none.png"], "No such file"),
-        ("class", ["--class", "1", "--eta", "1", "--sampler", "plms"], "eta belongs to ddim"),
-        ("class", ["--class", "1", "--device", "tpu"], "--device tpu cannot be used"),
+        ("class", ["--class", "1", "--size", "6x8"], "both sides must be multiples of 4"),
+        ("class", ["--class", "3"], "a class must be a whole number from 0 to 2"),
+        ("class", ["a cat"], "this model takes no prompt: leave out 'a cat'; it takes --class"),
+        ("class", [], "nothing was asked for; it takes --class"),
+        ("class", ["--class", "1", "--image", "{m}/none.png"], "no such file"),
+        ("class", ["--class", "1", "--eta", "1", "--sampler", "plms", "--steps", "20"], "eta belongs to ddim"),
+        ("class", ["--class", "1", "--device", "tpu"], "--device tpu is none of cpu, cuda"),
         ("class", ["--class", "1", "--preview-every", "0"], "--preview-every 0 must be at least 1"),
         ("nothing", ["a cat"], "this model takes no prompt: leave out 'a cat'"),
         ("small", [], "image is missing"),
