@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = ("README.md", "CONTRIBUTING.md", "Makefile", ".ci/*", "bench/gpu.sh", "ldmfast/**/*.md", "ldmfast/**/*.yaml")
+TEXTS = ("*.md", "Makefile", ".ci/*", "bench/gpu.sh", "bench/*.md", "ldmfast/**/*.md", "ldmfast/**/*.yaml")
 ROOMS = "csrc|kernels|ldmfast|tests|bench|\\.ci"
 CODE = "py|cpp|cu|h|sh"
 
