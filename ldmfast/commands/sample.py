@@ -134,20 +134,20 @@ def run(arguments):
 
 
 def _help(arguments):
-    from ldmfast.commands.drawing import examples, prompts
+    from ldmfast.commands.drawing import examples, wording
 
     check_model(arguments.model)
     if arguments.example:
         print(*examples.write(*arguments.example, arguments.model), sep="\n")
         return 0
-    lines, found = prompts.listing(arguments.model, arguments.list)
+    lines, found = wording.listing(arguments.model, arguments.list)
     print(*lines, sep="\n")
     return 0 if found else 1
 
 
 def _check(arguments, model):
     """What can be seen before anything heavy is imported; joins a prompt that was typed without quotation marks."""
-    from ldmfast.commands.drawing import bounds, prompts
+    from ldmfast.commands.drawing import bounds, wording
     from ldmfast.commands.drawing.described import described, named
 
     if not arguments.output:
@@ -168,10 +168,10 @@ def _check(arguments, model):
         raise ValueError(f'the prompt is empty: say what to draw, as in "{EXAMPLE}"')
     check_model(arguments.model)
     conditions.check(arguments, named(model))
-    known = prompts.of_model(model)
-    arguments.prompt, said = prompts.joined(arguments.prompt, known)
+    known = wording.of_model(model)
+    arguments.prompt, said = wording.joined(arguments.prompt, known)
     say(said)
-    say(prompts.strange_words(arguments.prompt, known))
+    say(wording.strange_words(arguments.prompt, known))
     if found := described(model):
         asked = max([len(arguments.prompt), 1, *map(len, conditions.given(arguments).values())])
         _room(arguments, found, arguments.size or found.trained, asked)
@@ -251,7 +251,7 @@ def _check_sampler(arguments, pipe):
 
 
 def _shortened(caption):
-    from ldmfast.commands.drawing.prompts import shortened
+    from ldmfast.commands.drawing.wording import shortened
 
     return shortened(caption)
 

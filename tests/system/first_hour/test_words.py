@@ -8,7 +8,7 @@ import pytest
 
 from ldmfast import shipped
 from ldmfast.commands import cli
-from ldmfast.commands.drawing import prompts
+from ldmfast.commands.drawing import wording
 from ldmfast.data import vocabulary
 from ldmfast.data.vocabulary import Vocabulary
 
@@ -76,8 +76,8 @@ def test_which_words_are_strange(prompt, strange):
 
 
 def test_a_slip_is_met_with_the_word_that_is_near():
-    assert "yelow (near: yellow)" in prompts.strange_words(["a cat on a yelow background"], FEW)
-    assert prompts.strange_words(["a zebra"], None) == ""  # nothing is known of what it knows
+    assert "yelow (near: yellow)" in wording.strange_words(["a cat on a yelow background"], FEW)
+    assert wording.strange_words(["a zebra"], None) == ""  # nothing is known of what it knows
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_a_slip_is_met_with_the_word_that_is_near():
     ],
 )
 def test_a_prompt_without_quotation_marks_is_one(typed, taken):
-    found, said = prompts.joined(typed.split(), FEW)
+    found, said = wording.joined(typed.split(), FEW)
     assert found == taken and bool(said) == (len(taken) < len(typed.split()))
-    assert prompts.joined(["a cat", "dog"], FEW) == (["a cat", "dog"], "")
+    assert wording.joined(["a cat", "dog"], FEW) == (["a cat", "dog"], "")
 
 
 def test_without_a_list_an_article_tells():
-    assert prompts.joined(["a", "cat"], None)[0] == ["a cat"]
-    assert prompts.joined(["cat", "dog"], None)[0] == ["cat", "dog"]
+    assert wording.joined(["a", "cat"], None)[0] == ["a cat"]
+    assert wording.joined(["cat", "dog"], None)[0] == ["cat", "dog"]
 
 
 def test_a_collections_rows_are_a_vocabulary(tmp_path):
