@@ -85,9 +85,9 @@ def prepare(setattr) -> None:
 def kinds() -> dict[str, tuple]:
     """{name: (strategy, check)} of all that is searched: "op ...", "network ..." and "file ...", each by its name."""
     import damage
-    import networks
     import op_calls
     import op_plans
+    import random_networks as networks
 
     from ldmfast.ops.registry import BACKWARD_OPS
 

@@ -143,10 +143,10 @@ def test_the_sentence(case):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--guidance", "nan"], "guidance=nan must be a finite number"),
+        (["--guidance", "nan"], "--guidance nan must be finite, and 0 or more"),
         (["--size", "30x31"], "both sides must be multiples of 4"),
-        (["--steps", "0"], "steps=0 must lie between 1 and 1000"),
-        (["--strength", "1.5"], "strength=1.5 is given without image"),
+        (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--strength", "1.5"], "--strength 1.5 must lie above 0, and be at most 1"),
     ],
     ids=["nan", "sizes", "0 steps", "strength"],
 )
