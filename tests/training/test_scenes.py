@@ -23,6 +23,9 @@ from ldmfast.training import train_denoiser, train_scenes
 from ldmfast.training.config import ScenesConfig
 
 
+SIZE = (64, 64)  # that is drawn
+
+
 @pytest.fixture(scope="module")
 def cutouts():
     return emoji.folder_cutouts(CUTOUTS)
@@ -157,10 +160,10 @@ def test_the_command_line_becomes_inputs(tmp_path):
     layout = [{"object": "cat", "box": [0, 0, 0.5, 0.5]}]
     (tmp_path / "a.json").write_text(json.dumps({"objects": layout}))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    assert conditions.inputs(_asked(), hybrid) is None
-    assert conditions.inputs(_asked(["cat", "1"]), hybrid) == [{"class": "cat"}, {"class": 1}]
-    assert conditions.inputs(_asked(["cat"]), hybrid.members["class"]) == ["cat"]
-    both = conditions.inputs(_asked(boxes=[tmp_path / "a.json"], maps=[tmp_path / "a.png"]), hybrid)
+    assert conditions.inputs(_asked(), hybrid, SIZE) is None
+    assert conditions.inputs(_asked(["cat", "1"]), hybrid, SIZE) == [{"class": "cat"}, {"class": 1}]
+    assert conditions.inputs(_asked(["cat"]), hybrid.members["class"], SIZE) == ["cat"]
+    both = conditions.inputs(_asked(boxes=[tmp_path / "a.json"], maps=[tmp_path / "a.png"]), hybrid, (8, 8))
     assert both[0]["boxes"] == layout and both[0]["map"].size == (8, 8)
 
 
@@ -169,16 +172,16 @@ def test_the_command_line_becomes_inputs(tmp_path):
 )
 def test_an_option_that_the_model_does_not_take_is_refused(asked, message):
     with pytest.raises(ValueError, match=message):
-        conditions.inputs(asked, ClassEmbedder(2, 8))
+        conditions.inputs(asked, ClassEmbedder(2, 8), SIZE)
 
 
 def test_a_file_that_holds_no_boxes_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
-        conditions.inputs(_asked(boxes=[tmp_path / "a.json"]), BoxEncoder(2, 8))
+        conditions.inputs(_asked(boxes=[tmp_path / "a.json"]), BoxEncoder(2, 8), SIZE)
     (tmp_path / "a.json").write_text("3")
     with pytest.raises(ValueError, match="expected a list"):
-        conditions.inputs(_asked(boxes=[tmp_path / "a.json"]), BoxEncoder(2, 8))
+        conditions.inputs(_asked(boxes=[tmp_path / "a.json"]), BoxEncoder(2, 8), SIZE)
 
 
 def test_what_is_no_collection_of_scenes_is_not_scored(tmp_path):
@@ -265,7 +268,8 @@ def test_from_scenes_to_samples_on_the_command_line(collection, tmp_path, capsys
     scores = tmp_path / "scores.json"
     ask = ["evaluate", "--data", str(folder), "--cutouts", str(CUTOUTS), "--samples", "2", "--output", str(scores)]
     assert cli.main([*ask, "--sheet", str(drawn), *model]) == 0
-    assert Image.open(drawn).size == (10 * 68 - 4, 64)  # two of the classes, and of boxes and maps of either split
+    # two of the classes, and of boxes and maps of either split, 8 a row
+    assert Image.open(drawn).size == (8 * 68 - 4, 2 * 68 - 4)
     report = json.loads(scores.read_text())
     assert 0 <= report["class"]["retrieved"] <= 1 and report["heldout"]["map"]["ground_alone"] > 0.5
 
