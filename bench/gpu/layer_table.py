@@ -17,9 +17,9 @@ BENCH = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(BENCH.parent), str(BENCH), str(BENCH / "gpu")]
 
 import clocks  # noqa: E402
-import layers  # noqa: E402
 import torch  # noqa: E402
 from record import LOST, DeviceLost, Record  # noqa: E402
+from roofs import shapes  # noqa: E402
 
 from ldmfast import ops  # noqa: E402
 from ldmfast.commands.measuring import clock  # noqa: E402
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     record = Record(options.json, {"what": "gpu layers", **device.about(), "dtype": options.dtype}, options.resume)
     try:
         with clocks.watched(record, device.kind == "cuda"):
-            for layer in layers.small() if options.tiny else (*layers.unet(), *layers.decoder()):
+            listed = shapes.small() if options.tiny else (*shapes.unet(), *shapes.decoder())
+            for layer in (each for each in listed if each.op != "attention"):  # op_table.py has that
                 about = {"op": layer.op, "gflop": round(BATCH * layer.operations / 1e9, 4)}
                 record.measure(layer.label, lambda layer=layer: figures(layer, dtype, device, options.seconds), **about)
     except DeviceLost:

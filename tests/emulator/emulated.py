@@ -41,7 +41,7 @@ class Call:
 def calls(case: Case, dtypes=DTYPES, gradient: bool = True) -> Iterator[Call]:
     """The op's and its gradient's, in each dtype that the emulated kernels take."""
     for dtype in dtypes:
-        for backward in (False, True)[: 1 + gradient]:
+        for backward in (False, True)[: 1 + (gradient and f"{case.op}_backward" in BACKWARD_OPS)]:
             call = Call(case, dtype, backward)
             if _refused(call) is None:
                 yield call
@@ -131,4 +131,8 @@ def _refused(call: Call) -> str | None:
     op = BACKWARD_OPS.get(f"{name}_backward") if call.backward else OPS[name]
     if op is None or BACKEND not in op.backends:
         return "it has no such kernel"
+    if call.backward and name == "ddim_step":
+        args, kwargs = call.case.make(call.dtype)
+        if kwargs.get("row") is not None or kwargs.get("weights"):
+            return "autograd reads the table's rows first, and takes the formula beside a history"
     return op.backends[BACKEND].refusal(_prepared(call)[0])

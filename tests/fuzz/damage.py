@@ -99,8 +99,9 @@ def _read_boxes(path):
 
 def _read_map(path):
     from ldmfast.commands.conditions import _map
+    from ldmfast.conditioning.spatial import MapEncoder
 
-    _map(path)
+    _map(path, MapEncoder(2, 2), (8, 8))
 
 
 def _read_picture(path):

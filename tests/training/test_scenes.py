@@ -22,7 +22,6 @@ from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.training import train_denoiser, train_scenes
 from ldmfast.training.config import ScenesConfig
 
-
 SIZE = (64, 64)  # that is drawn
 
 

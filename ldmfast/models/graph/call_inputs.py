@@ -93,7 +93,7 @@ def rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
         return next(tensors)
     if isinstance(value, dict):
         return {name: rebuilt(each, tensors) for name, each in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return type(value)(rebuilt(each, tensors) for each in value)
     return value
 

@@ -37,7 +37,7 @@ def qkv_projection(
 
 
 def _arguments(x, first, second, third=None, *, layer_norm=None):
-    if layer_norm is not None and (not isinstance(layer_norm, tuple | list) or len(layer_norm) != 3):
+    if layer_norm is not None and (not isinstance(layer_norm, (tuple, list)) or len(layer_norm) != 3):
         raise TypeError(f"{NAME}: layer_norm is {layer_norm!r:.80}, expected (weight, bias, eps) or None")
     norm_weight, norm_bias, eps = layer_norm or (None, None, None)
     require_tensors(NAME, x=x, first=first, second=second, third_=third)

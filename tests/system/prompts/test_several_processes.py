@@ -124,7 +124,7 @@ def test_two_processes_score_what_one_scores(two, tmp_path):
 def test_what_goes_wrong_in_another_process_is_said_by_the_main_one(two, tmp_path):
     """The second one's pipeline raises."""
     stable_diffusion().save_pretrained(tmp_path / "model")
-    words = sample(tmp_path / "model", tmp_path / "a.png", "a", "b", "--quiet")
+    words = sample(tmp_path / "model", tmp_path / "a.png", "a cat", "a dog", "--quiet")
     codes, said = two(tmp_path, words, spoiled=True)
     assert codes == [[2], [0]] and said == ["ldmfast: process 1: ValueError: out of luck\n", ""]
     assert not (tmp_path / "a.png").exists()
