@@ -59,7 +59,7 @@ interpreted:
 # Where nvcc is: the module (beside the package, where no driver would run it), then registers, shared memory and spills.
 nvcc:
 ifneq ($(shell command -v nvcc),)
-	$(if $(filter OFF,$(LDMFAST_CUDA)),LDMFAST_CUDA=ON $(BUILD:--inplace=) --build-lib build/cuda --targets _cuda)
+	$(if $(filter OFF,$(LDMFAST_CUDA)),LDMFAST_CUDA=ON LDMFAST_CUDA_BLACKWELL=OFF $(BUILD:--inplace=) --build-lib build/cuda --targets _cuda)
 	cd $(if $(filter OFF,$(LDMFAST_CUDA)),build/cuda/ldmfast,ldmfast) && \
 		$(CURDIR)/$(BIN)/python -c "import torch, _cuda; print('_cuda loads without a driver:', len(_cuda.fields), 'ops')"
 	$(BIN)/python bench/resources.py --only cuda

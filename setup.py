@@ -3,9 +3,10 @@
 Without a C++ compiler the package still installs; the ops then say that the backend was not built
 (`python -m ldmfast doctor`). A compiler that is there and fails is an error.
 
-LDMFAST_CUDA=OFF leaves the CUDA module out where nvcc is found. LDMFAST_SANITIZE=address or thread builds for that
-sanitizer; `make sanitize` puts such modules beside the package. A checkout (`pip install -e .`, `build_ext --inplace`)
-is always built in the same folder under build/, so that only what changed is compiled.
+LDMFAST_CUDA=OFF leaves the CUDA module out where nvcc is found, LDMFAST_CUDA_BLACKWELL=OFF its code for sm_100 and
+up. LDMFAST_SANITIZE=address or thread builds for that sanitizer; `make sanitize` puts such modules beside the package.
+A checkout (`pip install -e .`, `build_ext --inplace`) is always built in the same folder under build/, so that only
+what changed is compiled.
 """
 
 import os
@@ -87,6 +88,7 @@ class BuildModules(build_ext):
         settings = {
             "LDMFAST_OUTPUT": output,
             "LDMFAST_CUDA": "ON" if wants_cuda() else "OFF",
+            "LDMFAST_CUDA_BLACKWELL": os.environ.get("LDMFAST_CUDA_BLACKWELL", "ON"),
             "LDMFAST_SANITIZE": os.environ.get("LDMFAST_SANITIZE", ""),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
