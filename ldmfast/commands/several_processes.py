@@ -80,7 +80,9 @@ class _Processes:
         if asked not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device {asked}: each of several processes has a device of its own; give cpu or cuda")
         cpu = asked == "cpu" or not torch.cuda.is_available()
-        state = PartialState(cpu=cpu)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # one thread each, then
+            state = PartialState(cpu=cpu)
         self.device = "cpu" if cpu else f"cuda:{state.local_process_index}"
         self.main, self.index, self.count = state.is_main_process, state.process_index, state.num_processes
         self.pipe = None
