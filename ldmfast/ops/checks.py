@@ -41,3 +41,15 @@ def require_dtype(op: str, wanted: tuple[torch.dtype, ...], **tensors: torch.Ten
         if tensor is not None and tensor.dtype not in wanted:
             choices = " or ".join(dict.fromkeys(map(short, wanted)))
             raise ValueError(f"{op}: {name} is {short(tensor.dtype)}, expected {choices}")
+
+
+def require_layer_norm(
+    op: str, K: int, norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, eps: float | None
+) -> None:
+    """The LayerNorm of an op's input [..., K]: weight and bias [K], eps; all of them None where there is none."""
+    require_shape(op, "norm_weight", norm_weight, (K,), "[K]")
+    require_shape(op, "norm_bias", norm_bias, (K,), "[K]")
+    if eps is not None and not eps > 0:
+        raise ValueError(f"{op}: layer_norm's eps is {eps}, expected more than 0")
+    if eps is None and not (norm_weight is None and norm_bias is None):
+        raise ValueError(f"{op}: eps is None beside norm_weight or norm_bias, expected a number")

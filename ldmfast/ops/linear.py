@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from ldmfast.ops import native, speeds, triton_backend
-from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.checks import (
+    require_device,
+    require_dtype,
+    require_float,
+    require_layer_norm,
+    require_shape,
+    require_tensors,
+)
 from ldmfast.ops.contract.switch import exact
 from ldmfast.ops.gradients.products import linear_gradients
 from ldmfast.ops.operator import Op
@@ -73,12 +80,7 @@ def _check(x, weight, bias, residual, activation, output_scale, norm_weight, nor
         raise ValueError(f"{NAME}: weight has {weight.shape[0]} rows, expected an even number for geglu")
     require_shape(NAME, "bias", bias, (weight.shape[0],), "a number a row of weight")
     require_shape(NAME, "residual", residual, (*x.shape[:-1], _outputs(weight, activation)), "[..., N]")
-    require_shape(NAME, "norm_weight", norm_weight, (K,), "[K]")
-    require_shape(NAME, "norm_bias", norm_bias, (K,), "[K]")
-    if eps is not None and not eps > 0:
-        raise ValueError(f"{NAME}: layer_norm's eps is {eps}, expected more than 0")
-    if eps is None and not (norm_weight is None and norm_bias is None):
-        raise ValueError(f"{NAME}: eps is None beside norm_weight or norm_bias, expected a number")
+    require_layer_norm(NAME, K, norm_weight, norm_bias, eps)
 
 
 def _empty(x, weight, activation):

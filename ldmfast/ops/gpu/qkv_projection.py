@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from ldmfast.ops import speeds, triton_backend
-from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.checks import (
+    require_device,
+    require_dtype,
+    require_float,
+    require_layer_norm,
+    require_shape,
+    require_tensors,
+)
 from ldmfast.ops.linear import rows
 from ldmfast.ops.operator import Op
 
@@ -57,12 +64,7 @@ def _check(x, first, second, third, norm_weight, norm_bias, eps):
         raise ValueError(f"{NAME}: first has shape {list(first.shape)}, expected [N, K] = [N, {K}]")
     for name, tensor in (("second", second), ("third", third)):
         require_shape(NAME, name, tensor, tuple(first.shape), "first's shape")
-    require_shape(NAME, "norm_weight", norm_weight, (K,), "[K]")
-    require_shape(NAME, "norm_bias", norm_bias, (K,), "[K]")
-    if eps is not None and not eps > 0:
-        raise ValueError(f"{NAME}: layer_norm's eps is {eps}, expected more than 0")
-    if eps is None and not (norm_weight is None and norm_bias is None):
-        raise ValueError(f"{NAME}: eps is None beside norm_weight or norm_bias, expected a number")
+    require_layer_norm(NAME, K, norm_weight, norm_bias, eps)
 
 
 def _empty(x, first, third):
