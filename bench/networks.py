@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ldmfast.commands.measuring.works import SDXL
+
 GFLOP = 803  # of one 64x64 sample through the U-Net, counted
 
 
@@ -35,20 +37,7 @@ def sd15(dtype: torch.dtype, device: str = "cpu") -> UNet2DConditionModel:
 
 def sdxl(dtype: torch.dtype, device: str = "cpu") -> UNet2DConditionModel:
     """2567 M parameters: SDXL's U-Net."""
-    config = {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
-    return randomise(empty(UNet2DConditionModel, dtype, device, **config))
+    return randomise(empty(UNet2DConditionModel, dtype, device, **SDXL))
 
 
 def sdxl_added(batch: int, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 
+from ldmfast.commands.measuring.works import SDXL
 from ldmfast.ops import native
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -18,18 +19,6 @@ sys.path.insert(0, str(BENCH))
 
 from roofs import shapes  # noqa: E402
 
-SDXL = dict(  # its configuration's fields that differ from the default
-    cross_attention_dim=2048,
-    attention_head_dim=[5, 10, 20],
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=[1, 2, 10],
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 UNETS = {"unet": dict(cross_attention_dim=768, attention_head_dim=8), "sdxl": SDXL}
 
 
@@ -55,7 +44,7 @@ def test_the_unets_layers_are_those_of_the_model(name):
         return q
 
     with torch.device("meta"), pytest.MonkeyPatch.context() as patched:
-        unet = diffusers.UNet2DConditionModel(sample_size=64, **UNETS[name])
+        unet = diffusers.UNet2DConditionModel(**{**UNETS[name], "sample_size": 64})
         for module in unet.modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
                 module.register_forward_hook(see)
