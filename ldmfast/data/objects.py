@@ -29,7 +29,7 @@ SIZES = {"small": (6, 7), "": (9, 12), "large": (13, 14)}  # the longer side of 
 SHARES = {"small": 0.18, "": 0.64, "large": 0.18}
 CENTRED = 2.5, 2.5  # of the beta distribution that a lone object's place is drawn from
 PAIR = (6, 8)  # of each of two
-CELL_OF_MIDDLE, CELL_OF_SIDE = 0.06, 0.12  # a centre this near to the middle is in it; this far from it is at a side
+IN_THE_MIDDLE, AT_A_SIDE = 0.06, 0.12  # how far an object's centre is from the middle: at most, at least; of the side
 MOST_HIDDEN, TRIES = 0.1, 200
 CAPTIONS = 3  # of a picture
 
@@ -85,11 +85,11 @@ def held_out_pair(indices):
 def place_of(box):
     """Where the middle of `box` [x0, y0, x1, y1] in 0..1 is: "on the left", ..., "in the middle", or "" between."""
     dx, dy = ((box[i] + box[i + 2]) / 2 - 0.5 for i in (0, 1))
-    if max(abs(dx), abs(dy)) < CELL_OF_MIDDLE:
+    if max(abs(dx), abs(dy)) < IN_THE_MIDDLE:
         return "in the middle"
     if abs(dx) >= abs(dy):
-        return "" if abs(dx) < CELL_OF_SIDE else "on the left" if dx < 0 else "on the right"
-    return "" if abs(dy) < CELL_OF_SIDE else "at the top" if dy < 0 else "at the bottom"
+        return "" if abs(dx) < AT_A_SIDE else "on the left" if dx < 0 else "on the right"
+    return "" if abs(dy) < AT_A_SIDE else "at the top" if dy < 0 else "at the bottom"
 
 
 def compose(placed, ground, size):
