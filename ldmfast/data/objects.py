@@ -1,4 +1,4 @@
-"""Pictures of one or two objects: emoji cut-outs on a coloured ground, in a few sizes, anywhere, with captions.
+"""Pictures of one or two objects: emoji cut-outs on a coloured ground, in three sizes, anywhere, with captions.
 
 Synthetic: the cut-outs are real artwork, the arrangement is drawn at random on a grid of 16 x 16 cells, which are those
 of the latent of an autoencoder with f = size / 16: an object looks the same to the denoiser wherever it stands. Two
@@ -25,10 +25,10 @@ GROUNDS = COLOURS | {
     "turquoise": (84, 204, 200),
 }
 CELLS = 16  # of the grid, a side
-SIZES = {"small": (6, 7), "": (9, 12), "large": (13, 14)}  # the longer side of a lone object in cells, by the word
-SHARES = {"small": 0.18, "": 0.64, "large": 0.18}
+SIZES = {"small": (7, 7), "": (11, 11), "large": (14, 14)}  # the longer side of a lone object in cells, by the word
+SHARES = {"small": 0.15, "": 0.5, "large": 0.35}
 CENTRED = 2.5, 2.5  # of the beta distribution that a lone object's place is drawn from
-PAIR = (6, 8)  # of each of two
+PAIR = (7, 7)  # of each of two
 IN_THE_MIDDLE, AT_A_SIDE = 0.06, 0.12  # how far an object's centre is from the middle: at most, at least; of the side
 MOST_HIDDEN, TRIES = 0.1, 200
 CAPTIONS = 3  # of a picture
@@ -183,7 +183,7 @@ def fill(template, names, ground, relation=""):
     return template.format(**words, ground=ground, a_ground=with_article(ground), relation=relation)
 
 
-def build(cutouts, folder, *, count=24000, size=128, seed=0, single=0.5):
+def build(cutouts, folder, *, count=24000, size=128, seed=0, single=0.65):
     """Write the collection: pictures and metadata.jsonl (file_name, text, texts, objects, ground, split).
 
     single  share of pictures with one object; the others have two. One in ten is held out.

@@ -131,12 +131,14 @@ class PictureLoss(nn.Module):
 class AutoencoderLoss(PictureLoss):
     """An autoencoder in training: `vae`, and what learns or counts beside it.
 
+    grew_from  the autoencoder of half the size whose latents config.keep_latents holds it to
     The names of its parts are keys of saved checkpoints.
     """
 
-    def __init__(self, vae, config):
+    def __init__(self, vae, config, grew_from=None):
         super().__init__(config, config.crop or config.size)
         self.vae = vae
+        self.__dict__["grew_from"] = grew_from  # not a submodule: it stays as it is, and is not saved
         self.codebook = Codebook(config.codebook, config.latent_channels) if config.family == "vq" else None
         self.revived_at = -1
 
@@ -158,7 +160,17 @@ class AutoencoderLoss(PictureLoss):
         noise = step.normal(*posterior.mean.shape[1:])
         kl = kl_loss(posterior)
         step.log("kl", kl)
-        return self.vae.decode(posterior.mean + posterior.std * noise).sample, self.config.kl_weight * kl
+        regulariser = self.config.kl_weight * kl
+        if self.config.keep_latents:
+            distance = F.mse_loss(posterior.mean.float(), self._latents_it_grew_from(pictures))
+            step.log("latent_distance", distance)
+            regulariser = regulariser + self.config.keep_latents * distance
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, regulariser
+
+    @torch.no_grad()
+    def _latents_it_grew_from(self, pictures):
+        halves = F.avg_pool2d(pictures, 2)
+        return self.grew_from.to(pictures.device).encode(halves).latent_dist.mean.float()
 
     def _through_codebook(self, pictures, step, books):
         latents, seed = self.vae.encode(pictures).latents.float(), mixed(self.config.seed, step.number)

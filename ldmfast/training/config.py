@@ -90,9 +90,11 @@ class AutoencoderConfig(PictureLossConfig):
     layers: int = option(1, "residual blocks at each resolution", least=0)
     start: str = option(
         "torch",
-        "first weights: torch's; of unit gain with biases of 0; kl: those of a linear autoencoder of the pictures",
-        ("torch", "unit", "linear"),
+        "first weights: torch's; of unit gain with biases of 0; kl: those of a linear autoencoder of the pictures; "
+        "kl: grown from the one that first_weights names, of half the size and with the same latents",
+        ("torch", "unit", "linear", "grown"),
     )
+    first_weights: str = option("", "start=grown: an autoencoder's folder, a pipeline's, or a shipped model's name")
     groups: int = option(8, "groups of GroupNorm; with a channel a group the ground's colour is lost", least=1)
     latent_channels: int = option(4, "channels of the latent", least=1)
     family: str = option("kl", "regulariser of the latent: a KL term, or a codebook (vq)", ("kl", "vq"))
@@ -106,6 +108,9 @@ class AutoencoderConfig(PictureLossConfig):
         50, "vq: steps after which a code that was never chosen is re-seeded; 0 never does", least=0
     )
     kl_weight: float = option(3e-4, "weight of the KL term (mean over latent elements)", least=0)
+    keep_latents: float = option(
+        0.0, "start=grown: weight of the latents' mean squared distance from those of first_weights' model", least=0
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,8 +119,12 @@ class AutoencoderConfig(PictureLossConfig):
             if not self.channels or getattr(self, name) % f:
                 got = f"{name}={getattr(self, name)}"
                 raise ValueError(f"{got} is not divisible by f={f}, which channels={self.channels} amounts to")
-        if self.start == "linear" and self.family != "kl":
-            raise ValueError(f"start=linear is for family=kl; this one is family={self.family}")
+        if self.start in ("linear", "grown") and self.family != "kl":
+            raise ValueError(f"start={self.start} is for family=kl; this one is family={self.family}")
+        if (self.start == "grown") != bool(self.first_weights):
+            raise ValueError(f"start=grown and first_weights go together, got {self.start} and {self.first_weights!r}")
+        if self.keep_latents and self.start != "grown":
+            raise ValueError(f"keep_latents={self.keep_latents} is for start=grown, got start={self.start}")
         if self.crop > self.size:
             raise ValueError(f"crop={self.crop} must be at most size={self.size}")
 

@@ -10,9 +10,10 @@ from ldmfast.data.collection import CACHE, load_pictures
 from ldmfast.metrics.reconstruction import reconstruct, score
 from ldmfast.models import AutoencoderKL, VQModel
 from ldmfast.pictures import grid, to_pil
+from ldmfast.pipeline import saved_autoencoder
 from ldmfast.training import checkpoint, latents
 from ldmfast.training.autoencoder_loss import AutoencoderLoss
-from ldmfast.training.first_weights import linear_start
+from ldmfast.training.first_weights import grown, linear_start
 from ldmfast.training.loop import fit
 from ldmfast.training.run import Run
 
@@ -141,9 +142,13 @@ def train(data, folder, config, *, restart=False, quiet=False):
     )
     Path(folder).mkdir(parents=True, exist_ok=True)
     vae = build(config)
+    some = pictures.sample(SCORED, config.seed)
     if config.start == "linear":
-        linear_start.begin(vae, pictures.sample(SCORED, config.seed).batch(slice(None)))
-    model = AutoencoderLoss(vae, config)
+        linear_start.begin(vae, some.batch(slice(None)))
+    grew_from = saved_autoencoder.load(config.first_weights) if config.start == "grown" else None
+    if grew_from is not None:
+        grown.begin(vae, grew_from, some.batch(slice(None)))
+    model = AutoencoderLoss(vae, config, grew_from)
     run = Run(model, config, phases=model.phases())
     shown = pictures.sample(SHOWN, config.seed).batch(slice(None))
     history = fit(
@@ -157,8 +162,9 @@ def train(data, folder, config, *, restart=False, quiet=False):
     vae = run.finish().vae.cpu()
     if not run.main:
         return {"loss": history}
-    mean, _ = latents.encode(pictures.sample(SCORED, config.seed), vae)
-    standardise(vae, mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3)))
+    if config.start != "grown":  # that one's latents are those of the model it grew from, which denoisers know
+        mean, _ = latents.encode(some, vae)
+        standardise(vae, mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3)))
     return write_autoencoder(folder, "autoencoder", vae, model, pictures, history)
 
 
