@@ -162,7 +162,8 @@ class AutoencoderLoss(PictureLoss):
         step.log("kl", kl)
         regulariser = self.config.kl_weight * kl
         if self.config.keep_latents:
-            distance = F.mse_loss(posterior.mean.float(), self._latents_it_grew_from(pictures))
+            kept = self._latents_it_grew_from(pictures)
+            distance = F.mse_loss(posterior.mean[:, : kept.shape[1]].float(), kept)
             step.log("latent_distance", distance)
             regulariser = regulariser + self.config.keep_latents * distance
         return self.vae.decode(posterior.mean + posterior.std * noise).sample, regulariser

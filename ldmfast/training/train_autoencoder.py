@@ -162,9 +162,11 @@ def train(data, folder, config, *, restart=False, quiet=False):
     vae = run.finish().vae.cpu()
     if not run.main:
         return {"loss": history}
-    if config.start != "grown":  # that one's latents are those of the model it grew from, which denoisers know
-        mean, _ = latents.encode(some, vae)
-        standardise(vae, mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3)))
+    mean, _ = latents.encode(some, vae)
+    mean, std = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
+    if grew_from is not None:  # denoisers know the latents of the model that it grew from
+        mean[: grew_from.config.latent_channels], std[: grew_from.config.latent_channels] = 0, 1
+    standardise(vae, mean, std)
     return write_autoencoder(folder, "autoencoder", vae, model, pictures, history)
 
 

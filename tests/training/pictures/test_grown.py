@@ -29,29 +29,33 @@ def pictures():
     return (inside * one + (1 - inside) * other).clamp(-1, 1)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers, channels", [(1, 4), (2, 4), (1, 7)])
 @torch.no_grad()
-def test_latents_and_pictures_are_the_finished_ones(finished, pictures, layers):
-    model = train_autoencoder.build(AutoencoderConfig(**GROWN, layers=layers)).eval()
+def test_latents_and_pictures_are_the_finished_ones(finished, pictures, layers, channels):
+    model = train_autoencoder.build(AutoencoderConfig(**GROWN, layers=layers, latent_channels=channels)).eval()
     grown.begin(model, finished, pictures)
     halves = F.avg_pool2d(pictures, 2)
     ours, theirs = model.encode(pictures).latent_dist, finished.encode(halves).latent_dist
-    assert (ours.mode() - theirs.mode()).std() < 0.1 * theirs.mode().std()
-    assert (ours.logvar - theirs.logvar).abs().mean() < 0.3
-    z, seen = theirs.mode(), []
-    for vae in (model, finished):
+    assert (ours.mode()[:, :4] - theirs.mode()).std() < 0.1 * theirs.mode().std()
+    assert (ours.logvar[:, :4] - theirs.logvar).abs().mean() < 0.3
+    more = ours.mode()[:, 4:]
+    assert ((more.square().mean(dim=(0, 2, 3)) - 1).abs() < 1e-3).all()
+    assert torch.allclose(ours.logvar[:, 4:], torch.tensor(grown.LOG_VARIANCE))
+    seen = []
+    for vae, z in ((model, torch.cat([theirs.mode(), more], dim=1)), (finished, theirs.mode())):
         vae.decoder.conv_norm_out.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
         vae.decode(z)
         vae.decoder.conv_norm_out._forward_pre_hooks.clear()
     torch.testing.assert_close(seen[0], F.interpolate(seen[1], scale_factor=2.0), atol=1e-4, rtol=1e-4)
-    drawn, enlarged = model.decode(z).sample, F.interpolate(finished.decode(z).sample, scale_factor=2.0)
+    drawn = model.decode(torch.cat([theirs.mode(), more], dim=1)).sample
+    enlarged = F.interpolate(finished.decode(theirs.mode()).sample, scale_factor=2.0)
     assert (drawn - enlarged).abs().mean() < 0.1 * enlarged.abs().mean()
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(latent_channels=8), "latent_channels is 8, the finished autoencoder's 4"),
+        (dict(latent_channels=3), "latent_channels=3 must be at least the finished autoencoder's 4"),
         (dict(groups=4), "norm_num_groups is 4, the finished autoencoder's 8"),
         (dict(channels=(32, 64, 96)), r"channels=\(32, 64, 96\) .* must be \(32, 32, 64, 96\)"),
         (dict(layers=0), "has no such place in this one"),
@@ -78,7 +82,7 @@ def test_options_that_contradict_each_other(settings, message):
 
 def test_latents_are_held_to_the_finished_ones(finished, pictures):
     """The first weights' distance is small; latents that are all doubled are at their mean square."""
-    config = AutoencoderConfig(**GROWN, keep_latents=0.5, kl_weight=0.0)
+    config = AutoencoderConfig(**GROWN, latent_channels=6, keep_latents=0.5, kl_weight=0.0)
     vae = train_autoencoder.build(config)
     grown.begin(vae, finished, pictures)
     loss = AutoencoderLoss(vae, config, finished)
@@ -108,9 +112,27 @@ def test_training_keeps_the_scale_of_the_latents(finished, pictures, tmp_path):
     for i, picture in enumerate(to_pil(pictures)):
         (tmp_path / "data").mkdir(exist_ok=True)
         picture.save(tmp_path / "data" / f"{i}.png")
-    config = AutoencoderConfig(**GROWN, steps=1, batch=2, learning_rate=1e-6, precision="fp32")
+    config = AutoencoderConfig(**GROWN, latent_channels=6, steps=1, batch=2, learning_rate=1e-6, precision="fp32")
     train_autoencoder.train(tmp_path / "data", tmp_path / "out", config, quiet=True)
     with torch.no_grad():
         ours = saved_autoencoder.load(tmp_path / "out").encode(pictures).latent_dist.mode()
         theirs = finished.encode(F.avg_pool2d(pictures, 2)).latent_dist.mode()
-    assert (ours - theirs).std() < 0.1 * theirs.std()
+    assert (ours[:, :4] - theirs).std() < 0.1 * theirs.std()
+    assert torch.allclose(ours[:, 4:].std(dim=(0, 2, 3)), torch.ones(2), atol=0.02)
+
+
+@torch.no_grad()
+def test_a_denoiser_begins_with_one_of_fewer_channels():
+    """What it predicts for the finished one's channels does not depend on the others yet."""
+    from ldmfast import UNet
+    from ldmfast.shipped import locate
+    from ldmfast.training.first_weights.of_a_model import begin_with
+
+    finished = UNet.from_pretrained(locate("emoji600"), subfolder="unet").eval()
+    wider = UNet.from_config(finished.config, in_channels=6, out_channels=6).eval()
+    assert begin_with(wider, "emoji600") == []
+    x, context = torch.randn(2, 6, 16, 16), torch.randn(2, 5, finished.config.cross_attention_dim)
+    same = finished(x[:, :4], 500, encoder_hidden_states=context).sample
+    found = wider(x, 500, encoder_hidden_states=context).sample
+    torch.testing.assert_close(found[:, :4], same, atol=1e-4, rtol=1e-4)
+    assert found[:, 4:].std() > 0.01
