@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
-TEXT = "emoji600"  # conditioned on a prompt
+TEXT = "emoji320"  # conditioned on a prompt
 SCENES = "scenes64"  # conditioned on a class, boxes or a semantic map
 
 

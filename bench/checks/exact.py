@@ -1,7 +1,7 @@
 """The contract `exact` on whole pictures of the shipped models: the same bits in every batch, thread count and run.
 
     python bench/checks/exact.py                                    about an hour on one core
-    python bench/checks/exact.py --model emoji600 --sampler ddim euler-a
+    python bench/checks/exact.py --model emoji320 --sampler ddim euler-a
     python bench/checks/exact.py --numerics fast                    how much of it `fast` holds
     python bench/checks/exact.py --cost                             seconds of a batch, fast and exact in turn
 
@@ -38,7 +38,7 @@ PROMPTS = (
 )
 CLASSES = [{"class": name} for name in ("cat", "frog", "pig")]
 BOXES = [{"boxes": [{"object": "cat", "box": [0.1, 0.1, 0.4 + 0.1 * i, 0.6]}]} for i in range(3)]
-INPUTS = {"emoji600": list(PROMPTS), "scenes64": [*CLASSES, *BOXES, "map", "map"]}
+INPUTS = {"emoji320": list(PROMPTS), "scenes64": [*CLASSES, *BOXES, "map", "map"]}
 
 
 def main() -> int:

@@ -77,10 +77,14 @@ class _Drawing:
     def __init__(self, pipe, cutouts, **settings):
         self.pipe, self.settings, self.size = pipe, settings, pipe.vae.config.sample_size
         names, cell = objects.names_of(cutouts), self.size // objects.CELLS
-        reader = lambda low, high: Detector(  # noqa: E731
-            cutouts, self.size, names=names, grounds=objects.GROUNDS, sides=[cell * s for s in range(low, high + 1)]
+        reader = lambda *ranges: Detector(  # noqa: E731
+            cutouts,
+            self.size,
+            names=names,
+            grounds=objects.GROUNDS,
+            sides=[cell * side for low, high in ranges for side in range(low, high + 1)],
         )
-        self.readers = {1: reader(objects.SIZES["small"][0], objects.SIZES["large"][1]), 2: reader(*objects.PAIR)}
+        self.readers = {1: reader(*objects.SIZES.values()), 2: reader(objects.PAIR)}
 
     def __call__(self, texts, seeds):
         return self.pipe(texts, seeds=seeds, **self.settings)

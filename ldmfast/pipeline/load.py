@@ -1,6 +1,6 @@
 """`ldmfast.load`: any latent diffusion model, by name, from a folder or a single file, ready to draw.
 
-pipe = ldmfast.load("emoji600")                           # a model that ships
+pipe = ldmfast.load("emoji320")                           # a model that ships
 pipe = ldmfast.load("v1-5-pruned.safetensors")            # Stable Diffusion 1, 2, XL; their inpainting models
 pipe = ldmfast.load("celeba256/model.ckpt", ema=True)     # the models released with the LDM paper
 vae = ldmfast.load("vq-f8/model.ckpt")                    # an autoencoder alone

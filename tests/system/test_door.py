@@ -80,7 +80,7 @@ def stable_diffusion(scheduler=None):
 @pytest.mark.parametrize(
     ("source", "asked", "said"),
     [
-        ("emoji600", PROMPT, [PROMPT]),
+        ("emoji320", PROMPT, [PROMPT]),
         ("scenes64", {"class": "cat"}, ["--class", "cat"]),
         ("{home}/ours", 1, ["--class", "1"]),
         ("{home}/stock", PROMPT, [PROMPT]),
@@ -103,7 +103,7 @@ def test_by_every_door_the_same_class_and_the_same_picture(home, tmp_path, sourc
 def test_the_text_model_is_the_default_and_a_subclass_stays_one():
     pipe = TextToImagePipeline.from_pretrained()
     assert type(pipe) is TextToImagePipeline and pipe.encoder is pipe.conditioner
-    assert torch.equal(pipe.unet.conv_in.weight, ldmfast.load("emoji600").unet.conv_in.weight)
+    assert torch.equal(pipe.unet.conv_in.weight, ldmfast.load("emoji320").unet.conv_in.weight)
 
 
 SCHEDULERS = [
@@ -170,10 +170,10 @@ def test_a_pipeline_of_ours_keeps_how_its_plms_extrapolates(tmp_path):
 def test_what_is_not_there_is_answered_with_the_models_that_ship(tmp_path, capsys):
     source = str(tmp_path / "none")
     for door in (ldmfast.load, LatentDiffusionPipeline.from_pretrained):
-        with pytest.raises(FileNotFoundError, match="none is neither .* the models that ship are emoji600, scenes64"):
+        with pytest.raises(FileNotFoundError, match="none is neither .* the models that ship are emoji320, scenes64"):
             door(source)
     assert cli.main(["sample", PROMPT, "--model", source, "-o", str(tmp_path / "a.png")]) == 2
-    assert "the models that ship are emoji600, scenes64" in capsys.readouterr().err
+    assert "the models that ship are emoji320, scenes64" in capsys.readouterr().err
 
 
 def test_what_is_no_pipeline_of_ours_is_loaded_and_said(home, tmp_path, capsys):
@@ -313,7 +313,7 @@ def test_an_option_that_would_do_nothing_is_refused(home, source, options, words
 
 
 def test_the_default_is_the_shipped_model_whatever_the_working_directory_holds(tmp_path, monkeypatch, capsys):
-    for name in ("emoji600", "scenes64"):
+    for name in ("emoji320", "scenes64"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     wanted = LatentDiffusionPipeline.from_pretrained(shipped.ASSETS / shipped.TEXT)
@@ -334,7 +334,7 @@ def test_an_encoder_named_by_a_relative_path_is_found_from_elsewhere(home, tmp_p
     ldmfast.load(tmp_path / "without", text_encoder=Path("stock")).save_pretrained(tmp_path / "named")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "minilm").mkdir()  # which is no name of a folder
-    assert ldmfast.load("emoji600").conditioner.settings["name"] == "minilm"
+    assert ldmfast.load("emoji320").conditioner.settings["name"] == "minilm"
     context = wanted.conditioner([PROMPT]).context
     for name in ("all of it", "named"):
         assert torch.equal(ldmfast.load(name).conditioner([PROMPT]).context, context)

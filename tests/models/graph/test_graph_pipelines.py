@@ -176,7 +176,7 @@ def test_optimize_takes_graph_and_says_what_it_lacks(monkeypatch):
     pipe = ldmfast.optimize(text_to_image()[0], graph=True)
     assert pipe.unet.graphs is not None
     assert pipe.unet.explain() == ["Graph mode is off: it is on cpu; a CUDA graph needs an NVIDIA GPU."]
-    assert ldmfast.load("emoji600", graph=True).unet.graphs is not None
+    assert ldmfast.load("emoji320", graph=True).unet.graphs is not None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="graph mode needs an NVIDIA GPU"):
         ldmfast.optimize(text_to_image()[0], graph=True)

@@ -307,11 +307,11 @@ def test_a_method_of_diffusers_is_said_where_it_is_looked_for(sd, name, message)
 )
 def test_an_option_of_diffusers_from_pretrained_is_said(load, option, message):
     with pytest.raises(TypeError, match=message):
-        load("emoji600", **{option: 1})
+        load("emoji320", **{option: 1})
 
 
 def test_a_model_without_clip_takes_a_negative_prompt_and_nothing_of_clips():
-    pipe = ldmfast.load("emoji600")
+    pipe = ldmfast.load("emoji320")
     plain, away = (pixels(pipe("a cat", steps=STEPS, negative=n)[0]) for n in (None, "a dog"))
     assert apart(plain, away) > 2 and apart(pixels(pipe("a cat", steps=STEPS, negative="")[0]), plain) <= 1
     for option in ({"clip_skip": 1}, {"prompt_weights": True}, {"long_prompts": True}):

@@ -132,10 +132,10 @@ def test_what_goes_wrong_in_another_process_is_said_by_the_main_one(two, tmp_pat
 
 def test_a_device_for_all_and_a_launch_that_started_one_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main([*sample("emoji600", tmp_path / "a.png", "a cat"), "--device", "cuda:1"]) == 2
+    assert cli.main([*sample("emoji320", tmp_path / "a.png", "a cat"), "--device", "cuda:1"]) == 2
     assert "--device cuda:1: each of several processes has a device of its own" in capsys.readouterr().err
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert cli.main(sample("emoji600", tmp_path / "a.png", "a cat")) == 2
+    assert cli.main(sample("emoji320", tmp_path / "a.png", "a cat")) == 2
     assert "started one" in capsys.readouterr().err
