@@ -137,6 +137,11 @@ class DecoderConfig(PictureLossConfig):
     latent_noise: float = option(
         0.05, "deviation of the noise added to latents, for a denoiser is never exact", least=0
     )
+    denoiser: str = option("", "a pipeline's folder or a shipped model: latents are noised, and denoised by it")
+    denoised_share: float = option(0.5, "denoiser: share of the steps whose latents are", least=0, most=1)
+    denoised_most: float = option(
+        0.45, "denoiser: how far into the schedule the noise is taken from, at most", above=0, below=1
+    )
 
 
 @dataclass(frozen=True)
