@@ -16,7 +16,9 @@ def add(commands):
     made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
     made.add_argument("--font", help="the Noto Color Emoji font, if it is not in its usual place")
     made.add_argument("--samples", type=int, default=128, help="samples for each split (default: 128)")
-    made.add_argument("--objects", choices=("64", "320", "all"), default="320", help="the emoji to build (default: 320)")
+    made.add_argument(
+        "--objects", choices=("64", "320", "all"), default="320", help="the emoji to build (default: 320)"
+    )
     made.add_argument("--distances", action="store_true", help="also KID, precision, recall")
     made.add_argument("--inception", metavar="FILE", help="also FID: Inception's weights as TorchScript")
     made.add_argument("--output", help="also write the figures to this JSON file")

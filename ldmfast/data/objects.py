@@ -1,10 +1,11 @@
-"""Pictures of one or two objects: emoji cut-outs on a coloured ground, in three sizes, anywhere, with captions.
+"""Pictures of one or two objects: emoji cut-outs on a coloured ground, in three sizes and nine places, with captions.
 
-Synthetic: the cut-outs are real artwork, the arrangement is drawn at random on a grid of 16 x 16 cells, which are those
-of the latent of an autoencoder with f = size / 16: an object looks the same to the denoiser wherever it stands. Two
-objects overlap little. A caption says what is there in one of many orders and phrasings; what it does not say (size,
-place) is free. Every object has one ground, and every eleventh pair of objects, that training never sees: those
-pictures are marked `"split": "heldout"`.
+Synthetic: the cut-outs are real artwork, the arrangement is drawn at random. An object is in the middle of a square: of
+the whole picture, of three quarters of it in one of nine places, or of a half of it in one of nine. The corners are
+multiples of an eighth or a quarter of the picture's side, so that a denoiser with a few halvings sees an object in
+the same way at most of its places. Two objects are in squares of a half that do not overlap. A caption says what is
+there in one of many orders and phrasings; what it does not say (size, place) is free. Every object has one ground, and
+every eleventh pair of objects, that training never sees: those pictures are marked `"split": "heldout"`.
 """
 
 from itertools import combinations
@@ -24,13 +25,12 @@ GROUNDS = COLOURS | {
     "grey": (156, 160, 166),
     "turquoise": (84, 204, 200),
 }
-CELLS = 16  # of the grid, a side
-SIZES = {"small": (7, 7), "": (11, 11), "large": (14, 14)}  # the longer side of a lone object in cells, by the word
-SHARES = {"small": 0.15, "": 0.5, "large": 0.35}
-CENTRED = 2.5, 2.5  # of the beta distribution that a lone object's place is drawn from
-PAIR = (7, 7)  # of each of two
+EIGHTHS = 8  # of a picture's side
+SQUARES = {"small": (4, (0, 2, 4)), "": (6, (0, 1, 2)), "large": (8, (0,))}  # side, corners, in eighths, by the word
+SHARES = {"small": 0.2, "": 0.4, "large": 0.4}  # of a lone object
+FILLED = 7 / 8  # of a square's side, by the longer side of its object
 IN_THE_MIDDLE, AT_A_SIDE = 0.06, 0.12  # how far an object's centre is from the middle: at most, at least; of the side
-MOST_HIDDEN, TRIES = 0.1, 200
+TRIES = 200
 CAPTIONS = 3  # of a picture
 
 ALONE = (
@@ -100,19 +100,29 @@ def compose(placed, ground, size):
     return picture.clip(0, 255).round().astype(np.uint8)
 
 
+def side_of(word, size):
+    """The longer side, in pixels, of an object of that size word in a picture of `size` pixels."""
+    return round(FILLED * SQUARES[word][0] / EIGHTHS * size)
+
+
 def arrange(cutouts, rng, names, size):
     """Places for `names` (one or two): (scenes.Placed each, "small", "large" or "" each)."""
-    cell, alone = size // CELLS, len(names) == 1
-    for _ in range(TRIES):
-        words = [str(rng.choice(list(SHARES), p=list(SHARES.values())))] if alone else [""] * len(names)
-        sides = [cell * rng.integers(*(SIZES[w] if alone else PAIR), endpoint=True) for w in words]
-        placed = [
-            scenes.place(cutouts[n], n, size, side, *(rng.beta(*CENTRED, 2) if alone else rng.uniform(0, 1, 2)), cell)
-            for n, side in zip(names, sides, strict=True)
-        ]
-        if max(scenes.hidden(placed)) <= MOST_HIDDEN:
-            return placed, words
-    raise RuntimeError(f"{TRIES} arrangements of {' and '.join(names)} hid one of them")
+    alone = len(names) == 1
+    words = [str(rng.choice(list(SHARES), p=list(SHARES.values())))] if alone else ["small"] * 2
+    corners = [[int(rng.choice(SQUARES[word][1])) for _ in "xy"] for word in words]
+    while not alone and max(abs(a - b) for a, b in zip(*corners, strict=True)) < SQUARES["small"][0]:
+        corners[1] = [int(rng.choice(SQUARES["small"][1])) for _ in "xy"]
+        if corners[0] == [2, 2]:  # no square beside the one in the middle
+            corners[0] = [int(rng.choice(SQUARES["small"][1])) for _ in "xy"]
+    placed = [_stand(cutouts[n], n, size, w, c) for n, w, c in zip(names, words, corners, strict=True)]
+    return placed, words if alone else [""] * 2
+
+
+def _stand(cutout, name, size, word, corner):
+    """The object in the middle of the square of its size word whose left upper corner is `corner`, in eighths."""
+    small, side = scenes.fitted(cutout, side_of(word, size)), SQUARES[word][0] * size // EIGHTHS
+    x, y = (c * size // EIGHTHS + (side - s) // 2 for c, s in zip(corner, small.shape[1::-1], strict=True))
+    return scenes.put(small, name, size, x, y)
 
 
 def box_of(placed):
@@ -188,10 +198,10 @@ def build(cutouts, folder, *, count=24000, size=128, seed=0, single=0.65):
 
     single  share of pictures with one object; the others have two. One in ten is held out.
     Returns the number of pictures. The folder appears complete or not at all.
-    Raises ValueError for a size that the grid does not divide, and for fewer than two cut-outs.
+    Raises ValueError for a size that is no multiple of 8, and for fewer than two cut-outs.
     """
-    if size % CELLS:
-        raise ValueError(f"objects: size={size} is no multiple of {CELLS}, the cells of the grid")
+    if size % EIGHTHS:
+        raise ValueError(f"objects: size={size} is no multiple of {EIGHTHS}")
     names = names_of(cutouts)
     if len(names) < 2:
         raise ValueError(f"objects: two cut-outs or more are needed, got {len(names)}")

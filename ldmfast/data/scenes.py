@@ -80,14 +80,24 @@ def palette():
 
 def place(cutout, name, size, side, left, top, cell=1):
     """`cutout` with its longer side `side` pixels; left, top in 0..1 choose among the places, `cell` pixels apart."""
-    box = cutout.getchannel("A").point(lambda a: 255 * (a >= OPAQUE)).getbbox()
-    cutout = cutout.crop(box)
+    small = fitted(cutout, side)
+    height, width = small.shape[:2]
+    x, y = (cell * round(part * ((size - s) // cell)) for part, s in ((left, width), (top, height)))
+    return put(small, name, size, x, y)
+
+
+def fitted(cutout, side):
+    """What is opaque of `cutout`, its longer side `side` pixels: premultiplied RGBA in 0..255, float [H, W, 4]."""
+    cutout = cutout.crop(cutout.getchannel("A").point(lambda a: 255 * (a >= OPAQUE)).getbbox())
     factor = side / max(cutout.size)
     width, height = (max(1, round(s * factor)) for s in cutout.size)
-    small = np.asarray(cutout.convert("RGBa").resize((width, height), Image.LANCZOS), dtype=float)  # premultiplied
-    x, y = (cell * round(part * ((size - s) // cell)) for part, s in ((left, width), (top, height)))
+    return np.asarray(cutout.convert("RGBa").resize((width, height), Image.LANCZOS), dtype=float)
+
+
+def put(small, name, size, x, y):
+    """`fitted`'s array with its left upper corner at pixel (x, y) of a picture of `size`: a Placed."""
     canvas = np.zeros((size, size, 4))
-    canvas[y : y + height, x : x + width] = small
+    canvas[y : y + small.shape[0], x : x + small.shape[1]] = small
     return Placed(name, canvas[..., :3], canvas[..., 3] / 255)
 
 

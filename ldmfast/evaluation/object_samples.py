@@ -76,15 +76,15 @@ class _Drawing:
 
     def __init__(self, pipe, cutouts, **settings):
         self.pipe, self.settings, self.size = pipe, settings, pipe.vae.config.sample_size
-        names, cell = objects.names_of(cutouts), self.size // objects.CELLS
-        reader = lambda *ranges: Detector(  # noqa: E731
+        names = objects.names_of(cutouts)
+        reader = lambda words: Detector(  # noqa: E731
             cutouts,
             self.size,
             names=names,
             grounds=objects.GROUNDS,
-            sides=[cell * side for low, high in ranges for side in range(low, high + 1)],
+            sides=[objects.side_of(word, self.size) for word in words],
         )
-        self.readers = {1: reader(*objects.SIZES.values()), 2: reader(objects.PAIR)}
+        self.readers = {1: reader(objects.SQUARES), 2: reader(["small"])}
 
     def __call__(self, texts, seeds):
         return self.pipe(texts, seeds=seeds, **self.settings)
