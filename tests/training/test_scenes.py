@@ -67,6 +67,8 @@ def test_relations_follow_the_axis_that_parts_the_objects_most():
     at = lambda name, x, y: {"object": name, "box": [x, y, x + 0.2, y + 0.2]}  # noqa: E731
     text = scenes.caption([at("cat", 0.1, 0.4), at("octopus", 0.6, 0.5), at("rocket", 0.0, 0.0)], "blue")
     assert text == "a cat left of an octopus and below a rocket on a blue background"
+    text = scenes.caption([at("cat", 0.6, 0.4), at("octopus", 0.1, 0.5), at("rocket", 0.7, 0.7)], "blue")
+    assert text == "a cat right of an octopus and above a rocket on a blue background"
 
 
 def test_an_object_that_would_be_hidden_is_drawn_again(cutouts):

@@ -1,6 +1,7 @@
 """Pictures of one or two objects: the collection, and the scores of a model that is trained on it."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny import CUTOUTS
 
 from ldmfast.commands import cli
 from ldmfast.conditioning.text import TextEncoder
-from ldmfast.data import emoji, emoji_words, objects, scenes
+from ldmfast.data import emoji, emoji_words, objects
 from ldmfast.diffusion.schedule import make_scheduler
 from ldmfast.evaluation import object_samples
 from ldmfast.evaluation.detect import Found
@@ -74,6 +75,58 @@ def test_every_caption_names_what_is_there_and_none_comes_twice(collection):
                 assert any(name in text for name in said), (text, each)
 
 
+beside = lambda dx, dy: abs(dx) >= abs(dy)  # noqa: E731
+SEEN = {  # words -> whether they are true of an object whose centre is (dx, dy) from the other's, y downwards
+    "to the left of": lambda dx, dy: dx < 0 and beside(dx, dy),
+    "left of": lambda dx, dy: dx < 0 and beside(dx, dy),
+    "to the right of": lambda dx, dy: dx >= 0 and beside(dx, dy),
+    "right of": lambda dx, dy: dx >= 0 and beside(dx, dy),
+    "beside": beside,
+    "next to": beside,
+    "above": lambda dx, dy: dy < 0 and not beside(dx, dy),
+    "over": lambda dx, dy: dy < 0 and not beside(dx, dy),
+    "below": lambda dx, dy: dy > 0 and not beside(dx, dy),
+    "under": lambda dx, dy: dy > 0 and not beside(dx, dy),
+}
+
+
+def related(text):
+    """(what stands before the words of a relation, these, what stands behind), or None."""
+    found = re.search(rf"(.*) ({'|'.join(SEEN)}) (.*)", text)
+    if found and found[1].endswith(" to the"):  # the longest words that fit
+        return found[1].removesuffix(" to the"), f"to the {found[2]}", found[3]
+    return found and found.groups()
+
+
+def assert_relation_holds(text, pair):
+    """Of one of the ways to tell which object is which: "apple" may be the red one or the green one."""
+    parts = related(text)
+    if parts is None:
+        return ""
+    aliases = {names[0]: names for names in emoji_words.catalogue("all").values()}
+    centre = lambda each: [(low + high) / 2 for low, high in zip(each["box"][:2], each["box"][2:], strict=True)]  # noqa: E731
+    named = lambda each, part: any(name in part for name in aliases[each["object"]])  # noqa: E731
+    ways = [(a, b) for a, b in (pair, pair[::-1]) if named(a, parts[0]) and named(b, parts[2])]
+    assert any(SEEN[parts[1]](*np.subtract(centre(a), centre(b))) for a, b in ways), (text, pair)
+    return parts[1]
+
+
+@pytest.mark.parametrize("dx, dy", [(-0.4, 0.1), (0.4, 0.1), (0.1, -0.4), (0.1, 0.4), (-0.3, -0.29), (0.29, 0.3)])
+def test_every_word_of_a_relation_is_said_where_it_is_true_and_only_there(dx, dy):
+    at = lambda name, x, y: {"object": name, "size": "", "box": [x, y, x + 0.2, y + 0.2]}  # noqa: E731
+    pair = [at("cat", 0.4 + dx, 0.4 + dy), at("rocket", 0.4, 0.4)]
+    aliases, said = {"cat": ["cat"], "rocket": ["rocket"]}, set()
+    for seed in range(200):
+        for text in objects.captions(np.random.default_rng(seed), pair, "red", aliases):
+            said.add(assert_relation_holds(text, pair))
+    either = {word for word, true in SEEN.items() if true(dx, dy) or true(-dx, -dy)}
+    assert said - {""} == either
+
+
+def test_the_words_of_relations_are_all_known_here():
+    assert {word for words in objects.RELATIONS.values() for word in words} == SEEN.keys()
+
+
 def test_a_caption_says_the_place_size_and_relation_that_is_seen(collection):
     for row in collection[1]:
         for text in row["texts"]:
@@ -83,10 +136,8 @@ def test_a_caption_says_the_place_size_and_relation_that_is_seen(collection):
                     assert other not in text or other == place, (text, row)
                 for word in ("small", "large"):
                     assert f"{word} " not in text or row["objects"][0]["size"] == word
-            elif "left of" in text:
-                first = min(row["objects"], key=lambda each: text.index(each["object"].split()[-1]))
-                second = next(each for each in row["objects"] if each is not first)
-                assert scenes.relation(first, second) == "left of" or first["object"] not in text
+            else:
+                assert_relation_holds(text, row["objects"])
 
 
 @pytest.mark.parametrize(
