@@ -156,7 +156,7 @@ def test_the_word_for_a_place(box, place):
 
 
 def test_what_cannot_be_built_is_said(cutouts, tmp_path):
-    with pytest.raises(ValueError, match="size=100 is no multiple of 16"):
+    with pytest.raises(ValueError, match="size=100 is no multiple of 8"):
         objects.build(cutouts, tmp_path / "made", size=100)
     with pytest.raises(ValueError, match="two cut-outs or more are needed, got 1"):
         objects.build({"cat": cutouts["cat"]}, tmp_path / "made")
@@ -185,10 +185,10 @@ def test_a_denoiser_begins_with_another_ones_weights(tmp_path):
     settings = dict(channels=(16, 32), attention=(0, 1), groups=8, head_width=16)
     source = train_denoiser.build(DenoiserConfig(**settings, seed=1), 4, 16, 24)
     source.save_pretrained(tmp_path / "unet")
-    wider = train_denoiser.build(DenoiserConfig(**settings), 8, 16, 24)
+    wider = train_denoiser.build(DenoiserConfig(**settings), 4, 16, 20)  # reads captions of another width
     fresh = {name: value.clone() for name, value in wider.state_dict().items()}
     kept = of_a_model.begin_with(wider, tmp_path)
-    assert kept == ["conv_in.weight", "conv_out.bias", "conv_out.weight"]
+    assert kept and all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in kept)
     for name, value in wider.state_dict().items():
         assert torch.equal(value, fresh[name] if name in kept else source.state_dict()[name]), name
     other = train_denoiser.build(DenoiserConfig(**settings | {"channels": (8, 24), "head_width": 8}), 3, 16, 20)
