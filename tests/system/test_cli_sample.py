@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from test_pipeline_pictures import class_conditional, half_mask, picture, unconditional
+from tiny_pipelines import class_conditional, half_mask, picture, unconditional
 
 from ldmfast.commands import cli
 from ldmfast.commands.drawing import fitting

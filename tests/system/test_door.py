@@ -16,7 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline_pictures import class_conditional
+from tiny_pipelines import class_conditional
 
 import ldmfast
 from ldmfast import files, shipped

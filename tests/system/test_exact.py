@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from test_door import stable_diffusion
-from test_pipeline_pictures import class_conditional, half_mask, picture
+from tiny_pipelines import class_conditional, half_mask, picture
 
 import ldmfast
 from ldmfast import ops

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_door import stable_diffusion
-from test_pipeline_pictures import class_conditional
+from tiny_pipelines import class_conditional
 
 import ldmfast
 from ldmfast.commands import cli

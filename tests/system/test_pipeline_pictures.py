@@ -2,109 +2,33 @@
 
 from __future__ import annotations
 
-import diffusers
 import numpy as np
 import pytest
-import tiny
 import torch
-import transformers
 from PIL import Image
+from tiny_pipelines import (
+    array,
+    batch_difference,
+    class_conditional,
+    half_mask,
+    picture,
+    scheduler,
+    tensor,
+    unconditional,
+)
 
-from ldmfast import UNet
-from ldmfast.conditioning.base import Unconditional
-from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
-from ldmfast.conditioning.hybrid import Hybrid
 from ldmfast.conditioning.spatial import LowResolution, MapEncoder, MaskedImage
-from ldmfast.conditioning.text_sdxl import TwoTextEncoders
 from ldmfast.diffusion.samplers import SAMPLERS, make_sampler
-from ldmfast.models import AutoencoderKL
 from ldmfast.models.encode_decode import encode_pictures
-from ldmfast.models.unet2d import UNet2D
 from ldmfast.pictures import to_pil
-from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.pipeline.call import SamplingOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # numpy's, about diffusers
 
 
-def autoencoder(z=4):
-    """Its latents of noise pictures have deviation 1, as a trained one's have of its pictures."""
-    torch.manual_seed(3)
-    vae = AutoencoderKL.adopt(tiny.vae(latent_channels=z))
-    with torch.no_grad():
-        spread = vae.encode(tensor(picture())[None]).latent_dist.mode().std().item()
-    vae.register_to_config(scaling_factor=1 / spread)
-    return vae
-
-
-def scheduler(**config):
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return diffusers.DDIMScheduler(**betas, clip_sample=False, timestep_spacing="trailing", **config)
-
-
-def class_conditional(channels=4, **members):
-    """A class-conditional pipeline of 16x16 pictures; with members, a hybrid of the class and those."""
-    torch.manual_seed(4)
-    small = {
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "sample_size": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "attention_head_dim": 2,
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    unet = UNet.from_unet(tiny.unet(**small, in_channels=channels, cross_attention_dim=8))
-    conditioner = ClassEmbedder(3, 8)
-    if members:
-        conditioner = Hybrid(**{"class": conditioner}, **members)
-    return LatentDiffusionPipeline(unet, autoencoder(), scheduler(), conditioner)
-
-
-def unconditional(channels=4, conditioner=None):
-    torch.manual_seed(5)
-    unet = UNet2D(
-        sample_size=4,
-        in_channels=channels,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    )
-    return LatentDiffusionPipeline(unet, autoencoder(), scheduler(), conditioner)
-
-
 @pytest.fixture(scope="module")
 def pipeline():
     return class_conditional()
-
-
-def picture(seed=0, width=16, height=16):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def half_mask(width=16, height=16):
-    mask = Image.new("L", (width, height))
-    mask.paste(255, (width // 2, 0, width, height))
-    return mask
-
-
-def array(picture):
-    return np.asarray(picture).astype(int)
-
-
-def batch_difference(pipeline, name, steps=6):
-    """Relative difference (norms) of three pictures' latents from the same seeds drawn one by one, noise included."""
-    options = SamplingOptions(make_sampler(name, pipeline.scheduler), steps, guidance=3.0)
-    inputs, seeds = [0, 2, 1], [7, 1, 4]
-    together = pipeline.denoise(inputs, seeds, options)
-    alone = torch.cat([pipeline.denoise([i], [s], options) for i, s in zip(inputs, seeds, strict=True)])
-    assert not torch.equal(together[:1], together[1:2])
-    return ((together - alone).norm() / alone.norm()).item()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -186,10 +110,6 @@ def test_a_little_strength_stays_near_the_image(pipeline, name):
         for s in (0.1, 0.9)
     ]
     assert far[0].mean() < 0.6 * far[1].mean()
-
-
-def tensor(picture):
-    return torch.from_numpy(np.asarray(picture).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "plms", "euler", "heun"])
@@ -302,102 +222,3 @@ def test_a_wrong_argument_is_explained(pipeline, arguments, message):
 def test_a_picture_of_another_kind_is_a_type_error(pipeline):
     with pytest.raises(TypeError, match="image is a str, expected a PIL picture or a tensor"):
         pipeline([0], image="a.png")
-
-
-@pytest.mark.parametrize("kind", ["class", "nothing", "masked", "small"])
-def test_saving_and_loading_keeps_the_picture(tmp_path, kind):
-    pipe, inputs, given = {
-        "class": (class_conditional, 2, {}),
-        "nothing": (unconditional, None, {}),
-        "masked": (
-            lambda: class_conditional(9, pictures=MaskedImage(5, style="sd")),
-            1,
-            {"image": picture(), "mask": half_mask()},
-        ),
-        "small": (lambda: unconditional(7, LowResolution(3)), None, {"image": picture(width=4, height=4)}),
-    }[kind]
-    pipe = pipe()
-    pipe.guidance, pipe.scheduler = 2.5, make_sampler("plms", pipe.scheduler)
-    pipe.save_pretrained(tmp_path)
-    again = LatentDiffusionPipeline.from_pretrained(tmp_path)
-    assert again.guidance == 2.5 and type(again.scheduler) is type(pipe.scheduler)
-    assert (array(pipe(inputs, steps=3, **given)[0]) == array(again(inputs, steps=3, **given)[0])).all()
-    assert not any("_name_or_path" in p.read_text() for p in tmp_path.glob("*/config.json"))
-    with pytest.raises(ValueError, match="text_encoder='minilm', but .* has no other to replace"):
-        LatentDiffusionPipeline.from_pretrained(tmp_path, text_encoder="minilm")
-
-
-def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    home, pipe = tmp_path / "saved", class_conditional()
-    pipe.save_pretrained(home)
-    (home / "README.md").write_text("mine")
-    before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
-    with monkeypatch.context() as patch:
-        patch.setattr(type(pipe.vae), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            class_conditional().save_pretrained(home)
-    assert before == {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
-    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
-    pipe.save_pretrained(home, dtype=torch.float16)
-    assert (home / "README.md").read_text() == "mine" and not any(home.rglob("*.old"))
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    assert (home / weights).stat().st_size < 0.7 * len(before[home / weights])
-
-
-def test_sdxl_by_a_conditioner_of_two_text_towers():
-    """As diffusers' own pipeline: the same context, pooled state and sizes, the empty caption all zeros."""
-    pipe = stable_diffusion_xl()
-    ours = LatentDiffusionPipeline(
-        UNet.from_unet(pipe.unet),
-        AutoencoderKL.adopt(pipe.vae),
-        pipe.scheduler,
-        TwoTextEncoders([pipe.text_encoder, pipe.text_encoder_2], [pipe.tokenizer, pipe.tokenizer_2], name="tiny"),
-    )
-    wanted = pipe(
-        "a b", num_inference_steps=3, guidance_scale=4.0, latents=ours.noise([5]), height=32, width=32
-    ).images[0]
-    got = ours("a b", steps=3, guidance=4.0, seeds=5)[0]
-    assert got.size == (32, 32) and np.abs(array(got) - array(wanted)).max() <= 2
-    with pytest.raises(ValueError, match="a caption must be a string; got 3"):
-        ours([3], steps=1)
-    most = min(tower.config.max_position_embeddings for tower in (pipe.text_encoder, pipe.text_encoder_2))
-    long = "a " * most
-    assert ours.conditioner.truncated_captions(["a b", long]) == [(long, most)]
-    beside = Hybrid(text=ours.conditioner, label=Unconditional())
-    assert beside.truncated_captions([{"text": long}, {"label": None}, {"text": "a"}, "a text", None]) == [(long, most)]
-
-
-class Words:
-    """A tokenizer of one token a letter."""
-
-    model_max_length, added_tokens_encoder, tokenize = 7, {}, staticmethod(list)
-    bos_token_id, eos_token_id, pad_token_id = 0, 51, 51
-
-    def __call__(self, captions, add_special_tokens=True, **_):
-        if not add_special_tokens:
-            return {"input_ids": [ord(c) % 50 for c in captions]}
-        ids = [([0] + [ord(c) % 50 for c in text] + [51] * 7)[:6] + [51] for text in captions]
-        return transformers.BatchEncoding({"input_ids": torch.tensor(ids)})
-
-
-def stable_diffusion_xl():
-    torch.manual_seed(6)
-    text = dict(
-        hidden_size=32,
-        intermediate_size=32,
-        projection_dim=32,
-        num_attention_heads=2,
-        num_hidden_layers=3,
-        vocab_size=52,
-        max_position_embeddings=7,
-        bos_token_id=0,
-        eos_token_id=51,
-    )
-    config = transformers.CLIPTextConfig(**text)
-    towers = transformers.CLIPTextModel(config), transformers.CLIPTextModelWithProjection(config)
-    unet = tiny.unet("sdxl", sample_size=8)
-    pipe = diffusers.StableDiffusionXLPipeline(
-        tiny.vae(), *(tower.eval() for tower in towers), Words(), Words(), unet, scheduler(), add_watermarker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

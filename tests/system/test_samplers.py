@@ -256,7 +256,7 @@ def main():
     for case in CASES:
         name, prediction, guidance, eta = case
         print(f"{name:8} {eta:4} {prediction:14} {guidance or '-':>8} {difference(*case):11.2e}")
-    from test_pipeline_pictures import batch_difference, class_conditional
+    from tiny_pipelines import batch_difference, class_conditional
 
     print("\nthree seeds in a batch from the seeds one by one, 10 steps of a tiny network   (at most 1e-06)")
     for name in SAMPLERS:

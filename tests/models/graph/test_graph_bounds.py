@@ -6,8 +6,8 @@ import threading
 
 import pytest
 import torch
+from graph_calls import SMALL, call, eager, inputs, network, settle
 from launch_recorder import LaunchRecorder
-from test_graph_rows import SMALL, call, eager, inputs, network, settle
 from tiny import unet as tiny_unet
 from tiny import unet2d
 

@@ -9,8 +9,8 @@ import numpy
 import pytest
 import tiny
 import torch
+from graph_calls import SMALL
 from launch_recorder import LaunchRecorder
-from test_graph_rows import SMALL
 
 import ldmfast
 from ldmfast import DDIMScheduler, UNet
