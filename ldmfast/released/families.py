@@ -78,7 +78,7 @@ class Denoiser:
     betas            first and last, linear in square-root space over 1000 steps
     scale_factor     of the latents, where the file does not hold it
     prediction       epsilon or v_prediction
-    both_predictions whether models of this build are published that predict the other
+    both_predictions whether models of this build predict the other, too: published, finetuned or merged ones
     """
 
     structure: Structure
@@ -150,8 +150,8 @@ DENOISERS = {
     ),
     "bsr_sr": Denoiser(_plain(6, 3, 160, (1, 2, 2, 4), (16, 8)), "vq-f4", "picture", (0.0015, 0.0155), width=32),
     "sd-v1": Denoiser(_cross(4, 320, *_SD, 768), "kl-f8", "clip", both_predictions=True, **_CLIP),
-    "sd-v1-inpainting": Denoiser(_cross(9, 320, *_SD, 768, outputs=4), "kl-f8", "clip", **_CLIP),
-    "instruct-pix2pix": Denoiser(_cross(8, 320, *_SD, 768, outputs=4), "kl-f8", "clip", **_CLIP),
+    "sd-v1-inpainting": Denoiser(_cross(9, 320, *_SD, 768, outputs=4), "kl-f8", "clip", both_predictions=True, **_CLIP),
+    "instruct-pix2pix": Denoiser(_cross(8, 320, *_SD, 768, outputs=4), "kl-f8", "clip", both_predictions=True, **_CLIP),
     "sd-v2": Denoiser(
         _cross(4, 320, *_SD, 1024, linear=True),
         "kl-f8",
@@ -161,7 +161,9 @@ DENOISERS = {
         sample_size=96,
         **_OPEN,
     ),
-    "sd-v2-inpainting": Denoiser(_cross(9, 320, *_SD, 1024, outputs=4, linear=True), "kl-f8", "openclip", **_OPEN),
+    "sd-v2-inpainting": Denoiser(
+        _cross(9, 320, *_SD, 1024, outputs=4, linear=True), "kl-f8", "openclip", both_predictions=True, **_OPEN
+    ),
     "sd-v2-depth": Denoiser(_cross(5, 320, *_SD, 1024, outputs=4, linear=True), "kl-f8", "openclip", **_OPEN),
     "sdxl": Denoiser(
         _cross(4, 320, (1, 2, 4), (4, 2), 2048, depth=(0, 2, 10), linear=True, label=2816),
@@ -174,6 +176,7 @@ DENOISERS = {
         _cross(9, 320, (1, 2, 4), (4, 2), 2048, depth=(0, 2, 10), outputs=4, linear=True, label=2816),
         "kl-f8",
         "two",
+        both_predictions=True,
         **_XL,
     ),
     "sdxl-refiner": Denoiser(

@@ -7,7 +7,7 @@ The prediction type, from the first of these that says it:
        an architecture modelspec.architecture that ends with -v
     3. the tensors that mark it: edm_vpred.sigma_max, v_pred
     4. the training step (global_step) of Stability's own files of Stable Diffusion 2
-    5. the family, where all its published models agree; else its usual one, which is a guess, and is said to be one
+    5. the family, where all models of its build agree; else its usual one, which is a guess, and is said to be one
 
 Zero terminal SNR (ztsnr): 1. the configuration's flag; 2. ss_zero_terminal_snr; 3. the tensor ztsnr.
 Betas: 1. the configuration's beta_schedule, linear_start, linear_end, timesteps; 2. the file's own; 3. the family's.
@@ -115,7 +115,7 @@ def _prediction(
         found = _STEPS.get(_training_step(tensors, said)) if usual == "v_prediction" else None
         if found is None:
             return usual, (
-                f"the prediction type, {usual}, is a guess: published models of this build have either, and nothing "
+                f"the prediction type, {usual}, is a guess: models of this build have either, and nothing "
                 "in the file says which; config={'parameterization': 'v'} or {'parameterization': 'eps'} settles it "
                 "(ldmfast convert --config 'parameterization: v')"
             )

@@ -7,11 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from saved_files import saved
+from saved_files import UNET, saved
 from test_load import small
 
 import ldmfast
 from ldmfast.released.conversion import convert
+from ldmfast.released.families import DENOISERS
 from ldmfast.released.noise_schedule import schedule
 from ldmfast.released.settings import read_config
 
@@ -65,6 +66,12 @@ MARKS = {  # metadata, tensors and numbers beside the weights -> the prediction 
     "nothing, Stable Diffusion 2": ("sd-v2", {}, {}, None),
     "nothing, SDXL": ("sdxl", {}, {}, None),
     "nothing, Stable Diffusion 1": ("sd-v1", {}, {}, None),
+    "nothing, inpainting": ("sd-v1-inpainting", {}, {}, None),
+    "nothing, pix2pix": ("instruct-pix2pix", {}, {}, None),
+    "nothing, inpainting by Stable Diffusion 2": ("sd-v2-inpainting", {}, {}, None),
+    "nothing, inpainting by SDXL": ("sdxl-inpainting", {}, {}, None),
+    "metadata, v, inpainting": ("sd-v1-inpainting", {"modelspec.prediction_type": "v"}, {}, "v_prediction"),
+    "a marker, pix2pix": ("instruct-pix2pix", {}, {"v_pred": ()}, "v_prediction"),
     "metadata, epsilon, Stable Diffusion 1": ("sd-v1", {"modelspec.predict_key": "epsilon"}, {}, "epsilon"),
     "metadata, v": ("sd-v1", {"modelspec.prediction_type": "v"}, {}, "v_prediction"),
     "metadata, epsilon": ("sd-v2", {"modelspec.prediction_type": "epsilon"}, {}, "epsilon"),
@@ -81,11 +88,20 @@ MARKS = {  # metadata, tensors and numbers beside the weights -> the prediction 
 }
 
 
+def narrow(family):
+    """`small`, its first convolution as wide as the family's."""
+    base = family.removesuffix("-inpainting").replace("instruct-pix2pix", "sd-v1")
+    tensors, name = small(base), f"{UNET}input_blocks.0.0.weight"
+    shape = list(tensors[name].shape)
+    shape[1] = DENOISERS[family].structure.inputs
+    return tensors | {name: torch.randn(shape) * 0.1}
+
+
 @pytest.mark.parametrize("case", MARKS)
 def test_what_the_file_says_decides_what_it_predicts(case, tmp_path):
     family, metadata, beside, wanted = MARKS[case]
     beside = {name: torch.tensor(value or 0) for name, value in beside.items()}
-    path = saved(small(family) | beside, tmp_path / "file.safetensors", metadata or None)
+    path = saved(narrow(family) | beside, tmp_path / "file.safetensors", metadata or None)
     pipe, guesses = said(path)
     usual = "v_prediction" if family == "sd-v2" else "epsilon"
     assert pipe.scheduler.config.prediction_type == (wanted or usual)
@@ -99,6 +115,14 @@ def test_what_the_file_says_decides_what_it_predicts(case, tmp_path):
         assert said(tmp_path / "folder")[1] == []
     if family == "sd-v2":  # trained on 512 pixels in epsilon, on 768 in v
         assert pipe.unet.config.sample_size == (64 if pipe.scheduler.config.prediction_type == "epsilon" else 96)
+
+
+def test_a_build_of_which_all_models_agree_is_no_guess():
+    """LDM's own, and Stable Diffusion's that nobody is known to have trained otherwise."""
+    line = {"linear_start": 0.00085, "linear_end": 0.012}
+    guessed = {name for name, row in DENOISERS.items() if schedule({}, line, row, {})[1]}
+    drawn = {name for name, row in DENOISERS.items() if row.condition in ("clip", "openclip", "two")}
+    assert guessed == drawn - {"sd-v2-depth", "sdxl-refiner"}
 
 
 def test_a_pickles_training_step_counts(tmp_path):
