@@ -27,9 +27,11 @@ def add(commands):
     made.add_argument("--size", type=int, default=128, help="pixels a side (default: 128)")
     made.add_argument("--count", type=int, default=24000, help="pictures; one in ten is held out (default: 24000)")
     made.add_argument("--seed", type=int, default=0, help="seed of the arrangements (default: 0)")
-    made = command(kinds, "photos", "crops of the photographs that are installed, split by photograph", _data_photos)
+    made = command(kinds, "photos", "crops of photographs, yours or installed ones, split by photograph", _data_photos)
     made.add_argument("output", help="the folder to write")
-    made.add_argument("--photos", help="a folder of photographs to use in place of the installed ones")
+    made.add_argument(
+        "--photos", help="your folder of photographs, captioned as for training (default: installed ones)"
+    )
     made.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
     made.add_argument("--crops", type=int, default=120, help="crops of each photograph (default: 120)")
     made.add_argument("--heldout", type=float, default=0.2, help="share of photographs held out (default: 0.2)")

@@ -1,6 +1,8 @@
 """A collection of crops from real photographs, split by photograph: nothing of a held-out one is ever trained on.
 
-The photographs come from installed packages, each with its author and licence noted in the rows, or from a folder.
+The photographs come from installed packages, each with its author and licence noted in the rows and its file's name as
+caption, or from a folder, with captions and classes as data/listing.py finds them there: each crop has its
+photograph's. Splits that the folder has stay; else they are drawn.
     Debian lomiri-wallpapers-16.04   CC-BY-4.0, CC-BY-SA-4.0, CC0-1.0
     Debian mate-backgrounds          GPL-2+ (the photographs in nature/)
     PyPI   scikit-learn              CC-BY (its two sample images)
@@ -13,14 +15,15 @@ import math
 import random
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from ldmfast import files
-from ldmfast.data.collection import write_rows
-from ldmfast.data.listing import SUFFIXES, visible_files
+from ldmfast.data.collection import read_rows, write_rows
+from ldmfast.data.listing import SUFFIXES
 from ldmfast.pictures import read
 
 SHARE = Path("/usr/share")
@@ -34,12 +37,14 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Photo:
-    """A file, and who made it under which licence."""
+    """A file, who made it under which licence, and what is said of it: text, texts, and labels."""
 
     path: Path
     source: str
     author: str = ""
     licence: str = ""
+    said: dict = field(default_factory=dict)
+    split: str = "train"
 
 
 def installed(share: Path = SHARE) -> tuple[list[Photo], list[str]]:
@@ -63,7 +68,7 @@ def _debian(share: Path, package: str, pattern: str, folder: str) -> list[Photo]
     for path in sorted(share.glob(pattern)):
         entry = known.get(f"{folder}/{path.name}")
         if entry and path.name not in DRAWN:
-            photos.append(Photo(path, package, *entry))
+            photos.append(Photo(path, package, *entry, _named(path)))
     return photos
 
 
@@ -84,32 +89,51 @@ def _scikit_learn() -> list[Photo]:
     spec = importlib.util.find_spec("sklearn")
     homes = [Path(home, "datasets", "images") for home in (spec.submodule_search_locations or ())] if spec else []
     found = [path for home in homes for path in sorted(home.glob("*.jpg"))]
-    return [Photo(path, "scikit-learn", "see datasets/images/README.txt there", "CC-BY") for path in found]
+    author = "see datasets/images/README.txt there"
+    return [Photo(path, "scikit-learn", author, "CC-BY", _named(path)) for path in found]
+
+
+def _named(path: Path) -> dict:
+    """A file's name as its caption: GreenMeadow_by_A.jpg is "green meadow"."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", path.stem.partition("_by_")[0])
+    text = " ".join(re.split(r"[\s_-]+", name)).lower()
+    return {"text": text, "texts": [text]}
 
 
 def in_folder(folder: str | Path) -> list[Photo]:
-    """The pictures below a folder. Raises FileNotFoundError if there is none."""
-    paths = [path for path in visible_files(folder) if path.suffix.lower() in SUFFIXES]
-    if not paths:
+    """The photographs of a collection (data/listing.py), with what their rows say in words.
+
+    Raises FileNotFoundError if there is none, ValueError naming each line of metadata and caption that is wrong.
+    """
+    rows = read_rows(folder)
+    if not rows:
         raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    return [Photo(path, str(folder)) for path in paths]
+    own = ("file_name", "split")
+    words = [{k: v for k, v in row.items() if k == "texts" or isinstance(v, str) and k not in own} for row in rows]
+    found = zip(rows, words, strict=True)
+    return [Photo(Path(folder, row["file_name"]), str(folder), said=said, split=row["split"]) for row, said in found]
 
 
 def split_of(photos: list[Photo], share: float, seed: int) -> list[str]:
     """ "train" or "heldout" for each photograph: `share` of them, at least one and not all, drawn by `seed`.
 
-    Raises ValueError for fewer than two photographs or a share outside 0 to 1.
+    Where a photograph has a split other than "train", the splits that they have stay; a share of 0 holds out none.
+    Raises ValueError for a split of fewer than two photographs or a share outside 0 to 1.
     """
+    if not 0 <= share < 1:
+        raise ValueError(f"heldout={share} must be at least 0 and below 1")
+    if share == 0 or any(photo.split != "train" for photo in photos):
+        return [photo.split for photo in photos]
     if len(photos) < 2:
-        raise ValueError(f"{len(photos)} photograph(s): a split by photograph needs at least two")
-    if not 0 < share < 1:
-        raise ValueError(f"heldout={share} must lie between 0 and 1")
+        raise ValueError("one photograph alone: a split by photograph needs two; --heldout 0 makes none")
     count = min(max(1, round(share * len(photos))), len(photos) - 1)
     held = set(random.Random(seed).sample(range(len(photos)), count))
     return ["heldout" if i in held else "train" for i in range(len(photos))]
 
 
-def crops(photo: Photo, size: int, count: int, rng: random.Random):
+def crops(
+    photo: Photo, size: int, count: int, rng: random.Random
+) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
     """`count` square crops of `size` pixels at random places and scales.
 
     A crop's side in the photograph is spread evenly in its logarithm, from 2 * size to the photograph's shorter side:
@@ -129,7 +153,7 @@ def build(photos: list[Photo], folder, *, size: int = 64, count: int = 120, held
     """Write the collection to `folder` (see data/collection.py). Returns the number of crops.
 
     count    crops of each photograph
-    heldout  share of the photographs (not of the crops) kept from training
+    heldout  share of the photographs (not of the crops) kept from training; 0: none
     """
     if size < 1 or count < 1:
         raise ValueError(f"size={size} and count={count} must be at least 1")
@@ -141,7 +165,8 @@ def build(photos: list[Photo], folder, *, size: int = 64, count: int = 120, held
             for i, (box, picture) in enumerate(crops(photo, size, count, random.Random(f"{seed}/{photo.path.name}"))):
                 name = f"{number:03d}-{i:04d}.png"
                 picture.save(partial / name)
-                rows.append({"file_name": name, "text": "", "split": split, **credit, "box": box})
+                said = {"text": "", "texts": [], **photo.said}
+                rows.append({**said, "file_name": name, "split": split, **credit, "box": box})
         write_rows(rows, partial)
     return len(rows)
 

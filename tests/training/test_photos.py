@@ -80,6 +80,51 @@ def test_no_crop_of_a_held_out_photograph_is_trained_on(folder, tmp_path):
     assert len(load_pictures(tmp_path / "a", 16, split="heldout")) == 6
 
 
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_a_crop_has_its_photographs_caption_and_class(tmp_path):
+    for name in ("door/a.png", "door/b.png", "tree/c.png"):
+        photograph(tmp_path / "mine" / name)
+    (tmp_path / "mine" / "door" / "a.txt").write_text("a red door")
+    photos.build(photos.collect(str(tmp_path / "mine")), tmp_path / "made", size=16, count=2, heldout=0)
+    found = [(row["text"], row["texts"], row["label"], row["split"]) for row in rows_of(tmp_path / "made")]
+    wanted = [(text, [text], label) for text, label in (("a red door", "door"), ("door", "door"), ("tree", "tree"))]
+    assert found == [(*each, "train") for each in wanted for _ in range(2)]
+    pictures = load_pictures(tmp_path / "made", 16, captions=True)  # which speaks for all of them
+    assert {row["label"] for row in pictures.rows} == {"door", "tree"}
+
+
+def test_boxes_of_a_photograph_are_not_those_of_its_crops(tmp_path):
+    photograph(tmp_path / "a.png")
+    line = {"file_name": "a.png", "texts": ["one", "two"], "objects": [{"box": [0, 0, 1, 1]}], "place": "Rome"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    photos.build(photos.collect(str(tmp_path)), tmp_path / "made", size=16, count=1, heldout=0)
+    (row,) = rows_of(tmp_path / "made")
+    assert row["texts"] == ["one", "two"] and row["place"] == "Rome" and "objects" not in row
+    assert row["file_name"] == "000-0000.png" and row["photo"] == "a.png"
+
+
+def test_the_splits_that_a_folder_has_stay(tmp_path):
+    for name in ("train/a.png", "train/b.png", "test/c.png"):
+        photograph(tmp_path / name)
+    found = photos.collect(str(tmp_path))
+    assert {photo.path.name: split for photo, split in zip(found, photos.split_of(found, 0.5, 0), strict=True)} == {
+        "a.png": "train",
+        "b.png": "train",
+        "c.png": "test",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [("china", "china"), ("Foggy_Forest_by_A", "foggy forest"), ("GreenMeadow", "green meadow"), ("a-b  c", "a b c")],
+)
+def test_an_installed_photographs_caption_is_its_name(name, caption, tmp_path):
+    assert photos._named(tmp_path / f"{name}.jpg") == {"text": caption, "texts": [caption]}
+
+
 def test_crops_show_the_photograph(tmp_path):
     Image.fromarray(np.full((50, 80, 3), (200, 30, 90), np.uint8)).save(tmp_path / "plain.png")
     photo = photos.in_folder(tmp_path)[0]
@@ -91,9 +136,9 @@ def test_crops_show_the_photograph(tmp_path):
 def test_mistakes_are_explained(folder, tmp_path, capsys, monkeypatch):
     with pytest.raises(FileNotFoundError, match="holds no pictures"):
         photos.collect(str(tmp_path))
-    with pytest.raises(ValueError, match=r"heldout=1.5 must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"heldout=1.5 must be at least 0 and below 1"):
         photos.split_of(photos.in_folder(folder), 1.5, 0)
-    with pytest.raises(ValueError, match="needs at least two"):
+    with pytest.raises(ValueError, match="a split by photograph needs two; --heldout 0 makes none"):
         photos.split_of(photos.in_folder(folder)[:1], 0.5, 0)
     with pytest.raises(ValueError, match="size=0"):
         photos.build(photos.in_folder(folder), tmp_path, size=0)
