@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ldmfast.data import decoded, listing
+from ldmfast.data import decoded, listing, rows_on_disk
 from ldmfast.data.decoded import Decoded
 from ldmfast.pictures import read
 
 CACHE = "pictures.cache"  # in a training's folder, where its pictures are too many for the memory
+PIXELS = 64 * 128 * 128  # that go through an autoencoder at a time
 NAMED = 20  # pictures without a caption that are named, where more are
 
 
@@ -30,6 +31,11 @@ class Pictures:
     def batch(self, index):
         """index [B] -> float32 [B, 3, size, size] in [-1, 1]."""
         return self.pixels[index].float() / 127.5 - 1
+
+    def parts(self, most=64):
+        """Slices that cover the pictures, `most` of them at a time; fewer where they are large, for the memory."""
+        together = max(1, min(most, PIXELS // self.pixels.shape[2:].numel()))
+        return [slice(start, start + together) for start in range(0, len(self), together)]
 
     def where(self, **labels):
         """The pictures whose row has all these values; split="heldout" is every split but "train"."""
@@ -78,8 +84,8 @@ def write_rows(rows, folder):
 def load_pictures(folder, size, *, split=None, captions=False, skip_broken=False, cache=None):
     """Read a collection. `split` keeps one split; `captions` demands a caption for every picture.
 
-    cache        a file: where the pictures take more than decoded.IN_MEMORY bytes they are decoded into it, once, and
-                 read from there a batch at a time; without it all of them are in memory
+    cache        a file: where the pictures take more than rows_on_disk.IN_MEMORY bytes they are decoded into it, once,
+                 and read from there a batch at a time; without it all of them are in memory
     skip_broken  leave out what cannot be read, with a warning that names each file and line, in place of stopping
     Raises FileNotFoundError for a missing folder, ValueError for an empty or caption-less collection, and one that
     names every broken file and line.
@@ -101,7 +107,7 @@ def load_pictures(folder, size, *, split=None, captions=False, skip_broken=False
 
 def _decode(folder, rows, size, cache):
     """(pixels, the rows whose pictures could be read, sentences on the others)."""
-    if cache and len(rows) * 3 * size * size > decoded.IN_MEMORY:
+    if cache and len(rows) * 3 * size * size > rows_on_disk.IN_MEMORY:
         names = [row["file_name"] for row in rows]
         pixels, read, problems = decoded.kept(cache, folder, names, size, lambda path: read_picture(path, size))
         return pixels, [rows[i] for i in read], problems

@@ -13,50 +13,26 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ldmfast import files
+from ldmfast.data.rows_on_disk import RowsOnDisk
 
 LAYOUT = 1  # of the file; another number makes every cache anew
-IN_MEMORY = 512 * 2**20  # bytes of decoded pictures, up to which they stay in memory
 START = 4096
 
 
-class Decoded:
-    """N pictures in a file: what is indexed of it is read. The file stays open until nothing refers to it.
+class Decoded(RowsOnDisk):
+    """N pictures in a file, uint8 [3, size, size] each: what is indexed of it is read.
 
     index  which of the file's pictures these are, in order; by default all
     """
 
+    row = "picture"
+
     def __init__(self, path: Path, count: int, size: int, index: torch.Tensor | None = None):
+        super().__init__(open(path, "rb", buffering=0), START, (count, 3, size, size), torch.uint8, index)
         self.path, self.size = Path(path), size
-        self._file = open(path, "rb", buffering=0)
-        self._index = torch.arange(count) if index is None else index
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((len(self._index), 3, self.size, self.size))
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int | slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """uint8 [B, 3, size, size] of what `index` (slice, list or tensor) selects; [3, size, size] for a number."""
-        chosen = self._index[index]
-        found = torch.empty(chosen.numel(), 3, self.size, self.size, dtype=torch.uint8)
-        for place, number in zip(found.numpy(), chosen.reshape(-1).tolist(), strict=True):
-            self._read(number, place)
-        return found if chosen.ndim else found[0]
-
-    def _read(self, number: int, place: np.ndarray) -> None:
-        each = place.nbytes
-        data = os.pread(self._file.fileno(), each, START + number * each)
-        if len(data) != each:
-            raise ValueError(
-                f"{self.path} ends before its picture {number}: it was cut; remove it, and it is made anew"
-            )
-        place[...] = np.frombuffer(data, np.uint8).reshape(place.shape)
 
     def part(self, keep: Sequence[int]) -> Decoded:
         """Those of them that `keep` lists."""

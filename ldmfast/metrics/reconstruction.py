@@ -68,8 +68,8 @@ def score(model, pictures, batch=64, scorer=None):
     """
     measures = COMPARED | ({scorer.name: scorer} if scorer else {})
     found, counts = {name: [] for name in measures}, 0
-    for start in range(0, len(pictures), batch):
-        x = pictures.batch(slice(start, start + batch))
+    for part in pictures.parts(batch):
+        x = pictures.batch(part)
         y, index = reconstruct(model, x)
         for name, measure in measures.items():
             found[name].append(measure(x, y))

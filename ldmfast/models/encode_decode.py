@@ -45,15 +45,16 @@ def decode_latents(vae: Autoencoder, z: torch.Tensor) -> torch.Tensor:
 
 def scaled(vae: Autoencoder, z: torch.Tensor) -> torch.Tensor:
     """The autoencoder's latents as the denoiser takes them, (z - shift_factor) * scaling_factor."""
-    return (z - _shift(vae)) * vae.config.scaling_factor
+    return (z - shift(vae)) * vae.config.scaling_factor
 
 
 def unscaled(vae: Autoencoder, z: torch.Tensor) -> torch.Tensor:
     """The denoiser's latents as the autoencoder decodes them."""
-    return z / vae.config.scaling_factor + _shift(vae)
+    return z / vae.config.scaling_factor + shift(vae)
 
 
-def _shift(vae) -> float:
+def shift(vae: Autoencoder) -> float:
+    """What is taken from the autoencoder's latents before they are scaled."""
     return getattr(vae.config, "shift_factor", None) or 0
 
 

@@ -13,6 +13,7 @@ from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
 from ldmfast.conditioning.spatial import LowResolution, MaskedImage, PictureConditioner
 from ldmfast.conditioning.text import TOKENS, TextEncoder
 from ldmfast.conditioning.transformer import TransformerText
+from ldmfast.data import rows_on_disk
 from ldmfast.data.collection import Pictures
 from ldmfast.models.encode_decode import downsampling
 from ldmfast.training.step import Step
@@ -21,9 +22,10 @@ TOGETHER = 1024  # inputs that a frozen conditioner is asked for at a time: what
 LEAST, MOST = 0.25, 0.75  # a mask's sides, in parts of the picture's
 
 
-def make(config, pictures, vae, channels, device="cpu"):
+def make(config, pictures, vae, channels, device="cpu", folder=None):
     """The source that config.condition names, for a collection and an autoencoder whose latents have `channels`.
 
+    folder   as of `gather`
     Raises ValueError naming the row that has no class.
     """
     if config.condition == "inpainting":
@@ -31,7 +33,7 @@ def make(config, pictures, vae, channels, device="cpu"):
     if config.condition == "super-resolution":
         return PictureSource(LowResolution().bind(vae), pictures, downsampling(vae))
     conditioner, describe = _conditioner(config, pictures.rows)
-    return gather(conditioner, map(describe, pictures.rows), config, device)
+    return gather(conditioner, map(describe, pictures.rows), config, device, folder)
 
 
 def _conditioner(config, rows):
@@ -90,9 +92,10 @@ class InputSource:
 
 
 @torch.no_grad()
-def gather(conditioner, described, config, device="cpu"):
+def gather(conditioner, described, config, device="cpu", folder=None):
     """An InputSource; a frozen conditioner's states are kept in half precision.
 
+    folder     where they are kept while the process lives, if they are too large for the memory
     described  for each picture the inputs that describe it
     config     its first_input_share and guidance_dropout are read
     """
@@ -107,9 +110,7 @@ def gather(conditioner, described, config, device="cpu"):
             indices.append(known[key])
     conditions = unconditional = None
     if not conditioner.trainable:
-        conditioner.to(device)
-        parts = (inputs[i : i + TOGETHER] for i in range(0, len(inputs), TOGETHER))
-        conditions = Condition.cat(conditioner(part).to("cpu", torch.float16) for part in parts)
+        conditions = _answers(conditioner.to(device), inputs, folder)
         unconditional = conditioner.empty(1).to("cpu", torch.float16)
     return InputSource(
         conditioner,
@@ -120,6 +121,32 @@ def gather(conditioner, described, config, device="cpu"):
         config.first_input_share,
         config.guidance_dropout,
     )
+
+
+def _answers(conditioner, inputs, folder):
+    """The Condition of all inputs, on the CPU in half precision, or on the disk in `folder` where it is too large.
+
+    Raises ValueError for one that is too large and whose contexts differ in length.
+    """
+
+    def answer(start):
+        return conditioner(inputs[start : start + TOGETHER]).to("cpu", torch.float16)
+
+    first = answer(0)
+    rest = range(TOGETHER, len(inputs), TOGETHER)
+    tables = {name: ((len(inputs), *value.shape[1:]), value.dtype) for name, value in first.parts().items()}
+    if folder is None or not rows_on_disk.large(tables):
+        return Condition.cat([first, *map(answer, rest)])
+    found = rows_on_disk.scratch(folder, tables)
+    for start in (0, *rest):
+        for name, value in (answer(start) if start else first).parts().items():
+            if value.shape[1:] != found[name].shape[1:]:
+                raise ValueError(
+                    f"{len(inputs)} conditions are too many for the memory, and differ in shape: "
+                    f"{name} has {list(value.shape[1:])} after {list(found[name].shape[1:])}"
+                )
+            found[name].write(start, value)
+    return Condition(**found)
 
 
 @dataclass(frozen=True)

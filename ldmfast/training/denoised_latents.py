@@ -26,11 +26,14 @@ class DenoisedLatents:
 
     pipeline  its conditioner reads captions, and its autoencoder has the latents of the one in training
     rows      N of metadata.jsonl
+    folder    as of condition_sources.gather
     most      the noise is that of a time in the first part of the schedule, at most this one, in 0..1
     Raises ValueError where the pipeline draws latents of another shape than `shape` (z, h, w), or no step is left.
     """
 
-    def __init__(self, pipeline: LatentDiffusionPipeline, rows: list[dict], shape: torch.Size, most: float):
+    def __init__(
+        self, pipeline: LatentDiffusionPipeline, rows: list[dict], shape: torch.Size, most: float, folder=None
+    ):
         config = pipeline.unet.config
         wanted = (config.out_channels, config.sample_size, config.sample_size)
         if tuple(shape) != wanted:
@@ -41,7 +44,7 @@ class DenoisedLatents:
         self.pipeline = pipeline
         options = SimpleNamespace(first_input_share=0.5, guidance_dropout=0.0)
         described = map(condition_sources.captions, rows)
-        self.source = condition_sources.gather(pipeline.conditioner, described, options, pipeline.unet.device)
+        self.source = condition_sources.gather(pipeline.conditioner, described, options, pipeline.unet.device, folder)
 
     @torch.no_grad()
     def __call__(self, z: torch.Tensor, index: torch.Tensor, step) -> torch.Tensor:

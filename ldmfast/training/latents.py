@@ -1,6 +1,7 @@
 """Every picture's latent, encoded once, so that the autoencoder does not run while the denoiser trains.
 
-They are kept in memory and, where a file is named, on the disk, marked with what they were made from.
+They are kept in memory, or on the disk where they take more than rows_on_disk.IN_MEMORY bytes, and read from there a
+batch at a time. Where a file is named they stay in it, marked with what they were made from.
 """
 
 import hashlib
@@ -9,24 +10,26 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ldmfast import files
-from ldmfast.models.encode_decode import scaled
+from ldmfast.data import rows_on_disk
+from ldmfast.data.rows_on_disk import RowsOnDisk
+from ldmfast.models.encode_decode import shift
 
 WEIGHTS = "first-stage weights"  # what files of latents call the autoencoder's
 
 
 @dataclass(frozen=True)
 class Latents:
-    """What the denoiser learns, scaled as the autoencoder's scaling_factor says.
+    """What the denoiser learns: (mean - shift) * factor, and std * factor, as the autoencoder's configuration says.
 
     mean  float32 [N, z, h, w]
     std   float32 [N, z, h, w]; of a VQModel's latents zeros: they are those before the codebook
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    mean: torch.Tensor | RowsOnDisk
+    std: torch.Tensor | RowsOnDisk
+    shift: float = 0.0
+    factor: float = 1.0
 
     def __len__(self):
         return len(self.mean)
@@ -39,12 +42,15 @@ class Latents:
     def sample_latents(self, index, step):
         """Latents [B, z, h, w] of the pictures `index` [B], on the step's device."""
         noise = step.normal(*self.shape)
-        return self.mean[index].to(step.device) + self.std[index].to(step.device) * noise
+        mean = (self.mean[index].to(step.device) - self.shift) * self.factor
+        return mean + self.std[index].to(step.device) * self.factor * noise
 
 
-def prepare(pictures, vae, *, file="", scale="config", accelerator):
+def prepare(pictures, vae, *, file="", folder=None, scale="config", accelerator):
     """Encode `pictures` on the accelerator's device, or read `file` if it holds them already.
 
+    folder where those that are too many for the memory are kept while the process lives; without it, and without a
+           file, all are in memory
     scale  "config": by the autoencoder's scaling_factor; "std": by 1 / their measured deviation, which becomes the
            autoencoder's scaling_factor, so that whoever decodes undoes it
     Raises ValueError if `file` holds the latents of other pictures or of another autoencoder.
@@ -53,57 +59,78 @@ def prepare(pictures, vae, *, file="", scale="config", accelerator):
         with accelerator.main_process_first():
             mean, std = _kept(pictures, vae, Path(file), accelerator.device)
     else:
-        mean, std = encode(pictures, vae, accelerator.device)
+        mean, std = encode(pictures, vae, accelerator.device, folder=folder)
     if scale == "std":
         vae.register_to_config(scaling_factor=1 / deviation(mean, std))
-    return Latents(scaled(vae, mean), std * vae.config.scaling_factor)
+    return Latents(mean, std, shift(vae), vae.config.scaling_factor)
 
 
-@torch.no_grad()
-def encode(pictures, vae, device="cpu", batch=64):
-    """Mean and deviation of every picture's posterior, unscaled: two float32 [N, z, h, w] on the CPU.
+def encode(pictures, vae, device="cpu", *, folder=None):
+    """Mean and deviation of every picture's posterior, unscaled: two float32 [N, z, h, w] on the CPU, or, where they
+    are too large for the memory, on the disk in `folder`, if that is given.
 
     A VQModel's are its latents before the codebook, and 0.
     """
+    tables = _tables(pictures, vae, device)
+    if folder and rows_on_disk.large(tables):
+        found = rows_on_disk.scratch(folder, tables)
+        _fill(found, pictures, vae, device)
+        return found["mean"], found["std"]
+    mean, std = (torch.zeros(*shape, dtype=dtype) for shape, dtype in tables.values())
+    for here, *both in _encoded(pictures, vae, device):
+        mean[here], std[here] = both
+    return mean, std
+
+
+@torch.no_grad()
+def _encoded(pictures, vae, device, parts=None):
+    """(which, mean, deviation or 0) of the pictures, some at a time."""
     vae.to(device)
-    means = deviations = None
-    for start in range(0, len(pictures), batch):
-        found = vae.encode(pictures.batch(slice(start, start + batch)).to(device, vae.dtype))
+    for part in parts or pictures.parts():
+        found = vae.encode(pictures.batch(part).to(device, vae.dtype))
         exact = not hasattr(found, "latent_dist")
         mean = found.latents if exact else found.latent_dist.mean
-        if means is None:  # their size; two lists and what joins them would take twice the memory
-            means, deviations = (torch.zeros(len(pictures), *mean.shape[1:]) for _ in range(2))
-        here = slice(start, start + len(mean))
-        means[here] = mean
-        if not exact:
-            deviations[here] = found.latent_dist.std
-    return means, deviations
+        yield part, mean, torch.zeros_like(mean) if exact else found.latent_dist.std
 
 
-def deviation(mean, std):
+def _tables(pictures, vae, device):
+    """{name: (shape, dtype)} of the pictures' latents, by those of the first."""
+    ((_, mean, _),) = _encoded(pictures, vae, device, [slice(0, 1)])
+    return dict.fromkeys(("mean", "std"), ((len(pictures), *mean.shape[1:]), torch.float32))
+
+
+def _fill(found, pictures, vae, device):
+    for here, mean, std in _encoded(pictures, vae, device):
+        found["mean"].write(here.start, mean)
+        found["std"].write(here.start, std)
+
+
+def deviation(mean, std, together=1024):
     """Of all elements of all latents, the posterior's own noise included."""
-    return (mean.double().var(correction=0) + std.double().square().mean()).sqrt().item()
+    parts = [slice(start, start + together) for start in range(0, len(mean), together)]
+    count = mean.shape.numel()
+    centre = sum(mean[part].double().sum() for part in parts) / count
+    squares = sum((mean[part].double() - centre).square().sum() + std[part].double().square().sum() for part in parts)
+    return (squares / count).sqrt().item()
 
 
 def _kept(pictures, vae, file, device):
     made_from = {"pictures": _digest_of(pictures.pixels), WEIGHTS: _digest(vae.state_dict().values())}
     if not file.exists():
-        mean, std = encode(pictures, vae, device)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(file) as partial:
-            save_file({"mean": mean.contiguous(), "std": std.contiguous()}, partial, metadata=made_from)
-        return mean, std
+        tables = _tables(pictures, vae, device)
+        rows_on_disk.keep(file, tables, made_from, lambda found: _fill(found, pictures, vae, device))
     try:
         with safe_open(file, "pt") as kept:
-            found = kept.metadata() or {}
-            tensors = kept.get_tensor("mean"), kept.get_tensor("std")
+            metadata = kept.metadata() or {}
     except (SafetensorError, OSError) as error:  # the latter of a folder
         raise ValueError(f"{file} holds no latents ({error}); remove it, and it is made anew") from error
-    other = [name for name, digest in made_from.items() if found.get(name) != digest]
+    other = [name for name, digest in made_from.items() if metadata.get(name) != digest]
     other = ["autoencoder weights" if name == WEIGHTS else name for name in other]
     if other:
         raise ValueError(f"{file} was made from other {' and other '.join(other)}; remove it, or name another")
-    return tensors
+    found = rows_on_disk.kept(file)
+    large = rows_on_disk.large({name: (found[name].shape, found[name].dtype) for name in ("mean", "std")})
+    return tuple(found[name] if large else found[name][:] for name in ("mean", "std"))
 
 
 def _digest(tensors):

@@ -50,11 +50,11 @@ def loss_of(model, pictures, mean, std, config, denoised=None):
     return losses
 
 
-def _denoised(config, pictures, shape, device):
+def _denoised(config, pictures, shape, device, folder):
     if not config.denoiser:
         return None
     pipeline = LatentDiffusionPipeline.from_pretrained(config.denoiser).to(device)
-    return DenoisedLatents(pipeline, pictures.rows, shape, config.denoised_most)
+    return DenoisedLatents(pipeline, pictures.rows, shape, config.denoised_most, folder)
 
 
 def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
@@ -62,12 +62,12 @@ def train(data, autoencoder, folder, config, *, restart=False, quiet=False):
     vae = saved_autoencoder.load(autoencoder)
     reading = dict(captions=bool(config.denoiser), skip_broken=config.skip_broken, cache=Path(folder, CACHE))
     pictures = load_pictures(data, vae.config.sample_size, split="train", **reading)
-    mean, std = latents.encode(pictures, vae)
+    mean, std = latents.encode(pictures, vae, folder=folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)  # of a discriminator's first weights
     model = Decoder(vae, config)
     run = Run(model, config, phases=model.phases())
-    denoised = _denoised(config, pictures, mean.shape[1:], run.device)
+    denoised = _denoised(config, pictures, mean.shape[1:], run.device, folder)
     some = slice(0, SHOWN)
     history = fit(
         run,

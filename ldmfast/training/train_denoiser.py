@@ -113,11 +113,13 @@ def train(data, autoencoder, folder, config, *, conditioner=None, describe=None,
 def train_on(pictures, vae, folder, config, *, conditioner=None, describe=None, unet=None, restart=False, quiet=False):
     """`train` on a collection and an autoencoder that are loaded already."""
     accelerator = parallel.start(config)
-    codes = latents.prepare(pictures, vae, file=config.latents, scale=config.latent_scale, accelerator=accelerator)
+    keeping = dict(file=config.latents, folder=folder)
+    codes = latents.prepare(pictures, vae, **keeping, scale=config.latent_scale, accelerator=accelerator)
     if conditioner is None:
-        source = condition_sources.make(config, pictures, vae, codes.shape[0], accelerator.device)
+        source = condition_sources.make(config, pictures, vae, codes.shape[0], accelerator.device, folder)
     else:
-        source = condition_sources.gather(conditioner, map(describe, pictures.rows), config, accelerator.device)
+        described = map(describe, pictures.rows)
+        source = condition_sources.gather(conditioner, described, config, accelerator.device, folder)
     unet = unet or network(config, codes.shape, source.conditioner)
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(learner(unet, source.conditioner, config), config, accelerator=accelerator)

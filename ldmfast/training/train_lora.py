@@ -35,9 +35,9 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     pictures = load_pictures(
         data, side, split="train", captions=True, skip_broken=config.skip_broken, cache=Path(folder, CACHE)
     )
-    codes = latents.prepare(pictures, pipeline.vae, file=config.latents, accelerator=accelerator)
+    codes = latents.prepare(pictures, pipeline.vae, file=config.latents, folder=folder, accelerator=accelerator)
     described = map(condition_sources.captions, pictures.rows)
-    source = condition_sources.gather(pipeline.conditioner, described, config, accelerator.device)
+    source = condition_sources.gather(pipeline.conditioner, described, config, accelerator.device, folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(unet, config, accelerator=accelerator)
     target = dict(alphas=scheduler.alphas_cumprod, prediction=scheduler.config.prediction_type)

@@ -116,7 +116,7 @@ def prepare(pictures, vae, **options):
 def test_latents_are_kept_and_checked(home, pictures, tmp_path, monkeypatch):
     vae, file = saved_autoencoder.load(home), tmp_path / "kept" / "latents.safetensors"
     fresh, made = prepare(pictures, vae), prepare(pictures, vae, file=str(file))
-    monkeypatch.setattr(latents, "encode", lambda *_: pytest.fail("they were encoded again"))
+    monkeypatch.setattr(latents, "_encoded", lambda *_: pytest.fail("they were encoded again"))
     again = prepare(pictures, vae, file=str(file))
     assert torch.equal(fresh.mean, made.mean)
     assert torch.equal(made.mean, again.mean) and torch.equal(made.std, again.std)
@@ -138,9 +138,12 @@ def test_measured_scaling_gives_deviation_1_and_is_undone_in_decoding(home, pict
     vae.quant_conv.weight.data[:4] *= 7
     codes = prepare(pictures, vae, scale="std")
     noisy = codes.mean + codes.std * torch.randn(codes.mean.shape)
-    assert abs(noisy.std() - 1) < 0.05
+    assert abs(codes.factor * noisy.std() - 1) < 0.05
     plain = prepare(pictures, vae, scale="config")  # the factor is the autoencoder's from now on
     assert torch.equal(plain.mean, codes.mean) and abs(vae.config.scaling_factor - 1) > 0.1
+    assert plain.factor == codes.factor == vae.config.scaling_factor
+    learned = plain.sample_latents(torch.arange(len(plain)).repeat(50), Step(0, 0, 0, 50 * len(plain)))
+    assert abs(learned.std() - 1) < 0.05
 
 
 def test_an_encoder_trained_jointly_is_saved_with_the_pipeline(home, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldmfast.data import collection, decoded
+from ldmfast.data import collection, decoded, rows_on_disk
 from ldmfast.data.collection import load_pictures
 from ldmfast.training import latents, train_autoencoder
 from ldmfast.training.config import AutoencoderConfig
@@ -15,7 +15,7 @@ from ldmfast.training.config import AutoencoderConfig
 
 @pytest.fixture(autouse=True)
 def little_memory(monkeypatch):
-    monkeypatch.setattr(decoded, "IN_MEMORY", 0)
+    monkeypatch.setattr(rows_on_disk, "IN_MEMORY", 0)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_stage_trains_from_it_to_the_same_bits(folder, tmp_path, monkeypatch):
     settings = dict(size=8, channels=(16, 16), groups=8, steps=3, batch=2, precision="fp32", export="fp32")
     train_autoencoder.train(folder, tmp_path / "kept", AutoencoderConfig(**settings), quiet=True)
     assert (tmp_path / "kept" / collection.CACHE).is_file()
-    monkeypatch.setattr(decoded, "IN_MEMORY", 1 << 30)
+    monkeypatch.setattr(rows_on_disk, "IN_MEMORY", 1 << 30)
     train_autoencoder.train(folder, tmp_path / "held", AutoencoderConfig(**settings), quiet=True)
     assert not (tmp_path / "held" / collection.CACHE).exists()
     one, other = (tmp_path / each / "vae" / "diffusion_pytorch_model.safetensors" for each in ("kept", "held"))
