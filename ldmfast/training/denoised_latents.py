@@ -7,6 +7,7 @@ decoder, compared with the picture, learns to set them right.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -32,7 +33,12 @@ class DenoisedLatents:
     """
 
     def __init__(
-        self, pipeline: LatentDiffusionPipeline, rows: list[dict], shape: torch.Size, most: float, folder=None
+        self,
+        pipeline: LatentDiffusionPipeline,
+        rows: list[dict],
+        shape: torch.Size,
+        most: float,
+        folder: str | Path | None = None,
     ):
         config = pipeline.unet.config
         wanted = (config.out_channels, config.sample_size, config.sample_size)
