@@ -20,7 +20,7 @@ from ldmfast.models.blocks import BlockInputs, downsample, image_attention, mid_
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.guard import obstacle, obstacles
 from ldmfast.models.input_checks import check_values
-from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, in_layout_of
+from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, for_stock, from_stock, in_layout_of
 from ldmfast.models.missing_weights import SingleFile
 from ldmfast.models.tiled_decode import decode_in_strips
 from ldmfast.ops.contract.stock_ops import in_fixed_order
@@ -101,7 +101,7 @@ class AutoencoderKL(SingleFile, DropIn, diffusers.AutoencoderKL):
 def encode(m: Encoder, x: torch.Tensor) -> torch.Tensor:
     """Images [N, 3, H, W] to moments [N, 2c, H/f, W/f]."""
     if obstacle(m):
-        return m(x)
+        return from_stock(m(for_stock(x)))
     cond = BlockInputs()
     x = conv2d(m.conv_in, x)
     for block in m.down_blocks:
@@ -112,7 +112,7 @@ def encode(m: Encoder, x: torch.Tensor) -> torch.Tensor:
 def decode(m: Decoder, z: torch.Tensor) -> torch.Tensor:
     """Latents [N, c, h, w] to images [N, 3, f h, f w]."""
     if obstacle(m):
-        return m(z)
+        return from_stock(m(for_stock(z)))
     cond = BlockInputs()
     x = mid_block(m.mid_block, conv2d(m.conv_in, z), cond)
     for block in m.up_blocks:
@@ -125,7 +125,7 @@ def level(
 ) -> torch.Tensor:
     """One size: its resnets, each with its attention where there is one, then the step to the next size."""
     if obstacle(m):
-        return m(x)
+        return from_stock(m(for_stock(x)))
     for i, layer in enumerate(m.resnets):
         x = resnet(layer, x, cond)
         if hasattr(m, "attentions"):

@@ -31,6 +31,8 @@ from ldmfast.models.layers import (
     conv2d,
     enlarged,
     folds,
+    for_stock,
+    from_stock,
     group_norm,
     image,
     joined,
@@ -82,7 +84,7 @@ def resnet(
     One that resamples does so to both, first.
     """
     if obstacle(m):
-        return m(joined(x, skip), cond.temb)
+        return from_stock(m(for_stock(joined(x, skip)), cond.temb))
     if not folds(x):
         x, skip = joined(x, skip), None
     lent = m.conv1.bias if lends_bias(m.conv1, x) else None
@@ -149,7 +151,7 @@ def attention(
 def image_attention(m: Attention, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """Self-attention over the pixels of x [N, C, H, W] behind its own GroupNorm: the autoencoder's and UNet2D's."""
     if obstacle(m) or m.group_norm is None:
-        return m(x, temb=cond.temb)
+        return from_stock(m(for_stock(x), temb=cond.temb))
     h = tokens(group_norm(m.group_norm, x, silu=False))  # [N, HW, C]
     return image(_attended(m, _attend(m, h, h), tokens(x) if m.residual_connection else None, None), x.shape[2:])
 
@@ -252,7 +254,7 @@ def _transformer_block_of_sums(m: BasicTransformerBlock, x: torch.Tensor, cond: 
 def transformer(m: Transformer2DModel, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """The spatial transformer: an image as tokens, through its blocks, and added back."""
     if obstacle(m):
-        return m(x, **cond.for_attention(), return_dict=False)[0]
+        return from_stock(m(for_stock(x), **cond.for_attention(), return_dict=False)[0])
     size = x.shape[2:]
     h = projected(m.proj_in, x, m.norm, is_linear=m.use_linear_projection)  # [N, HW, C]
     for block in m.transformer_blocks:
@@ -299,9 +301,9 @@ def down_block(
     crosses = has_cross_attention(m)
     if obstacle(m):
         if not crosses:
-            return m(hidden_states=x, temb=cond.temb)
+            return from_stock(m(hidden_states=for_stock(x), temb=cond.temb))
         extra = {} if residual is None else {"additional_residuals": residual}
-        return m(hidden_states=x, temb=cond.temb, **cond.for_attention(), **extra)
+        return from_stock(m(hidden_states=for_stock(x), temb=cond.temb, **cond.for_attention(), **extra))
     skips = []
     for i, layer in enumerate(m.resnets):
         x = recomputed(m, resnet, layer, x, cond)
@@ -324,7 +326,7 @@ def mid_block(m: nn.Module, x: torch.Tensor, cond: BlockInputs) -> torch.Tensor:
     """The lowest level: resnet, then (transformer, resnet) each time."""
     crosses = has_cross_attention(m)
     if obstacle(m):
-        return m(x, cond.temb, **cond.for_attention()) if crosses else m(x, cond.temb)
+        return from_stock(m(for_stock(x), cond.temb, **(cond.for_attention() if crosses else {})))
     x = recomputed(m, resnet, m.resnets[0], x, cond)
     for attn, layer in zip(m.attentions, m.resnets[1:], strict=True):
         if attn is not None:
@@ -341,7 +343,8 @@ def up_block(
     crosses = has_cross_attention(m)
     if obstacle(m):
         extra = cond.for_attention() if crosses else {}
-        return m(hidden_states=x, temb=cond.temb, res_hidden_states_tuple=skips, upsample_size=size, **extra)
+        extra["res_hidden_states_tuple"] = tuple(map(for_stock, skips))
+        return from_stock(m(hidden_states=for_stock(x), temb=cond.temb, upsample_size=size, **extra))
     for i, layer in enumerate(m.resnets):
         x = recomputed(m, resnet, layer, x, cond, None, skips[-1 - i])
         if crosses:

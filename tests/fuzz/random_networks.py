@@ -1,4 +1,4 @@
-"""Random small U-Nets, autoencoders and schedulers of diffusers, ours against stock.
+"""Random small U-Nets, autoencoders (KL and VQ) and schedulers of diffusers, ours against stock.
 
 A plan holds a configuration, the shapes of a call and a seed. A configuration that stock itself does not build or run
 is no finding; ours has to be as far as 1e-5 from it in float32 (the contract `fast`), in shape and dtype equal.
@@ -79,6 +79,20 @@ def _autoencoder():
     }
 
 
+def _vq():
+    shared = ("levels", "layers_per_block", "norm_num_groups", "latent_channels", "act_fn", "mid_block_add_attention")
+    return {
+        **{name: _autoencoder()[name] for name in shared},
+        "cross": st.integers(0, 7),  # a bit for each level with attention
+        "block_out_channels": st.lists(few(8, 16, 24, 32), min_size=3, max_size=3),
+        "in_channels": few(3, 1, 4),
+        "out_channels": few(3, 1, 4),
+        "num_vq_embeddings": few(5, 1, 64),
+        "vq_embed_dim": few(None, 2, 8),
+        "norm_type": few("group", "group", "spatial"),
+    }
+
+
 def _scheduler():
     return {
         "name": few(*SCHEDULERS),
@@ -100,7 +114,7 @@ def _scheduler():
     }
 
 
-OPTIONS = {"unet": _unet, "unet2d": _unet2d, "autoencoder": _autoencoder, "scheduler": _scheduler}
+OPTIONS = {"unet": _unet, "unet2d": _unet2d, "autoencoder": _autoencoder, "vq": _vq, "scheduler": _scheduler}
 
 
 def plans(network: str):
@@ -120,9 +134,12 @@ def _stock(plan):
         return diffusers.AutoencoderKL(down_block_types=down, up_block_types=up, sample_size=16, **config)
     attends = [bool(plan["cross"] >> i & 1) for i in range(levels)]
     attention = "CrossAttn{}Block2D" if kind == "unet" else "Attn{}Block2D"
-    down = tuple((attention if with_it else "{}Block2D").format("Down") for with_it in attends)
-    up = tuple((attention if with_it else "{}Block2D").format("Up") for with_it in reversed(attends))
+    first, last = ("DownEncoder", "UpDecoder") if kind == "vq" else ("Down", "Up")
+    down = tuple((attention if with_it else "{}Block2D").format(first) for with_it in attends)
+    up = tuple((attention if with_it else "{}Block2D").format(last) for with_it in reversed(attends))
     named = {"down_block_types": down, "up_block_types": up, "sample_size": 16, **config}
+    if kind == "vq":
+        return diffusers.VQModel(**named)
     if kind == "unet2d":
         return diffusers.UNet2DModel(out_channels=3, **named)
     if plan["encoder_hid_dim"]:
@@ -139,6 +156,10 @@ def _inputs(plan, model):
     size = [plan[side] for side in "HW"]
     if kind == "autoencoder":
         return {"sample": torch.randn(N, 3, *(side * 2 for side in size))}
+    if kind == "vq":
+        pixels = [side << plan["levels"] - 1 for side in size]
+        z = torch.randn(N, plan["vq_embed_dim"] or plan["latent_channels"], *size)
+        return {"x": torch.randn(N, plan["in_channels"], *pixels), "z": z}
     timestep = {"int": 30, "float": 12.5, "0-d": torch.tensor(500), "1-d": torch.arange(N) * 97}[plan["timestep"]]
     found = {"sample": torch.randn(N, plan["in_channels"], *size), "timestep": timestep}
     if kind == "unet":
@@ -151,18 +172,22 @@ def _inputs(plan, model):
     return found
 
 
-def _run_network(model, plan, given):
+def _run_network(model, plan, given) -> tuple:
+    """What is compared. A code is chosen by the nearest, so VQ's decoder gets latents that are the same for both."""
+    if plan["network"] == "vq":
+        quantized, unquantized = (model.decode(given["z"], without, return_dict=False) for without in (False, True))
+        return *model.encode(given["x"], return_dict=False), *quantized, *unquantized
     if plan["network"] == "autoencoder":
         if plan["tiling"]:
             model.enable_tiling()
         if plan["slicing"]:
             model.enable_slicing()
-        return model(**given, sample_posterior=False, return_dict=False)[0]
-    return model(**given, return_dict=False)[0]
+        return model(**given, sample_posterior=False, return_dict=False)
+    return model(**given, return_dict=False)
 
 
 def _compare_network(plan):
-    from ldmfast import UNet, UNet2D, AutoencoderKL  # noqa: I001
+    from ldmfast import AutoencoderKL, UNet, UNet2D, VQModel
 
     torch.manual_seed(plan["seed"])
     try:
@@ -174,9 +199,10 @@ def _compare_network(plan):
             wanted = _run_network(stock, plan, copy.deepcopy(given))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, NotImplementedError):
         return 0, []
-    ours = {"unet": UNet, "unet2d": UNet2D, "autoencoder": AutoencoderKL}[plan["network"]].adopt(stock)
+    ours = {"unet": UNet, "unet2d": UNet2D, "autoencoder": AutoencoderKL, "vq": VQModel}[plan["network"]].adopt(stock)
     with torch.no_grad():
-        return 1, _difference(_run_network(ours, plan, given), wanted)
+        got = _run_network(ours, plan, given)
+    return 1, [sentence for pair in zip(got, wanted, strict=True) for sentence in _difference(*pair)]
 
 
 def _difference(got, wanted) -> list[str]:
