@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from ldmfast.kernels.attention_tiles import add_mask, load_tile, split_width
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 
 @triton.jit
@@ -192,7 +193,8 @@ def attention(q, k, v, out, mask, scale):
     # a head of 40 is 80 bytes from the next: 16-byte copies are right, but Triton itself looks for multiples of 16 only
     align = math.gcd(*strides, 16 // q.element_size())
     with torch.cuda.device_of(q):
-        attention_kernel[(blocks_l * heads * n,)](
+        launch_kernel(
+            attention_kernel, (blocks_l * heads * n,),
             q, k, v, out, mask.view(torch.uint8) if kind == "bool" else mask,
             *(stride // align for stride in strides), *strides_m,
             length, keys, heads, blocks_l, float(scale) * math.log2(math.e),

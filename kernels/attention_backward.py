@@ -23,6 +23,7 @@ from ldmfast.kernels.attention_tiles import (
     split_width,
     store_parts,
 )
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 
 @triton.jit
@@ -215,7 +216,8 @@ def attention_backward(dout, q, k, v, out, dq, dk, dv, mask, scale):
 
     def start(kernel, config, tensors, own, other, strides, scalars, block, step, splits=1, **constants):
         blocks = triton.cdiv(own, config.block)
-        kernel[(blocks * heads * n, splits)](
+        launch_kernel(
+            kernel, (blocks * heads * n, splits),
             *tensors, *strides, *strides_m, n, length, keys, heads, blocks, *scalars,
             D=d, D0=d0, BLOCK_D0=block_d0, BLOCK_D1=block_d1, **{block: config.block, step: config.block_step},
             EVEN=other % config.block_step == 0, ALIGN=align, MASK=kind, MASK_ONE_ROW=strides_m[2] == 0,

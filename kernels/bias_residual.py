@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 BLOCK = 1024
 WARPS = 4  # 8 numbers a thread: one 16-byte access to each tensor in 16 bits
@@ -50,7 +51,8 @@ def bias_residual(x, bias, add, residual, channels_last, y, output_scale):
     blocks = triton.cdiv(length, BLOCK)
     stride_add = 0 if add is None else add.stride(0)
     with torch.cuda.device_of(x):
-        bias_residual_kernel[(n * rows * blocks,)](
+        launch_kernel(
+            bias_residual_kernel, (n * rows * blocks,),
             x, residual, y, bias, add, stride_add, rows, length, blocks, float(output_scale),
             CHANNELS_LAST=channels_last, BLOCK=BLOCK, num_warps=WARPS, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 
 @triton.jit
@@ -139,7 +140,8 @@ def ddim_step(
     places = (0, 0) if row is None else (table.shape[0], row.stride(0) if row.shape[0] > 1 else 0)
     factors = map(float, (*weights, 0, 0, 0, 0)[:4])
     with torch.cuda.device_of(sample):
-        ddim_step_kernel[(programs,)](
+        launch_kernel(
+            ddim_step_kernel, (programs,),
             sample, model_output, noise, prev, x0, table, row, *past, *sizes,
             *scalars(coefficients, table, guidance, clip), *places, *factors,
             GUIDED=guidance is not None, CLIPPED=clip is not None, MULTISTEP=len(weights) > 0, BLOCK_M=config.block_m,

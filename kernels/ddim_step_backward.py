@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from ldmfast.kernels.ddim_step import configuration, place, row_of_table, scalars, split
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -57,7 +58,8 @@ def ddim_step_backward(dprev, dx0, sample, model_output, dsample, doutput, dnois
     config = configuration(sample.numel())
     programs, sizes = split(sample, table, config)
     with torch.cuda.device_of(sample):
-        ddim_step_backward_kernel[(programs,)](
+        launch_kernel(
+            ddim_step_backward_kernel, (programs,),
             dprev, dx0, sample, model_output, dsample, doutput, dnoise, table, *sizes,
             *scalars(coefficients, table, guidance, clip),
             GUIDED=guidance is not None, CLIPPED=clip is not None, BLOCK_M=config.block_m,

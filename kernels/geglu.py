@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 BLOCK = 1024
 WARPS = 4  # 8 numbers a thread: one 16-byte access to each of the three in 16 bits
@@ -30,6 +31,7 @@ def geglu(x, out):
     m, f = out.shape
     blocks = triton.cdiv(f, BLOCK)
     with torch.cuda.device_of(x):
-        geglu_kernel[(m * blocks,)](
+        launch_kernel(
+            geglu_kernel, (m * blocks,),
             x, out, x.stride(0), f, blocks, BLOCK=BLOCK, num_warps=WARPS, num_stages=1, enable_fp_fusion=True
         )

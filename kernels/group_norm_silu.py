@@ -20,6 +20,7 @@ from ldmfast.kernels.group_norm_tiles import (
     moments_of_parts,
     reciprocal_deviation,
 )
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 
 @triton.jit
@@ -173,7 +174,8 @@ def group_norm_silu(x, strides, channels_last, y, weight, bias, add, scale, shif
     rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
     with torch.cuda.device_of(x):
         for step in ("moments", "normalize") if config.split else ("all",):
-            group_norm_silu_kernel[(n * tiles * parts,)](
+            launch_kernel(
+                group_norm_silu_kernel, (n * tiles * parts,),
                 x, y, weight, bias, add, scale, shift, partial, *strides, *rows,
                 channels, positions, tiles, parts, config.part_length, float(eps),
                 STEP=step, SILU=bool(silu), CHANNELS_LAST=channels_last, GROUP_SIZE=channels // groups,

@@ -26,6 +26,7 @@ from ldmfast.kernels.group_norm_tiles import (
     spread,
     write_dx,
 )
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 
 @triton.jit
@@ -204,7 +205,8 @@ def group_norm_silu_backward(
     rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
     with torch.cuda.device_of(x):
         for step in ("moments", "sums", "combine", "apply") if config.split else ("all",):
-            group_norm_silu_backward_kernel[(n * tiles * (1 if step == "combine" else parts),)](
+            launch_kernel(
+                group_norm_silu_backward_kernel, (n * tiles * (1 if step == "combine" else parts),),
                 dy, x, dx, sums, weight, bias, add, scale, shift, *scratch, *strides, *rows,
                 n, channels, positions, tiles, parts, config.part_length, float(eps),
                 STEP=step, SILU=bool(silu), CHANNELS_LAST=channels_last, GROUP_SIZE=channels // groups,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 
 @triton.jit
@@ -171,7 +172,8 @@ def launch(x, weights, bias, residual, out, activation, output_scale, norm_weigh
     first, second, third = (*weights, None, None)[:3]
     strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, first, second, third, residual)]
     with torch.cuda.device_of(x):
-        linear_fused_kernel[(triton.cdiv(m, config.block_m) * count * blocks_n,)](
+        launch_kernel(
+            linear_fused_kernel, (triton.cdiv(m, config.block_m) * count * blocks_n,),
             x, first, second, third, bias, residual, out, norm_weight, norm_bias, *strides, out.stride(0),
             m, n, k, blocks_n, float(eps or 0.0), float(output_scale),
             ACTIVATION=activation, NORM=eps is not None, PRECISION="ieee" if x.dtype is torch.float32 else "tf32",

@@ -6,6 +6,7 @@ Statistics are of s as rounded, in float32, in two passes over the registers.   
 import torch
 import triton
 import triton.language as tl
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 
 @triton.jit
@@ -43,7 +44,8 @@ def residual_layer_norm(x, residual, weight, bias, out_sum, y, eps):
     block_k = triton.next_power_of_2(k)
     block_m = max(1, min(1024 // block_k, triton.next_power_of_2(m)))
     with torch.cuda.device_of(x):
-        residual_layer_norm_kernel[(triton.cdiv(m, block_m),)](
+        launch_kernel(
+            residual_layer_norm_kernel, (triton.cdiv(m, block_m),),
             x, residual, weight, bias, out_sum, y, x.stride(0), residual.stride(0), m, k, float(eps),
             BLOCK_M=block_m, BLOCK_K=block_k, num_warps=min(max(block_m * block_k // 256, 1), 16), num_stages=1,
             enable_fp_fusion=True,

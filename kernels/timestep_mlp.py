@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from ldmfast.kernels.launch_kernel import launch_kernel
 
 
 @triton.jit
@@ -111,13 +112,15 @@ def timestep_mlp(t, freqs, w1, b1, w2, b2, out, flip_sin_to_cos, workspace):
     n, (f, dim), e = t.shape[0], w1.shape, w2.shape[0]
     first, second = configuration(n, dim), configuration(n, f)
     with torch.cuda.device_of(w1):
-        sinusoid_linear_silu_kernel[triton.cdiv(f, first.block_rows), triton.cdiv(n, first.block_n)](
+        launch_kernel(
+            sinusoid_linear_silu_kernel, (triton.cdiv(f, first.block_rows), triton.cdiv(n, first.block_n)),
             t, freqs, w1, b1, workspace, n, f, dim, dim // 2, bool(flip_sin_to_cos),
             first.block_n, first.block_rows, first.block_k,
             num_warps=first.num_warps, num_stages=first.num_stages, enable_fp_fusion=True,
             maxnreg=128,  # left alone, ptxas stops at 64 for N = 2 in float32 and spills 8 bytes
         )  # fmt: skip
-        linear_kernel[triton.cdiv(e, second.block_rows), triton.cdiv(n, second.block_n)](
+        launch_kernel(
+            linear_kernel, (triton.cdiv(e, second.block_rows), triton.cdiv(n, second.block_n)),
             workspace, w2, b2, out, n, e, f,
             second.block_n, second.block_rows, second.block_k,
             num_warps=second.num_warps, num_stages=second.num_stages, enable_fp_fusion=True,

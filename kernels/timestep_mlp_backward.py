@@ -7,6 +7,7 @@ forward. Everything between the launches is float32.
 import torch
 import triton
 import triton.language as tl
+from ldmfast.kernels.launch_kernel import launch_kernel
 from ldmfast.kernels.timestep_mlp import sinusoid
 
 BLOCK_N, BLOCK_K, BLOCK_ROWS, BLOCK_E, BLOCK_F = 4, 128, 4, 64, 16
@@ -108,15 +109,18 @@ def timestep_mlp_backward(dout, t, freqs, w1, b1, w2, dw1, db1, dw2, db2, flip_s
     hidden, gradient = (w1.new_empty((n, f), dtype=torch.float32) for _ in range(2))
     chunks, options = triton.cdiv(n, BLOCK_N), {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     with torch.cuda.device_of(w1):
-        hidden_kernel[triton.cdiv(f, BLOCK_ROWS), chunks](
+        launch_kernel(
+            hidden_kernel, (triton.cdiv(f, BLOCK_ROWS), chunks),
             t, freqs, w1, b1, source, hidden, n, f, dim, dim // 2, bool(flip_sin_to_cos),
             BLOCK_N, BLOCK_ROWS, BLOCK_K, **options,
         )  # fmt: skip
-        gradient_kernel[triton.cdiv(f, BLOCK_F), chunks](
+        launch_kernel(
+            gradient_kernel, (triton.cdiv(f, BLOCK_F), chunks),
             dout, w2, hidden, gradient, n, e, f, BLOCK_N, BLOCK_E, BLOCK_F, **options
         )
         for left, right, weight, bias in ((dout, hidden, dw2, db2), (gradient, source, dw1, db1)):
             rows, columns = weight.shape
-            outer_kernel[triton.cdiv(rows, 8), triton.cdiv(columns, 128)](
+            launch_kernel(
+                outer_kernel, (triton.cdiv(rows, 8), triton.cdiv(columns, 128)),
                 left, right, weight, bias, n, rows, columns, 8, 128, **options
             )

@@ -1,20 +1,22 @@
 """What a call of each op costs the host, in microseconds: all of Python, the binding and the allocation of outputs.
 
-    python bench/checks/host_time.py                 cpu, cuda-host and, under the interpreter, Triton
-    python bench/checks/host_time.py --most 8        exits 1 where a native op takes longer
+    python bench/checks/host_time.py                 cpu, cuda-host and triton
+    python bench/checks/host_time.py --most 8        exits 1 where an op takes longer
+    python bench/checks/host_time.py --wrapper       Triton's kernels through its own wrapper at each call
 
-Nothing is launched: the extension modules fill the argument struct and return, and Triton's kernels are replaced by
-nothing. So the tensors lie on the CPU; on a GPU the raw stream of the device is one more question. `cuda-host` takes
-the way of `cuda`. The least of --rounds rounds counts: what else runs on the machine only adds. `first` is a call of a
-new signature, which checks the arguments and chooses a backend: the median of calls with all plans forgotten.
-A module that was built without `set_launching` is stood for by an empty function, which leaves the binding out.
+Nothing is launched: the extension modules fill the argument struct and return; Triton chooses its binaries as for an
+H100 and calls a launcher that does nothing (triton_stand_in.py). So the tensors lie on the CPU; on a GPU the device and
+its raw stream are two more questions. `cuda-host` takes the way of `cuda`. The least of --rounds rounds counts: what
+else runs on the machine only adds. `first` is a call of a new signature, which checks the arguments and chooses a
+backend: the median of calls with all plans forgotten. A module that was built without `set_launching` is stood for by
+an empty function, which leaves the binding out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,19 +25,17 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "checks")]
 NATIVE = ("cpu", "cuda-host")
 
 
 def calls():
-    """(op, what, backend -> a call): SD1.5's first level, guided, in bfloat16 (float16 for the interpreter)."""
+    """(op, what, backend -> a call): SD1.5's first level, guided, in bfloat16."""
     import torch
 
     from ldmfast import ops
 
-    dtype = torch.float16 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
-
-    def empty(*shape, kind=dtype):
+    def empty(*shape, kind=torch.bfloat16):
         return torch.empty(shape, dtype=kind)
 
     x = empty(2, 320, 64, 64).contiguous(memory_format=torch.channels_last)
@@ -66,15 +66,14 @@ def calls():
         )
 
 
-def without_launches(backend: str) -> None:
-    """Calls of this backend end before the launch."""
+def without_launches(backend: str, stack: contextlib.ExitStack) -> None:
+    """Until the stack is left, calls of this backend end before the launch."""
     from ldmfast.ops import native
 
     if backend == "triton":
-        from triton.runtime.interpreter import InterpretedFunction
+        import triton_stand_in
 
-        nothing = lambda *args, **named: None  # noqa: E731
-        InterpretedFunction.__getitem__ = lambda self, grid: nothing
+        stack.enter_context(triton_stand_in.installed(lambda *args: None))
         return
     module = native.module(backend)
     if hasattr(module, "set_launching"):
@@ -110,17 +109,19 @@ def first(op, call, rounds: int) -> float | None:
     return statistics.median(times) * 1e6
 
 
-def measure(backend: str, rounds: int) -> None:
+def measure(backend: str, rounds: int, wrapper: bool) -> None:
     """Prints a JSON line for each call that the backend takes."""
     import torch
 
     from ldmfast.ops.registry import OPS
 
-    without_launches(backend)
-    with torch.no_grad():
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        without_launches(backend, stack)
         for name, what, call in calls():
             op = OPS[name]
             if backend in op.backends:
+                if wrapper and backend == "triton":
+                    op.backends[backend].planned.clear()
                 repeated = least(lambda: call(backend), rounds)  # noqa: B023
                 new = first(op, lambda: call(backend), rounds)  # noqa: B023
                 print(json.dumps([name, what, round(repeated, 2), new and round(new, 1)]), flush=True)
@@ -128,23 +129,24 @@ def measure(backend: str, rounds: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--most", type=float, help="microseconds that a call of a native backend may take")
+    parser.add_argument("--most", type=float, help="microseconds that a call may take")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--backend", nargs="*", choices=(*NATIVE, "triton"), default=(*NATIVE, "triton"))
+    parser.add_argument("--wrapper", action="store_true", help="without ldmfast/ops/triton_plans.py")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        measure(options.here, options.rounds)
+        measure(options.here, options.rounds, options.wrapper)
         return 0
     over = 0
     print(f"{'op':18} {'':9} {'backend':10} {'us a call':>9} {'first':>6}")
     for backend in options.backend:
-        environment = {**os.environ, "TRITON_INTERPRET": str(int(backend == "triton"))}
         command = [sys.executable, __file__, "--here", backend, "--rounds", str(options.rounds)]
-        found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        command += ["--wrapper"] if options.wrapper else []
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         for name, what, repeated, new in map(json.loads, found.stdout.splitlines()):
             print(f"{name:18} {what:9} {backend:10} {repeated:9.1f} {new if new is not None else '':>6}")
-            over += backend in NATIVE and options.most is not None and repeated > options.most
+            over += options.most is not None and repeated > options.most
     return 1 if over else 0
 
 

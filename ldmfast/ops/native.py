@@ -101,7 +101,7 @@ def place(tensor: torch.Tensor) -> tuple[int, int, Callable[[int], torch.Tensor]
     if not tensor.is_cuda:
         return _HOST
     index = tensor.device.index
-    return index, _raw_stream(index), _allocator(tensor.device)
+    return index, raw_stream(index), _allocator(tensor.device)
 
 
 @functools.cache
@@ -112,7 +112,7 @@ def _allocator(device: torch.device) -> Callable[[int], torch.Tensor]:
 
 _HOST = (-1, 0, _allocator(torch.device("cpu")))
 # the stream's address without an object about it: 0.1 us; a build of torch without CUDA has no such function
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def register(op: Choice, function: Callable, lead: int = 0, modules: Iterable[str] = MODULES) -> None:
@@ -170,7 +170,7 @@ def _planned(name: str, function: Callable, args: tuple) -> tuple[Any, Callable 
     if len(watched.calls) != 1 or not all(map(_is_fresh, outputs)):
         return result, None
     ((op, fields),) = watched.calls
-    constants = [value for value in fields.values() if isinstance(value, torch.Tensor) and _is_constant(value)]
+    constants = [value for value in fields.values() if isinstance(value, torch.Tensor) and is_constant(value)]
     places = _places(fields, args, (*outputs, *constants))
     if places is None:
         return result, None
@@ -188,8 +188,8 @@ def _again(
     """The function of the op's arguments, the backend's name last, that allocates the outputs and launches."""
     taken = operator.itemgetter(*places)
     index, _, allocate = place(args[0])
-    stream_of = _raw_stream if args[0].is_cuda else lambda index: 0
-    makers = [_maker(output, args) for output in outputs]
+    stream_of = raw_stream if args[0].is_cuda else lambda index: 0
+    makers = [maker_of(output, args) for output in outputs]
     like, shape, strides, dtype = makers[0]
 
     def one(args):
@@ -211,7 +211,7 @@ def constant(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _is_constant(tensor: torch.Tensor) -> bool:
+def is_constant(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "_ldmfast_constant", False)
 
 
@@ -243,7 +243,7 @@ def _places(fields: dict, args: tuple, outputs: tuple) -> dict[str, int] | None:
     return found if complete and all(len(args) + 1 + j in found.values() for j in range(len(outputs))) else None
 
 
-def _maker(output: torch.Tensor, args: tuple) -> tuple[int, torch.Size, tuple[int, ...], dict]:
+def maker_of(output: torch.Tensor, args: tuple) -> tuple[int, torch.Size, tuple[int, ...], dict]:
     """(an argument that is like the output, its shape and strides, and its dtype, where no argument has that)"""
     for i, value in enumerate(args):
         if isinstance(value, torch.Tensor) and value.dtype is output.dtype:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,9 +20,20 @@ def register(op: Choice, function: Callable) -> Backend:
 
     Returns the backend, for what it refuses beside the conditions that every Triton kernel has.
     """
-    backend = op.backend("triton", devices={"cuda", "cpu"})(lambda *args: function(launcher(op.name), *args))
+
+    def run(*args):
+        return function(launcher(op.name), *args)
+
+    backend = op.backend("triton", devices={"cuda", "cpu"})(run)
     backend.refuses(refuse)
+    backend.planned[run] = lambda args: _plans().planned(run, args)
     return backend
+
+
+@functools.cache
+def _plans() -> ModuleType:
+    """Imported when the first of these kernels runs, as they are."""
+    return importlib.import_module("ldmfast.ops.triton_plans")
 
 
 @functools.cache
