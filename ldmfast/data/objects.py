@@ -229,12 +229,19 @@ def choose(rng, names, count, split):
     raise RuntimeError(f"no {count} objects were found for the split {split!r}")
 
 
+def _described(placed, size, names):
+    """What metadata.jsonl says of an object.   names  its other ones"""
+    return {"object": placed.name, "names": names, "box": box_of(placed), "size": size}
+
+
 def _write(cutouts, names, aliases, rng, folder, index, size, single):
     """Compose and write picture number `index`; returns its row."""
     split = "heldout" if index % 10 == 9 else "train"
     chosen, ground = choose(rng, names, 1 if rng.uniform() < single else 2, split)
     placed, words = arrange(cutouts, rng, chosen, size)
-    objects = [{"object": p.name, "box": box_of(p), "size": w} for p, w in zip(placed, words, strict=True)]
+    objects = [_described(p, word, aliases[p.name][1:]) for p, word in zip(placed, words, strict=True)]
+    if len(objects) == 1:
+        objects[0]["place"] = place_of(objects[0]["box"])
     file_name = f"{index:05d}-{'-'.join(map(file_stem, chosen))}.png"
     Image.fromarray(compose(placed, ground, size)).save(folder / file_name)
     texts = captions(rng, objects, ground, aliases)

@@ -4,8 +4,8 @@
      "words": ["background", "picture", ...]}
 
 Each object has its other names beside it; the words are those of its captions that are in no name. What a collection
-says of its rows (object or objects, colour or ground, size, place, text) is read from there; a folder without the file
-belongs to a model of which nothing is known.
+says of its rows (object or objects, their names, colour or ground, size, place, text) is read from there; a folder
+without the file belongs to a model of which nothing is known.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def of_rows(rows: Iterable[dict]) -> Vocabulary:
     for row in rows:
         for each in (row, *(each for each in row.get("objects") or () if isinstance(each, dict))):
             if isinstance(each.get("object"), str):
-                objects[each["object"]] = []
+                objects[each["object"]] = each.get("names") or []
             for kind, keys in (("grounds", ("colour", "ground")), ("sizes", ("size",)), ("places", ("place",))):
                 lists[kind].update({each[k]: None for k in keys if isinstance(each.get(k), str) and each[k]})
         texts = row.get("texts") or [row.get("text")]

@@ -13,7 +13,7 @@ from tiny import CUTOUTS
 
 from ldmfast.commands import cli
 from ldmfast.conditioning.text import TextEncoder
-from ldmfast.data import emoji, emoji_words, objects
+from ldmfast.data import emoji, emoji_words, objects, vocabulary
 from ldmfast.diffusion.schedule import make_scheduler
 from ldmfast.evaluation import object_samples
 from ldmfast.evaluation.detect import Found
@@ -52,6 +52,39 @@ def test_boxes_are_where_the_objects_are(collection):
             outside[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1] = False  # a soft rim is outside the box
         assert outside.mean() < 0.01, row
     assert {len(row["objects"]) for row in rows} == {1, 2}
+
+
+def test_an_object_stands_in_the_middle_of_a_square_of_its_size(collection):
+    """Its box is in the middle of a square of 4, 6 or 8 eighths at a corner of those; two squares do not overlap."""
+    seen = set()
+    for row in collection[1]:
+        squares = []
+        for each in row["objects"]:
+            word = each["size"] if len(row["objects"]) == 1 else "small"
+            side, corners = objects.SQUARES[word]
+            middle = [(low + high) / 2 for low, high in zip(each["box"][:2], each["box"][2:], strict=True)]
+            corner = tuple(round(8 * m - side / 2) for m in middle)
+            assert set(corner) <= set(corners) and np.allclose(middle, np.add(corner, side / 2) / 8, atol=1.6 / 64), row
+            longer = max(np.subtract(each["box"][2:], each["box"][:2]))
+            assert longer == pytest.approx(objects.side_of(word, 64) / 64, abs=2.1 / 64), row
+            seen.add((word, corner))
+            squares.append(corner)
+        assert len(squares) == 1 or max(abs(np.subtract(*squares))) >= 4, row
+    assert {word for word, _ in seen} == set(objects.SQUARES) and len(seen) > 12
+
+
+def test_a_model_knows_the_words_of_its_collection(collection):
+    words = vocabulary.of_rows(collection[1])
+    assert set(words.sizes) == {"small", "large"} and set(words.places) <= {
+        "on the left",
+        "on the right",
+        "at the top",
+        "at the bottom",
+        "in the middle",
+    }
+    assert len(words.places) > 2 and any(words.objects.values())
+    aliases = {names[0]: names[1:] for names in emoji_words.catalogue("all").values()}
+    assert all(list(others) == list(aliases[name]) for name, others in words.objects.items())
 
 
 def test_what_is_held_out_is_never_trained_on(cutouts, collection):
