@@ -2,7 +2,8 @@
 
 What is heavy runs on less. The published checkpoints are stand-ins of random weights, narrowed, under their names;
 `OPTIONS` are added to each command that begins so; `make demo` is planned (`make -n`) and its call of ldmfast is run;
-`make test` is what runs this; `accelerate launch` is run as one of the processes that it would start, and a pipeline
+`make test` is what runs this; what `pip install` gets is what the photographs are told to be in, and is stood for by
+four with captions; `accelerate launch` is run as one of the processes that it would start, and a pipeline
 draws 64x64 pixels in two steps.
 """
 
@@ -25,6 +26,7 @@ import test_load as load  # noqa: E402
 import test_zoo as zoo  # noqa: E402
 
 from ldmfast.commands import cli  # noqa: E402
+from ldmfast.data import photos  # noqa: E402
 from ldmfast.pipeline import LatentDiffusionPipeline  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,6 +100,7 @@ def empty(published, tmp_path, monkeypatch):
         (beside / "few" / name).write_bytes((tiny.CUTOUTS / name).read_bytes())
     for i in range(4):
         Image.effect_noise((40, 32), 50 + i).convert("RGB").save(beside / "photos" / f"{i}.png")
+        (beside / "photos" / f"{i}.txt").write_text(("flower", "china")[i % 2])
     monkeypatch.chdir(work)
     monkeypatch.setattr("ldmfast.pipeline.text_towers.CLIP", str(letters(beside)))
     return {"few": beside / "few", "photos": beside / "photos"}
@@ -120,6 +123,9 @@ def run_command(words, places, capsys):
     program, *rest = words
     if program == "make":
         return planned(rest, places, capsys)
+    if program == "pip":
+        assert " ".join(words) in photos.SOURCES.values()
+        return None
     if program == "accelerate":
         assert rest[0] == "launch" and "-m" in rest
         program, *rest = rest[rest.index("-m") + 1 :]
