@@ -4,8 +4,9 @@
     python bench/checks/many_pictures.py FOLDER --most 2000       exits 1 where a stage takes more MB than that
 
 FOLDER holds the pictures, which are made once, and what is trained. A stage takes a few steps: what it holds of all the
-pictures (decoded, their latents, the states of their captions) is held from the first step on. What is printed is the
-process's peak of resident memory, as /usr/bin/time -v has it, and the seconds that it took.
+pictures (decoded, their latents, the states of their captions) is held from the first step on. The networks are small;
+what larger ones take comes on top. What is printed is the process's peak of resident memory, as /usr/bin/time -v has
+it, and the seconds that it took.
 """
 
 from __future__ import annotations
@@ -26,19 +27,16 @@ BRIEF = ["--steps", "4", "--warmup", "0", "--quiet"]
 
 
 def stages(home, size):
-    """(name, arguments of `ldmfast train`)."""
-    pictures, autoencoder = str(home / "pictures"), str(home / "autoencoder")
-    data = ["--data", pictures]
-    shape = ["--size", str(size), "--channels", "16,32,64,64", "--groups", "4", "--batch", "4", "--start", "linear"]
-    small = ["--channels", "32,64", "--attention", "0,1", "--groups", "16", "--batch", "8"]
-    source = ["--autoencoder", autoencoder]
-    model = str(home / "denoiser" / "pipeline")
-    yield "autoencoder", ["autoencoder", *data, *shape, "--output", autoencoder]
-    yield "denoiser", ["denoiser", *data, *source, *small, "--output", str(home / "denoiser")]
-    kept = ["--latents", str(home / "latents.safetensors"), "--output", str(home / "kept")]
-    yield "denoiser, latents in a file", ["denoiser", *data, *source, *small, *kept]
-    yield "decoder", ["decoder", *data, *source, "--batch", "4", "--output", str(home / "decoder")]
-    yield "lora", ["lora", *data, "--model", model, "--batch", "8", "--output", str(home / "lora")]
+    """(name, arguments of `ldmfast train`). All write to one folder, so that the pictures are decoded once."""
+    data, out = ["--data", str(home / "pictures")], ["--output", str(home / "run")]
+    shape = ["--size", str(size), "--channels", "16,16,16,16", "--layers", "0", "--groups", "4", "--batch", "4"]
+    small = ["--autoencoder", str(home / "run"), "--channels", "32,64", "--attention", "0,1", "--groups", "16"]
+    latents = ["--latents", str(home / "latents.safetensors")]
+    yield "autoencoder", ["autoencoder", *data, *shape, "--start", "linear", *out]
+    yield "denoiser", ["denoiser", *data, *small, "--batch", "8", *out]
+    yield "denoiser, latents in a file", ["denoiser", *data, *small, "--batch", "8", *latents, *out]
+    yield "decoder", ["decoder", *data, "--autoencoder", str(home / "run"), "--batch", "4", *out]
+    yield "lora", ["lora", *data, "--model", str(home / "run" / "pipeline"), "--batch", "8", *out]
 
 
 def make(folder, count, size):
