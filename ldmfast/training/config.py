@@ -52,7 +52,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class PictureLossConfig(RunConfig):
-    """What decoded pictures are compared by; see training/autoencoder_loss.py."""
+    """What decoded pictures are compared by; see training/losses/autoencoder_loss.py."""
 
     batch: int = again(RunConfig, "batch", 8, "pictures a step")
     ssim_weight: float = option(0.2, "weight of 1 - SSIM", least=0)
@@ -79,7 +79,7 @@ class PictureLossConfig(RunConfig):
 
 @dataclass(frozen=True)
 class AutoencoderConfig(PictureLossConfig):
-    """Stage 1: pictures to latents and back. By default L1 + SSIM + KL; see training/autoencoder_loss.py."""
+    """Stage 1: pictures to latents and back. By default L1 + SSIM + KL; see training/losses/autoencoder_loss.py."""
 
     steps: int = again(RunConfig, "steps", 1300)
     size: int = option(64, "pictures are trained at this many pixels a side", above=0)

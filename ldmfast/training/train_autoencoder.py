@@ -12,9 +12,9 @@ from ldmfast.models import AutoencoderKL, VQModel
 from ldmfast.pictures import grid, to_pil
 from ldmfast.pipeline import saved_autoencoder
 from ldmfast.training import checkpoint, latents
-from ldmfast.training.autoencoder_loss import AutoencoderLoss
 from ldmfast.training.first_weights import grown, linear_start
 from ldmfast.training.loop import fit
+from ldmfast.training.losses.autoencoder_loss import AutoencoderLoss
 from ldmfast.training.run import Run
 
 SHOWN = 8  # pictures of a sample grid

@@ -10,9 +10,9 @@ import torch
 from ldmfast.data.collection import CACHE, load_pictures
 from ldmfast.pipeline import LatentDiffusionPipeline, saved_autoencoder
 from ldmfast.training import latents
-from ldmfast.training.autoencoder_loss import PictureLoss
 from ldmfast.training.denoised_latents import DenoisedLatents
 from ldmfast.training.loop import fit
+from ldmfast.training.losses.autoencoder_loss import PictureLoss
 from ldmfast.training.run import Run
 from ldmfast.training.train_autoencoder import SHOWN, sheet, write_autoencoder
 

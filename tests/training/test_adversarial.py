@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ldmfast.metrics import backbones
-from ldmfast.training import adversarial
+from ldmfast.training.losses import adversarial
 
 
 def test_hinge_losses():

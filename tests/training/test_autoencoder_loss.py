@@ -12,9 +12,10 @@ from test_training import CUTOUTS
 from ldmfast.data import emoji
 from ldmfast.data.collection import load_pictures
 from ldmfast.metrics import reconstruction
-from ldmfast.training import adversarial, autoencoder_loss, codebook, config, train_autoencoder
-from ldmfast.training.autoencoder_loss import AutoencoderLoss
+from ldmfast.training import config, train_autoencoder
 from ldmfast.training.loop import train_step
+from ldmfast.training.losses import adversarial, autoencoder_loss, codebook
+from ldmfast.training.losses.autoencoder_loss import AutoencoderLoss
 from ldmfast.training.run import Run
 from ldmfast.training.step import Step
 

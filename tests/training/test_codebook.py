@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmfast.metrics.reconstruction import codebook_use
-from ldmfast.training import codebook
+from ldmfast.training.losses import codebook
 
 
 def test_usage_statistics():

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from ldmfast.conditioning.base import Unconditional
-from ldmfast.training import checkpoint, codebook, condition_sources, parallel, train_denoiser
+from ldmfast.training import checkpoint, condition_sources, parallel, train_denoiser
 from ldmfast.training.config import DenoiserConfig
 from ldmfast.training.latents import Latents
 from ldmfast.training.loop import fit
+from ldmfast.training.losses import codebook
 from ldmfast.training.run import Phase, Run
 from ldmfast.training.step import Step
 

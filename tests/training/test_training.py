@@ -21,7 +21,8 @@ from ldmfast.data.collection import load_pictures
 from ldmfast.evaluation import samples
 from ldmfast.models import AutoencoderKL
 from ldmfast.pipeline import saved_autoencoder
-from ldmfast.training import autoencoder_loss, checkpoint, config, train_autoencoder, train_decoder, train_denoiser
+from ldmfast.training import checkpoint, config, train_autoencoder, train_decoder, train_denoiser
+from ldmfast.training.losses import autoencoder_loss
 
 TINY_AUTOENCODER = config.AutoencoderConfig(
     steps=6, batch=4, size=16, channels=(8, 16), groups=4, warmup=1, save_every=2, log_every=2, precision="fp32"
@@ -146,7 +147,8 @@ def test_a_stopped_run_resumes_bit_for_bit(stage, collection, trained, tmp_path,
 
 KILLED = """
 import io, sys, time, pathlib, torch
-from ldmfast.training import autoencoder_loss, checkpoint, config, train_autoencoder
+from ldmfast.training import checkpoint, config, train_autoencoder
+from ldmfast.training.losses import autoencoder_loss
 from test_training import TINY_AUTOENCODER
 data, folder, marker = sys.argv[1:]
 write, saves = torch.save, []

@@ -8,10 +8,10 @@ from ldmfast import UNet
 from ldmfast.pictures import to_pil
 from ldmfast.pipeline import saved_autoencoder
 from ldmfast.training import train_autoencoder
-from ldmfast.training.autoencoder_loss import AutoencoderLoss
 from ldmfast.training.config import AutoencoderConfig
 from ldmfast.training.first_weights import grown
 from ldmfast.training.first_weights.of_a_model import begin_with
+from ldmfast.training.losses.autoencoder_loss import AutoencoderLoss
 from ldmfast.training.step import Step
 
 GROWN = dict(size=128, channels=(32, 32, 64, 96), groups=8, start="grown", first_weights="scenes64")

@@ -15,8 +15,8 @@ from torch import nn
 
 from ldmfast.metrics import backbones, perceptual
 from ldmfast.metrics.reconstruction import ssim
-from ldmfast.training import adversarial
-from ldmfast.training.codebook import Codebook, flat
+from ldmfast.training.losses import adversarial
+from ldmfast.training.losses.codebook import Codebook, flat
 from ldmfast.training.run import Phase
 from ldmfast.training.step import mixed
 

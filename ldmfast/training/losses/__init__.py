@@ -1,0 +1,1 @@
+"""What decoded pictures are compared by: reconstruction, perceptual and adversarial terms, KL and codebook."""
