@@ -67,6 +67,7 @@ def linear_cases():
     for M in (1, 2, 3, 4):
         yield Case(LI, f"{M}-rows", layer(M, K=75, N=45, activation="silu", output_scale=0.7))
     yield Case(LI, "long-rows", layer(2, 19, K=1300, N=70, activation="gelu"))
+    yield Case(LI, "rows-in-groups", layer(2, 113, K=130, N=260, activation="geglu", norm=True))
     yield Case(LI, "vector", lambda dtype, N=1: ((randn(40, dtype=dtype), randn(24, 40, dtype=dtype)), {}))
     yield Case(LI, "empty", layer(0, 7, K=40, N=24))
     yield Case(LI, "no-outputs", layer(3, K=4, N=0))
@@ -121,6 +122,11 @@ def convolution_cases():
         yield Case(CV, f"few-in-{Ci}", convolution(Ci, 41, 9, 13, N=2, stride=1 + Ci % 2, plain=False, padding=Ci % 3))
     yield Case(CV, "few-in-and-out", convolution(3, 5, 7, 9, N=2, upsample=2, plain=False))
     yield Case(CV, "1280-2x2", convolution(1280, 32, 2, 2))
+    # a few pixels: the weight is read where it lies; both parts of the input are in one block of it
+    few = {"plain": {}, "normed": {"norm": "silu"}, "wide": {"padding": 2, "stride": 2}}
+    few |= {"pixels": {"k": 1, "norm": "affine"}, "enlarged": {"stride": 2, "upsample": 2}}
+    for name, named in few.items():
+        yield Case(CV, f"few-{name}-2x3", convolution(32, 90, 2, 3, **{"N": 5, "C2": 64, "plain": False} | named))
     # from direct over F(2x2, 3x3) to F(4x4, 3x3), as the pictures grow
     for name, exact in (("", False), ("-exact", True)):
         for H, W in ((1, 1), (4, 4), (8, 8), (13, 7), (9, 22), (20, 33)):

@@ -53,7 +53,9 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 
 
 @dtypes
-@pytest.mark.parametrize("M, K, width", [(1, 7, 5), (1, 320, 64), (2, 129, 33), (3, 1000, 17), (7, 64, 40)])
+@pytest.mark.parametrize(
+    "M, K, width", [(1, 7, 5), (1, 320, 64), (2, 129, 33), (3, 1000, 17), (7, 64, 40), (90, 1000, 300)]
+)
 def test_cpu_rows_of_a_linear_layer(M, K, width, dtype):
     x, w, b = randn(N, M, K, dtype=dtype), randn(2 * width, K, dtype=dtype, std=K**-0.5), randn(2 * width, dtype=dtype)
     residual, g = randn(N, M, 2 * width, dtype=dtype), randn(K, dtype=dtype)
@@ -74,6 +76,7 @@ CONVOLUTIONS = [  # C1, C2, Co, H, W, kernel, stride, upsample
     (4, 0, 64, 8, 8, 3, 1, 1),
     (64, 0, 4, 8, 8, 3, 1, 1),
     (20, 0, 12, 1, 1, 3, 1, 1),
+    (64, 32, 130, 11, 8, 1, 1, 1),  # few beside the outputs, whose weights are read in place; all samples are not
     (64, 0, 64, 16, 16, 3, 1, 1),  # fast: another of Winograd's forms for another batch
 ]
 

@@ -24,13 +24,14 @@ template <class M, class T> struct DirectConv {
   int64_t words(int64_t block) const { return taps() * count(block) * kLanes; }
 
   // words of one pixel's channels in the groups [first, first + count), which are all of x1 or all of x2
-  void copy(const Group& run, int64_t count, int64_t n, int64_t y, int64_t x, int64_t group, float* to) const {
+  void copy(const Group& run, int64_t count, int64_t n, int64_t y, int64_t x, int64_t group, float* to,
+            int64_t part) const {
     const T* p = pixel_of<T>(a, run, n, y, x);
     for (int64_t i = 0; i < count; ++i) {
       VecF words = {};
       if (p && !a.norm_scale) words = M::words(p + i * kStep, run.valid - i * kStep);
       if (p && a.norm_scale) words = normalised(run, n, p, i * kStep);
-      store(to + panel_word((group + i) * kLanes), words);
+      store(to + panel_word((group + i) * kLanes, part), words);
     }
   }
   VecF normalised(const Group& run, int64_t n, const T* p, int64_t i) const {
@@ -39,7 +40,7 @@ template <class M, class T> struct DirectConv {
 
   const float* rows_in_place(int64_t, int64_t, int64_t&) const { return nullptr; }
   // a panel of output pixels, each [taps, groups of the block] words
-  void rows(int64_t m, int rows, int64_t block, float* to) const {
+  void rows(int64_t m, int rows, int64_t block, float* to, int64_t part = kPanelPart) const {
     const int64_t begin = first(block), all = count(block), inside = groups_of<M>(a.C1) - begin;
     const int64_t one = max64(0, min64(all, inside));  // groups of x1
     const Group x1 = run_of(begin, one), x2 = run_of(begin + one, all - one);
@@ -48,8 +49,8 @@ template <class M, class T> struct DirectConv {
       const int64_t y = pixel / a.Wo * a.stride - a.padding, x = pixel % a.Wo * a.stride - a.padding;
       for (int64_t t = 0; t < taps(); ++t) {
         const int64_t ty = y + t / a.kernel, tx = x + t % a.kernel;
-        if (one > 0) copy(x1, one, n, ty, tx, t * all, to);
-        if (one < all) copy(x2, all - one, n, ty, tx, t * all + one, to);
+        if (one > 0) copy(x1, one, n, ty, tx, t * all, to, part);
+        if (one < all) copy(x2, all - one, n, ty, tx, t * all + one, to, part);
       }
     }
   }
@@ -136,52 +137,6 @@ template <class M, class T> struct DirectConv {
     }
   }
 };
-
-template <class M> Plan direct_plan(const Conv2dArgs& a, int64_t& block_groups) {
-  const int64_t groups = groups_of<M>(a), taps = a.kernel * a.kernel;
-  block_groups = min64(groups, taps > 1 ? kTapGroups : even_block(groups * kLanes) / kLanes);
-  const int64_t blocks = ceil_div(groups, block_groups);
-  return plan_of(a.N * a.Ho * a.Wo, a.Co, blocks, taps * block_groups * kLanes, groups * kLanes * taps);
-}
-
-inline bool normalises_first(const Conv2dArgs& a) { return a.norm_scale && a.kernel > 1; }
-
-// The convolution of a normalised copy of the input, [N, H, W, C1 + C2].
-template <class T> Conv2dArgs of_copy(const Conv2dArgs& a, const T* copy) {
-  Conv2dArgs b = a;
-  b.x1 = copy, b.C1 = a.C1 + a.C2, b.x2 = nullptr, b.C2 = 0, b.norm_scale = b.norm_shift = nullptr;
-  b.stride_x1w = b.C1, b.stride_x1h = a.W * b.C1, b.stride_x1n = a.H * a.W * b.C1;
-  return b;
-}
-template <class T> void normalise(const Conv2dArgs& a, int64_t threads, T* copy) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < a.N * a.H * a.W; ++i) {
-    const int64_t n = i / (a.H * a.W), y = i / a.W % a.H, x = i % a.W;
-    for (int64_t g = 0; g < groups_of<Single>(a); ++g) {
-      const Group group = group_of<Single>(a, g);
-      const T* p = pixel_of<T>(a, group, n, y * a.upsample, x * a.upsample);
-      store_upto(copy + i * (a.C1 + a.C2) + group.channel, input_of<T>(a, group, n, p, 0), group.valid);
-    }
-  }
-}
-
-template <class M, class T> size_t direct_floats(const Conv2dArgs& a) {
-  const bool first = normalises_first(a);
-  int64_t block_groups;
-  const Plan p = direct_plan<M>(first ? of_copy<T>(a, nullptr) : a, block_groups);
-  const int64_t copy = first ? ceil_div(a.N * a.H * a.W * (a.C1 + a.C2) * (int64_t)sizeof(T), 4) : 0;
-  return (size_t)(p.split.threads * p.scratch + copy);
-}
-
-template <class M, class T> void run_direct(const Conv2dArgs& args) {
-  const bool first = normalises_first(args);
-  int64_t block_groups;
-  const Plan p = direct_plan<M>(first ? of_copy<T>(args, nullptr) : args, block_groups);
-  T* copy = (T*)((float*)args.workspace + p.split.threads * p.scratch);
-  if (first) normalise<T>(args, p.split.threads, copy);
-  const Conv2dArgs a = first ? of_copy<T>(args, copy) : args;
-  run_product<M>(p, DirectConv<M, T>{a, block_groups, groups_of<M>(a)}, (float*)args.workspace);
-}
 
 }  // namespace
 }  // namespace LDMFAST_ISA

@@ -142,7 +142,7 @@ void pack_transposed(const T* from, int64_t stride, int64_t valid, int64_t n, fl
 }
 
 // Where word w of a panel's row is, from the row's first word.
-LDMFAST_INLINE int64_t panel_word(int64_t w) { return w / kPart * kPanelPart + w % kPart; }
+LDMFAST_INLINE int64_t panel_word(int64_t w, int64_t part = kPanelPart) { return w / kPart * part + w % kPart; }
 
 // The same as float32, one element a word; bfloat16 goes through the transposition two a word.
 template <class T> void pack_elements(const T* from, int64_t stride, int64_t valid, int64_t n, float* to) {
@@ -168,10 +168,12 @@ template <> inline void pack_elements(const BFloat16* from, int64_t stride, int6
   }
 }
 
-// A row of n elements into a panel; next: the row that will take its place
-template <class M, class T> LDMFAST_INLINE void pack_row(const T* from, int64_t n, const T* next, float* to) {
+// A row of n elements into a panel whose parts stand `part` floats apart; next: the row that will take its place
+template <class M, class T>
+LDMFAST_INLINE void pack_row(const T* from, int64_t n, const T* next, float* to,
+                             int64_t part = kPanelPart) {
   constexpr int64_t kStep = kLanes * M::kPack, kSteps = kPart / kLanes;
-  for (; n >= kSteps * kStep; n -= kSteps * kStep, to += kPanelPart) {
+  for (; n >= kSteps * kStep; n -= kSteps * kStep, to += part) {
 #pragma GCC unroll 2
     for (int i = 0; i < kSteps; ++i, from += kStep, next += kStep) {
       __builtin_prefetch(next, 0, 2);

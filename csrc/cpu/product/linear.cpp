@@ -6,7 +6,7 @@
 //   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed
 #include "../norm/layer_norm.h"
 #include "epilogue.h"
-#include "product.h"
+#include "streamed.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -28,14 +28,14 @@ template <class M, class T> struct Linear {
     if (a.norm_bias) y += load_upto((const T*)a.norm_bias + k, n);
     return y;
   }
-  void normalised_row(int64_t m, int64_t k, int64_t n, float* to) const {
+  void normalised_row(int64_t m, int64_t k, int64_t n, float* to, int64_t part) const {
     const T* x = (const T*)a.x + m * a.stride_x + k;
     const float mean = stats[2 * m], rstd = stats[2 * m + 1];
     for (int64_t i = 0, w = 0; i < n; i += kLanes * M::kPack, w += kLanes) {
       const VecF low = normalised(x + i, k + i, n - i, mean, rstd);
       const bool more = M::kPack == 2 && n - i > kLanes;
       const int64_t j = i + kLanes;
-      store(to + panel_word(w), M::join(low, more ? normalised(x + j, k + j, n - j, mean, rstd) : VecF{}));
+      store(to + panel_word(w, part), M::join(low, more ? normalised(x + j, k + j, n - j, mean, rstd) : VecF{}));
     }
   }
 
@@ -50,12 +50,21 @@ template <class M, class T> struct Linear {
     if (stride % 16 == 0 && ceil_div(kRows, sets) > 4) return nullptr;
     return (const float*)((const T*)a.x + m * a.stride_x + from(i));
   }
-  void rows(int64_t m, int count, int64_t i, float* to) const {
+  void rows(int64_t m, int count, int64_t i, float* to, int64_t part = kPanelPart) const {
     const T* x = (const T*)a.x + m * a.stride_x + from(i);
     for (int r = 0; r < count; ++r, to += kPart) {
-      if (a.normalised) normalised_row(m + r, from(i), elements(i), to);
-      else pack_row<M>(x + r * a.stride_x, elements(i), x + (r + kRows) * a.stride_x, to);
+      if (a.normalised) normalised_row(m + r, from(i), elements(i), to, part);
+      else pack_row<M>(x + r * a.stride_x, elements(i), x + (r + kRows) * a.stride_x, to, part);
     }
+  }
+
+  void across(int64_t m, int64_t valid, int64_t i, float* rows, float* to, int64_t stride) const {
+    pack_across(*this, m, valid, i, rows, to, stride);
+  }
+  int64_t outputs() const { return a.N; }
+  int64_t weight_stride() const { return a.stride_w / M::kPack; }
+  const float* weight_row(int64_t row, int64_t i) const {
+    return (const float*)((const T*)a.weight + row * a.stride_w + from(i));
   }
 
   void columns(int64_t n, int64_t i, float* to) const {
@@ -153,28 +162,47 @@ Plan linear_plan(const LinearArgs& a, int pack) {
   return plan_of(a.M, columns, ceil_div(words, block), block, a.K);
 }
 
+// Whether the weight is words as it stands, and the rows are few beside its own
+template <class M, class T> bool streams(const LinearArgs& a) {
+  if (sizeof(T) * M::kPack != 4 || a.K % M::kPack || a.stride_w % M::kPack) return false;
+  return a.M <= min64(kMostStreamed, a.N);
+}
+template <class T> int64_t product_floats(const LinearArgs& a, const Plan& p) {
+  if (streams<typename MathOf<T>::type, T>(a)) return streamed_plan(p).floats();
+  return p.split.threads * p.scratch;
+}
+
 template <class T> void run(const LinearArgs& a) {
   using M = typename MathOf<T>::type;
   const Plan p = linear_plan(a, M::kPack);
   if (a.M <= kFewRows && !a.exact && !a.normalised && a.activation != Activation::kGeglu) {
     return few_rows(Linear<M, T>{a, 0, nullptr}, p.split.threads);
   }
-  float* stats = (float*)a.workspace + p.split.threads * p.scratch;
+  float* stats = (float*)a.workspace + product_floats<T>(a, p);
   if (a.normalised) {
 #pragma omp parallel for num_threads(p.split.threads) if (p.split.threads > 1)
     for (int64_t m = 0; m < a.M; ++m) {
       row_statistics((const T*)a.x + m * a.stride_x, a.K, a.eps, stats[2 * m], stats[2 * m + 1]);
     }
   }
-  run_product<M>(p, Linear<M, T>{a, p.block_words, stats}, (float*)a.workspace);
+  const Linear<M, T> source{a, p.block_words, stats};
+  if constexpr (sizeof(T) * M::kPack == 4) {
+    if (streams<M, T>(a)) return run_streamed<M>(streamed_plan(p), source, (float*)a.workspace);
+  }
+  run_product<M>(p, source, (float*)a.workspace);
+}
+
+template <class T> size_t floats_of(const LinearArgs& a) {
+  const Plan p = linear_plan(a, MathOf<T>::type::kPack);
+  return (size_t)(product_floats<T>(a, p) + (a.normalised ? 2 * a.M : 0));
 }
 
 }  // namespace
 
 size_t linear_workspace(const LinearArgs& a) {
   if (a.M * a.N == 0) return 0;
-  const Plan p = linear_plan(a, a.dtype == DType::kBFloat16 ? MathOf<BFloat16>::type::kPack : 1);
-  return (size_t)(p.split.threads * p.scratch + (a.normalised ? 2 * a.M : 0)) * 4;
+  if (a.dtype == DType::kFloat32) return 4 * floats_of<float>(a);
+  return 4 * (a.dtype == DType::kBFloat16 ? floats_of<BFloat16>(a) : floats_of<Half>(a));
 }
 
 void linear(const LinearArgs& a) {

@@ -1,0 +1,203 @@
+// The matrix product beneath a few tokens: the weight is read where it lies, once, and nothing of it is packed.
+//
+//   X[words, tokens] = the rows, packed across: kLanes tokens a vector       # all threads; stays in the second level
+//   for each task, a range of output channels and one of tokens:
+//     for each block of the depth:
+//       for each kR rows of the weight:                                      # while the next kR come from memory
+//         for each group of kV vectors of tokens:
+//           totals[kR, kV * kLanes] += weight * X                            # in registers
+//     finish(the totals, turned round)                                       # a tile of kTile channels of kLanes tokens
+//
+// The blocks of the depth are product.h's and so is the order of every sum: both give the same bits.
+#pragma once
+#include "product.h"
+
+namespace ldmfast {
+namespace LDMFAST_ISA {
+namespace {
+
+// Tokens, beyond which the weight is better packed. On one thread of Zen 5, K = N = 1280 in bfloat16, a cold weight,
+// the time packed over the time here: 1.82 of 16 tokens, 1.28 of 64, 1.14 of 128, 1.01 of 256; of 1024 at most 0.84 to 0.92.
+constexpr int64_t kMostStreamed = 256;
+constexpr int kMostVectors = kLanes == 16 ? 5 : 3;  // of tokens whose sums are in registers
+constexpr int streamed_rows(int vectors) {          // rows of the weight likewise
+  return kLanes == 16 ? (vectors <= 2 ? 14 : vectors == 3 ? 9 : vectors == 4 ? 6 : 5) : 12 / vectors;
+}
+
+constexpr int64_t kRangeTokens = 320, kRangeColumns = 160;  // of a task, at most: its part of X is in the second level
+
+struct StreamedPlan {
+  int64_t M, N;                 // tokens; columns as product.h counts them
+  int64_t blocks, block_words;  // of the depth
+  int64_t groups, vectors;      // of tokens; vectors of a group
+  int64_t columns, range;       // of a task; groups of one
+  int64_t column_tasks, ranges, threads;
+  int64_t floats_x, scratch;    // of all X; of a thread
+  int64_t lanes() const { return groups * vectors * kLanes; }
+  int64_t stride() const { return range * vectors * kLanes; }  // of the totals
+  int64_t floats() const { return floats_x + threads * scratch + 16; }
+};
+
+StreamedPlan streamed_plan(const Plan& p) {
+  StreamedPlan s = {};
+  s.M = p.M, s.N = p.N, s.blocks = p.blocks, s.block_words = p.block_words, s.threads = p.split.threads;
+  const int64_t vectors = ceil_div(p.M, kLanes);
+  s.groups = ceil_div(vectors, kMostVectors), s.vectors = ceil_div(vectors, s.groups);
+  const int64_t tiles = ceil_div(p.N, kTile), wanted = ceil_div(tiles, 4 * s.threads);
+  s.columns = max64(1, min64(wanted, kRangeColumns / kTile)) * kTile;
+  s.column_tasks = ceil_div(p.N, s.columns);
+  s.ranges = ceil_div(s.groups * s.vectors * kLanes, kRangeTokens);
+  s.range = ceil_div(s.groups, s.ranges), s.ranges = ceil_div(s.groups, s.range);
+  s.floats_x = s.blocks * s.block_words * s.lanes();
+  const int64_t rows = ceil_div(s.block_words, kPart) * kPart * kLanes;
+  s.scratch = max64(rows, s.columns * s.stride() + kLanes * kTile) + 16;
+  return s;
+}
+
+// totals[kR, kV * kLanes] = or += w[kR, words] x[words, kV * kLanes]; next: the rows that follow, to be fetched
+template <class M, int kR, int kV>
+void multiply_streamed(const float* w, int64_t stride_w, const float* x, int64_t words, bool add, float* totals,
+                       int64_t stride_t, const float* next) {
+  constexpr int kAbreast = 3, kPointers = (kR + kAbreast - 1) / kAbreast;
+  constexpr int64_t kLine = 16;  // words
+  VecF sum[kR][kV] = {};
+  const float* row[kPointers];
+  for (int i = 0; i < kPointers; ++i) row[i] = w + i * kAbreast * stride_w;
+  for (int64_t begin = 0; begin < words; begin += kLine, next += kLine) {
+#pragma GCC unroll 14
+    for (int r = 0; r < kR; ++r) __builtin_prefetch(next + r * stride_w, 0, 2);
+    const int64_t count = min64(kLine, words - begin);
+    for (int64_t d = 0; d < count; ++d, x += kV * kLanes) {
+      VecF tokens[kV];
+#pragma GCC unroll 5
+      for (int j = 0; j < kV; ++j) tokens[j] = load(x + j * kLanes);
+#pragma GCC unroll 14
+      for (int r = 0; r < kR; ++r) {
+        const VecF y = broadcast(row[r / kAbreast] + r % kAbreast * stride_w);
+#pragma GCC unroll 5
+        for (int j = 0; j < kV; ++j) sum[r][j] = M::dot(sum[r][j], y, tokens[j]);
+      }
+#pragma GCC unroll 5
+      for (int i = 0; i < kPointers; ++i) ++row[i];
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 5
+    for (int j = 0; j < kV; ++j) {
+      float* to = totals + r * stride_t + j * kLanes;
+      store(to, add ? load(to) + sum[r][j] : sum[r][j]);
+    }
+  }
+}
+
+// Packs kLanes tokens from m on across, of which `valid` are there: to[words, stride], from rows[kLanes, words] in parts.
+template <class Source>
+void pack_across(const Source& source, int64_t m, int64_t valid, int64_t block, float* rows, float* to, int64_t stride) {
+  constexpr int64_t kAcrossPart = kLanes * kPart;
+  const int64_t words = source.words(block);
+  if (valid > 0) source.rows(m, (int)valid, block, rows, kAcrossPart);
+  for (int64_t w = 0; w < words; w += kPart, rows += kAcrossPart, to += kPart * stride) {
+    pack_transposed<Single>(rows, kPart, valid, min64(kPart, words - w), to, stride);
+  }
+}
+
+// Source has, beside what product.h asks for:
+//   void across(m, valid, block, rows, to, stride)                  pack_across, or a way of its own
+//   const float* weight_row(row, block), int64_t weight_stride()    the words of a row of the weight, where they lie
+//   bool gated(), int64_t outputs()                                 whether a tile is of two runs of rows, and their length
+template <class M, class Source> struct Streamed {
+  const StreamedPlan& p;
+  const Source& source;
+  float* x;
+
+  float* x_of(int64_t block, int64_t group) const {
+    return x + block * p.block_words * p.lanes() + group * source.words(block) * p.vectors * kLanes;
+  }
+
+  void pack(int64_t vector, int64_t block, float* rows) const {
+    const int64_t m = vector * kLanes, stride = p.vectors * kLanes;
+    float* to = x_of(block, vector / p.vectors) + vector % p.vectors * kLanes;
+    source.across(m, max64(0, min64(kLanes, p.M - m)), block, rows, to, stride);
+  }
+
+  // rows of the weight of one block times the groups [g0, g1)
+  template <int kR, int kV>
+  void some_rows(int64_t row, int64_t end, int64_t block, int64_t g0, int64_t g1, const float* next,
+                 float* totals) const {
+    const int64_t words = source.words(block), stride = source.weight_stride();
+    for (; row + kR <= end; row += kR, totals += kR * p.stride()) {
+      const float* w = source.weight_row(row, block);
+      const float* ahead = row + 2 * kR <= end ? w + kR * stride : next;
+      for (int64_t g = g0; g < g1; ++g) {
+        multiply_streamed<M, kR, kV>(w, stride, x_of(block, g), words, block > 0, totals + (g - g0) * kV * kLanes,
+                                     p.stride(), g > g0 ? w : ahead);
+      }
+    }
+    if constexpr (kR > 1) {
+      if (row < end) some_rows<(kR > 3 ? 3 : 1), kV>(row, end, block, g0, g1, next, totals);
+    }
+  }
+  template <int kV = kMostVectors>
+  void all_rows(int64_t row, int64_t end, int64_t block, int64_t g0, int64_t g1, const float* next,
+                float* totals) const {
+    if (p.vectors == kV) return some_rows<streamed_rows(kV), kV>(row, end, block, g0, g1, next, totals);
+    if constexpr (kV > 1) all_rows<kV - 1>(row, end, block, g0, g1, next, totals);
+  }
+
+  // a tile of the totals, whose runs have `length` rows; n: its column within the task
+  void turn_round(const float* totals, int64_t n, int64_t length, float* tile) const {
+    for (int j = 0; j < 2; ++j) {
+      const int64_t row = source.gated() ? n / 2 : n + j * kLanes;
+      const float* from = totals + (row + (source.gated() ? j * (p.columns / 2) : 0)) * p.stride();
+      VecF y[kLanes];
+      for (int r = 0; r < kLanes; ++r) y[r] = r < length - row ? load(from + r * p.stride()) : VecF{};
+      transpose(y);
+      for (int r = 0; r < kLanes; ++r) store(tile + r * kTile + j * kLanes, y[r]);
+    }
+  }
+
+  void run_task(int64_t task, float* totals) const {
+    const int64_t g0 = task % p.ranges * p.range, g1 = min64(p.groups, g0 + p.range);
+    const int64_t n0 = task / p.ranges * p.columns, n1 = min64(p.N, n0 + p.columns);
+    const int runs = source.gated() ? 2 : 1;
+    const int64_t first = n0 / runs, length = min64(source.outputs(), ceil_div(n1, runs)) - first;
+    const int64_t later = p.ranges == 1 ? (n0 + p.threads * p.columns) / runs : first;  // a task of this thread, likely
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      const bool last = block + 1 == p.blocks;
+      const int64_t follows = min64(last ? later : first, source.outputs() - 1);
+      for (int run = 0; run < runs; ++run) {
+        const int64_t row = run * source.outputs() + first;
+        const float* next = source.weight_row(run * source.outputs() + follows, last ? 0 : block + 1);
+        all_rows(row, row + length, block, g0, g1, next, totals + run * (p.columns / runs) * p.stride());
+      }
+    }
+    float* tile = totals + p.columns * p.stride();  // [kLanes, kTile]
+    const int64_t m0 = g0 * p.vectors * kLanes, m1 = min64(p.M, g1 * p.vectors * kLanes);
+    for (int64_t n = n0; n < n1; n += kTile) {
+      for (int64_t m = m0; m < m1; m += kLanes) {
+        turn_round(totals + m - m0, n - n0, length, tile);
+        source.finish(m, (int)min64(kLanes, p.M - m), n, tile, kTile);
+      }
+    }
+  }
+};
+
+template <class M, class Source> void run_streamed(const StreamedPlan& p, const Source& source, float* workspace) {
+  float* x = aligned(workspace);
+  const Streamed<M, Source> product{p, source, x};
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    float* scratch = aligned(x + p.floats_x + omp_get_thread_num() * p.scratch);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < p.blocks * p.groups * p.vectors; ++i) {
+      product.pack(i / p.blocks, i % p.blocks, scratch);
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < p.column_tasks * p.ranges; ++i) product.run_task(i, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace LDMFAST_ISA
+}  // namespace ldmfast
