@@ -24,10 +24,14 @@ A mistake in what was asked is answered with one sentence and exit code 2, and C
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
+import warnings
+from pathlib import Path
 
+PACKAGE = str(Path(__file__).resolve().parents[1])
 GROUPS = ([], ["data"], ["train"])  # what names no command yet is answered with what there is
 STOPPED = 130  # 128 + SIGINT, as shells say it
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # of the errors that torch raises as RuntimeError
@@ -62,11 +66,12 @@ def main(argv=None):
 
 
 def entry():
-    """`main` for a process of its own.
+    """`main` for a process of its own. What ldmfast warns of is a line there, without the place in its code.
 
     After Ctrl-C it ends at once: what was being imported is half there, and complains while Python winds up (nanobind's
     list of leaks, 32 lines). Ctrl-C while Python winds up anyway ends it, too.
     """
+    warnings.formatwarning = _warned
     code = main()
     signal.signal(signal.SIGINT, lambda *_: os._exit(code))
     if code == STOPPED:
@@ -74,6 +79,12 @@ def entry():
             stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _warned(message, category, filename, lineno, line=None, python=warnings.formatwarning):
+    """Python's text of a warning, if it is not one of ours."""
+    ours = not issubclass(category, DeprecationWarning) and str(Path(filename).resolve()).startswith(PACKAGE + os.sep)
+    return f"ldmfast: {message}\n" if ours else python(message, category, filename, lineno, line)
 
 
 def _sentence(error):
@@ -118,6 +129,36 @@ class Interrupts:
             self.before[1](found)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and what was meant, where a word or an option is nearly one that there is."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {self._nearly(message)}; `{self.prog} --help` lists what there is\n")
+
+    def _nearly(self, message):
+        import difflib
+
+        if found := re.fullmatch(r"argument [\w ]+: invalid choice: '(.*)' \(choose from (.*)\)", message):
+            word, known = found[1], [each.strip("' ") for each in found[2].split(",")]
+            message = f"{word} is none of {', '.join(known)}"
+        elif found := re.fullmatch(r"unrecognized arguments: (-\S+).*", message):
+            word, known = found[1], self._options()
+        else:
+            return message
+        meant = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+        return message + (f"; did you mean {meant[0]}?" if meant else "")
+
+    def _options(self):
+        """Every option of this parser and of those below it."""
+        found = set()
+        for action in self._actions:
+            found.update(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                for below in action.choices.values():
+                    found.update(below._options())
+        return sorted(found)
+
+
 class Version(argparse.Action):
     """Looked up when it is asked for."""
 
@@ -154,7 +195,7 @@ def parser():
     )
     from ldmfast.commands.measuring import profile, tune
 
-    top = argparse.ArgumentParser("ldmfast", description="Latent diffusion with fused kernels.")
+    top = Parser("ldmfast", description="Latent diffusion with fused kernels.")
     top.add_argument("--version", action=Version, nargs=0, help="show the versions of ldmfast and what it runs on")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     measuring = (doctor, tune, profile, bench_report)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 from pathlib import Path
 
 from ldmfast.commands.common import command, numbers
@@ -88,13 +89,27 @@ def _recipes(arguments):
         print(f"{name:16} {found.pop('about')} ({', '.join(found)})")
 
 
+def _check_folders(data, output):
+    """That --data is there and --output can be. Raises OSError; what trains tries both, after its imports."""
+    if not Path(data).is_dir():
+        raise FileNotFoundError(f"{data} is not a folder of pictures")
+    there = next(each for each in (Path(output).absolute(), *Path(output).absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--output {output} cannot be written: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {output} cannot be written: no permission to write to {there}")
+
+
 def _train(arguments):
+    _check_folders(arguments.data, arguments.output)
+    config = _config(arguments)
+
     from ldmfast.training import parallel
 
     stage = importlib.import_module(f"ldmfast.training.train_{arguments.stage}")
     source = [getattr(arguments, name) for name in ("autoencoder", "model") if hasattr(arguments, name)]
     result = stage.train(
-        arguments.data, *source, arguments.output, _config(arguments), restart=arguments.restart, quiet=arguments.quiet
+        arguments.data, *source, arguments.output, config, restart=arguments.restart, quiet=arguments.quiet
     )
     if parallel.leave():
         print(f"{Path(arguments.output, MADE[arguments.stage])}: {_said(result)}")

@@ -28,6 +28,8 @@ def inspect(folder):
         whole.append(row)
         if row["split"] == "train":
             small.append(pixels)
+    if not whole and not problems:
+        return [f"{folder} holds no pictures"], [], True
     trained = [row for row in whole if row["split"] == "train"]
     splits = Counter(row["split"] for row in whole)
     said = [", ".join(f"{count} of split {split}" for split, count in sorted(splits.items())) or "no pictures"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from ldmfast.commands.drawing import bounds
 from ldmfast.commands.drawing.described import Described
 
 CAT = ["sample", "a cat", "-o", "{tmp}/a.png"]
+TRAIN = ["train", "autoencoder"]
 SCENES = ["sample", "-o", "{tmp}/a.png"]
 
 
@@ -52,6 +54,10 @@ def mistakes():
         ([*SCENES, "--class", "cat", "--map", "a.png", "b.png"], "--class 1, --map 2: give as many of each"),
         ([*SCENES, "--boxes", "{tmp}/none.json"], "No such file"),
         ([*SCENES, "--map", "{tmp}/none.png"], "No such file"),
+        ([*TRAIN, "--data", "{tmp}/none", "--output", "{tmp}/x"], "none is not a folder of pictures"),
+        ([*TRAIN, "--data", "{tmp}", "--output", __file__ + "/x"], f"cannot be written: {__file__} is a file"),
+        ([*TRAIN, "--data", "{tmp}", "--output", "{tmp}/x", "--size", "65"], "size=65 is not divisible by f=4"),
+        ([*TRAIN, "--data", "{tmp}", "--output", "{tmp}/x", "--recipe", "none"], "no recipe 'none'"),
         (["sample", "--example", "cake", "{tmp}"], "--example cake is none of boxes, map, mask, picture"),
     ]
 
@@ -190,3 +196,50 @@ def test_a_prompt_that_is_cut_is_said_shortly(tmp_path, capsys):
     assert cli.main(asked) == 0
     (said,) = capsys.readouterr().err.splitlines()
     assert "the text encoder reads" in said and len(said) < 160
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sampel"], "ldmfast: sampel is none of sample, evaluate, "),
+        (["sampel"], "; did you mean sample?; `ldmfast --help` lists"),
+        (
+            ["train", "autoencodr"],
+            "ldmfast train: autoencodr is none of autoencoder, decoder, denoiser, scenes, lora; ",
+        ),
+        (["train", "lora"], "ldmfast train lora: the following arguments are required: --data, --output; `ldmfast tr"),
+        (["sample", "a cat", "--stpes", "3"], "unrecognized arguments: --stpes 3; did you mean --steps?; "),
+        (["sample", "a cat", "--nothing-like-it"], "unrecognized arguments: --nothing-like-it; `ldmfast --help`"),
+    ],
+)
+def test_a_word_or_option_that_is_nearly_right_is_answered_with_it(arguments, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    found = capsys.readouterr().err
+    assert left.value.code == 2 and said in found and len(found.splitlines()) == 1
+
+
+def test_a_warning_is_a_line_without_a_place_in_the_code(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    (folder / "c.heic").write_bytes(b"")
+    command = [sys.executable, "-m", "ldmfast", "data", "photos", str(tmp_path / "made"), "--photos", str(folder)]
+    done = subprocess.run([*command, "--size", "4", "--crops", "1"], capture_output=True, text=True)
+    what = "1 of a kind that is not read, left out: c.heic; save them as PNG or JPEG"
+    assert (done.returncode, done.stderr) == (0, f"ldmfast: {folder}: {what}\n")
+
+
+def test_other_packages_warnings_stay_as_python_has_them():
+    given = (UserWarning("odd"), UserWarning, "/usr/lib/python3/other.py", 7)
+    assert cli._warned(*given).startswith("/usr/lib/python3/other.py:7: UserWarning: odd")
+    assert cli._warned(given[0], given[1], cli.__file__, 7) == "ldmfast: odd\n"
+
+
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, capsys, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != mine)  # root may write everywhere
+    assert cli.main([*TRAIN, "--data", str(tmp_path), "--output", str(mine / "a" / "b")]) == 2
+    assert f"cannot be written: no permission to write to {mine}" in capsys.readouterr().err

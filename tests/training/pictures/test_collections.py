@@ -234,6 +234,9 @@ def test_inspect_says_what_would_be_trained_on(tmp_path, capsys):
     damaged(tmp_path / "damaged")
     assert main(["data", "inspect", str(tmp_path / "damaged")]) == 1
     assert sum(line.startswith("broken: ") for line in capsys.readouterr().out.splitlines()) == 7
+    (tmp_path / "empty").mkdir()
+    assert main(["data", "inspect", str(tmp_path / "empty")]) == 1
+    assert capsys.readouterr().out == f"{tmp_path / 'empty'} holds no pictures\n"
 
 
 @pytest.mark.parametrize("most", [10, 40])  # of 64 pixels: refused above twice as many, said to be one above
