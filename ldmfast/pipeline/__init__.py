@@ -9,6 +9,7 @@ diffusers_names.py                what users of diffusers look for, and where it
 folder.py                         a pipeline as a folder
 saved_autoencoder.py              the autoencoder alone, out of such a folder
 load_lora.py, load_embedding.py   LoRA and textual inversion on it, or on a pipeline of diffusers'
+lora_adapter.py, lora_layers.py   a LoRA file as an adapter of peft's, and peft's layers for a first one
 added_files.py                    both by the options of `load`
 optimize.py                       ldmfast under a live diffusers pipeline
 """

@@ -137,8 +137,10 @@ def _activate(network: nn.Module, scales: dict[str, float]) -> None:
     """Exactly these adapters, of those that this network has: none fused, none switched off."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    names = [name for name in scales if name in _held(network)]
-    for layer in network.modules():
+    names, waiting = [name for name in scales if name in _held(network)], [network]
+    while waiting:  # as network.modules(), which takes longer than the rest
+        layer = waiting.pop()
+        waiting += filter(None, layer._modules.values())
         if isinstance(layer, BaseTunerLayer):
             if layer.merged:
                 layer.unmerge()
@@ -155,8 +157,16 @@ def _switch(layer: nn.Module, names: list[str]) -> None:
         table = getattr(layer, attribute)
         for name in {*layer.active_adapters, *names}:
             if name in table:
-                table[name].requires_grad_(name in names)
+                _require_grad(table[name], name in names)
     layer._active_adapter = names
+
+
+def _require_grad(part: nn.Module | nn.Parameter, required: bool) -> None:
+    """part.requires_grad_(required); a layer's own looks for children and takes longer."""
+    alone = isinstance(part, nn.Module) and not part._modules
+    for owned in part._parameters.values() if alone else (part,):
+        if owned is not None:
+            owned.requires_grad_(required)
 
 
 def _delete(network: nn.Module, names: list[str]) -> None:

@@ -2,16 +2,18 @@
 
 diffusers' and transformers' own loaders put it on. They take 0.2 to 0.6 s of a U-Net of Stable Diffusion 1, more with
 each adapter that is there; so where every layer has an adapter of `load_lora`'s already, the new one is made as a copy
-of that layer's, with the file's matrices in it.
+of that layer's, with the file's matrices in it; and a U-Net's first one around copies of a few of peft's layers.
 """
 
 from __future__ import annotations
 
 import copy
 
+import diffusers
 import torch
 from torch import nn
 
+from ldmfast.pipeline.lora_layers import copied, find, offloaded, wrap
 from ldmfast.released.lora.lora_matrices import Change
 from ldmfast.released.lora.lora_names import UNET
 
@@ -26,7 +28,7 @@ def attach(network: nn.Module, part: str, changes: dict[str, Change], name: str)
     from ldmfast.models.lora_norm import adapt_norm  # needs peft
 
     pairs = {layer: change for layer, change in changes.items() if change.up is not None}
-    if pairs and _attach_by_copies(network, pairs, name):
+    if pairs and (_attach_by_copies(network, pairs, name) or _attach_first(network, pairs, name)):
         pass
     elif pairs:
         state = _peft_state(pairs)
@@ -78,11 +80,13 @@ def _config(pairs: dict[str, Change]):
 
 def _attach_by_copies(network: nn.Module, pairs: dict[str, Change], name: str) -> bool:
     """Do it by copying an adapter of each layer; False, with nothing done, where a layer has none to copy."""
+    if not getattr(network, "peft_config", None) or offloaded(network) or not _are_matrices(pairs):
+        return False
     copies = []
     for layer, change in pairs.items():
-        module = _adapted(network, layer)
-        like = None if module is None else _template(module)
-        if like is None or change.bias is not None or change.magnitude is not None:
+        module = find(network, layer)
+        like = None if offloaded(module) else _template(module)
+        if like is None:
             return False
         copies.append((module, like, change))
     config = copy.copy(network.peft_config[copies[0][1]])
@@ -95,17 +99,26 @@ def _attach_by_copies(network: nn.Module, pairs: dict[str, Change], name: str) -
     return True
 
 
-def _adapted(network: nn.Module, layer: str) -> nn.Module | None:
-    """The layer of peft's in that place; None if it is another, or its weights are not where it computes."""
-    from peft.tuners.lora import LoraLayer
+def _attach_first(network: nn.Module, pairs: dict[str, Change], name: str) -> bool:
+    """Do it to a network of diffusers' without adapters; False, with nothing done, to another (lora_layers.wrap)."""
+    if not isinstance(network, diffusers.ModelMixin) or not _are_matrices(pairs):
+        return False
+    layers = wrap(network, list(pairs), _config(pairs), name)
+    for layer, module in (layers or {}).items():
+        _copy_adapter(module, name, name, pairs[layer])
+    return layers is not None
 
-    module = network.get_submodule(layer)
-    offloaded = any(hasattr(m, hook) for m in (network, module) for hook in ("_hf_hook", "_diffusers_hook"))
-    return module if isinstance(module, LoraLayer) and not offloaded else None
+
+def _are_matrices(pairs: dict[str, Change]) -> bool:
+    return all(change.bias is None and change.magnitude is None for change in pairs.values())
 
 
 def _template(layer: nn.Module) -> str | None:
     """The name of an adapter of this layer that is two matrices and no more, made by load_lora."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer):
+        return None
     for name, down in layer.lora_A.items():
         more = (getattr(layer, table, {}).get(name) for table in ("use_dora", "lora_bias", "lora_variant"))
         weights = down.weight, layer.lora_B[name].weight
@@ -122,16 +135,18 @@ def _copy_adapter(layer: nn.Module, like: str, name: str, change: Change) -> Non
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
         table = getattr(layer, attribute)
         if like in table:
-            table[name] = new[attribute] if attribute in new else copy.copy(table[like])
+            table[name] = new[attribute] if attribute in new else _another(table[like])
+
+
+def _another(value):
+    return copied(value) if isinstance(value, nn.Module) else copy.copy(value)
 
 
 def _copied(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     """A linear layer or convolution like `module`, its dtype and device, with another weight."""
-    made = type(module).__new__(type(module))
-    made.__dict__ = {
-        key: type(value)(value) if isinstance(value, dict) else value for key, value in vars(module).items()
-    }
-    made.weight = nn.Parameter(weight.to(module.weight, copy=True).contiguous())
+    made = copied(module)
+    like = module._parameters["weight"]
+    made._parameters["weight"] = nn.Parameter(weight.to(like.device, like.dtype, copy=True).contiguous())
     rows, columns = weight.shape[:2]
     if isinstance(module, nn.Linear):
         made.in_features, made.out_features = columns, rows

@@ -51,6 +51,7 @@ def test_another_file_for_the_same_layers_is_a_copy_of_the_adapter_that_is_there
     held, wanted = file_of(stock, lora, first), file_of(stock, method, second, layers=LAYERS[1:])
     ours, arguments = UNet.from_unet(copy.deepcopy(stock)), tiny.inputs(stock)
     load_lora(ours, (first, 0.3))
+    assert tiny.error(answer(ours, arguments), answer(held, arguments)) < 2e-5
     refuse(monkeypatch)
     load_lora(ours, (second, 0.3))
     assert tiny.error(answer(ours, arguments), answer(wanted, arguments)) < 2e-5

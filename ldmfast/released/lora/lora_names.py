@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -99,8 +99,16 @@ def layers(network: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def layer_names(part: str, network: nn.Module, known: Iterable[str]) -> dict[str, str]:
-    """{flattened name: name} of a network's `layers`, in every spelling that files have.   known  their names"""
+@dataclass(frozen=True)
+class LayerNames:
+    """{flattened name: name} of a network's layers: as diffusers and transformers spell them, and as released files."""
+
+    usual: dict[str, str]
+    released: Callable[[], dict[str, str]]  # made when it is first asked for
+
+
+def layer_names(part: str, network: nn.Module, known: Iterable[str]) -> LayerNames:
+    """A network's `layers` in every spelling that files have.   known  their names"""
     names = {_flat(name): name for name in known}
     if part != UNET:
         own = {flat.removeprefix("text_model_"): name for flat, name in names.items()}
@@ -111,14 +119,15 @@ def layer_names(part: str, network: nn.Module, known: Iterable[str]) -> dict[str
             if flat.endswith("_self_attn_" + n)
         }
         own |= {spelt: own[flat] for spelt, flat in old.items()}
-        return own | {f"text_model_{flat}": name for flat, name in own.items()}
+        return LayerNames(own | {f"text_model_{flat}": name for flat, name in own.items()}, dict)
     spelt = {flat.removesuffix("_0"): name for flat, name in names.items() if flat.endswith("to_out_0")}
-    return {**spelt, **names, **_released_names(network, names.values())}
+    return LayerNames({**spelt, **names}, functools.cache(lambda: _released_names(network, names.values())))
 
 
-def find(layer: str, names: dict[str, str]) -> str | None:
-    """The name, in `layer_names`' table, of a layer as a file spells it."""
-    return names.get(_flat(layer.replace(".processor", "")))
+def find(layer: str, names: LayerNames) -> str | None:
+    """The name of a layer as a file spells it."""
+    flat = _flat(layer.replace(".processor", ""))
+    return names.usual.get(flat) or names.released().get(flat)
 
 
 def _flat(name: str) -> str:
