@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,13 +118,28 @@ def _plan(watch: _Watch, args: tuple, outputs: tuple, several: bool) -> Callable
     used, dtypes, orders, fixed = found
     makers = [maker_of(tensor, args) for tensor in (*results, *workspace)]
     at = next((i for i, value in enumerate(args) if type(value) is Values), None)
-    relaunch = _Relaunch(watch.launches, dtypes, orders, fixed, args[0].device)
+    launches = _Launches(watch.launches, dtypes, orders, fixed, args[0].device)
     taken = operator.itemgetter(*used) if len(used) > 1 else lambda pool: (pool[used[0]],)
-    count = len(results)
+    count, constant, kept = len(results), tuple(fixed), launches.binaries
+    index, given = launches.index, bool(numbers)
 
     def plan(args):
         made = [args[like].new_empty_strided(shape, strides, **kind) for like, shape, strides, kind in makers]
-        relaunch(taken((*args, *made, *constants)), args[at] if numbers else ())
+        tensors = taken((*args, *made, *constants))
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for address in addresses:
+            bits |= address
+        key = bits & 15 and tuple([address & 15 == 0 for address in addresses])
+        numbers = map(float, args[at]) if given else ()
+        binaries = kept.get(key)
+        if binaries is None or _asked_otherwise() or index is not None and index != _current_device():
+            launches.through_triton(key, tensors, numbers)
+        else:
+            values = (*addresses, *numbers, *constant)
+            stream = 0 if index is None else raw_stream(index)
+            for run, x, y, z, function, packed, arranged in binaries:
+                run(x, y, z, stream, function, packed, None, None, None, *arranged(values))
         return tuple(made[:count]) if several else made[0]
 
     return plan
@@ -175,45 +190,31 @@ def _places(launches: list[_Launch], pool: list, numbers: list[float]) -> tuple[
     return list(used), list(used.values()), picks, fixed
 
 
-class _Relaunch:
-    """The launches of a plan, made again with other tensors and numbers."""
+class _Launches:
+    """The launches of a plan, and the binaries that Triton chose for them."""
 
     def __init__(self, launches: list[_Launch], dtypes: list, orders: list, fixed: list, device: torch.device) -> None:
         self.launches = [(launch.kernel, launch.grid, launch.options) for launch in launches]  # not the first tensors
         self.dtypes, self.orders, self.fixed = dtypes, orders, tuple(fixed)
-        self.binaries: dict[Any, list[tuple]] = {}  # by which addresses are multiples of 16
+        self.binaries: dict[Any, list[tuple]] = {}  # by which addresses are multiples of 16; 0 where all are
         self.index = device.index if device.type == "cuda" else None
 
-    def __call__(self, tensors: tuple, numbers: Values) -> None:
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        bits = 0
-        for address in addresses:
-            bits |= address
-        key = bits & 15 and tuple([address & 15 == 0 for address in addresses])
-        binaries = self.binaries.get(key)
-        if binaries is None or _asked_otherwise() or self.index is not None and self.index != _current_device():
-            return self.through_triton(key, tensors, numbers)
-        values = (*addresses, *map(float, numbers), *self.fixed)
-        stream = 0 if self.index is None else raw_stream(self.index)
-        for run, grid, function, packed, arranged in binaries:
-            run(*grid, stream, function, packed, None, None, None, *arranged(values))
-
-    def through_triton(self, key: Any, tensors: tuple, numbers: Values) -> None:
+    def through_triton(self, key: Any, tensors: tuple, numbers: Iterable[float]) -> None:
         kept, tensors = [], [tensor.view(dtype) for tensor, dtype in zip(tensors, self.dtypes, strict=True)]
-        values = (*tensors, *map(float, numbers), *self.fixed)
+        values = (*tensors, *numbers, *self.fixed)
         there = contextlib.nullcontext() if self.index is None else torch.cuda.device(self.index)
         with there:
             for (kernel, grid, options), arranged in zip(self.launches, self.orders, strict=True):
                 binary = kernel[grid](*arranged(values), **options)
                 if _is_binary(binary):
                     sizes = (*grid, 1, 1)[:3]
-                    kept.append((binary.run, sizes, binary.function, binary.packed_metadata, arranged))
+                    kept.append((binary.run, *sizes, binary.function, binary.packed_metadata, arranged))
         if len(kept) == len(self.launches) and not _asked_otherwise():
             self.binaries[key] = kept
 
 
-def _current_device() -> int:
-    return torch._C._cuda_getDevice()
+# of a build of torch with CUDA
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def _is_binary(value: Any) -> bool:
@@ -221,13 +222,15 @@ def _is_binary(value: Any) -> bool:
     return isinstance(value, CompiledKernel) and value.metadata.target.backend == "cuda"
 
 
-def _asked_otherwise() -> bool:
+_runtime, _compilation = knobs.runtime, knobs.compilation
+
+
+def _asked_otherwise() -> Any:
     """Whether Triton's launches are watched, or other code than usual is asked for: its wrapper is to see the call."""
-    runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return (
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
-        or runtime.debug
-        or knobs.compilation.instrumentation_mode
+        or _runtime.debug
+        or _compilation.instrumentation_mode
     )
