@@ -322,6 +322,20 @@ LDMFAST_FIELDS(Conv2dArgs, x1, stride_x1n, stride_x1h, stride_x1w, x2, stride_x2
                out, N, H, W, C1, C2, Co, Ho, Wo, kernel, stride, padding, upsample, output_scale, silu, form, dtype,
                workspace)
 
+// The gradient of the weight of a 3x3 convolution of stride 1, everything in float32.
+struct Conv2dWeightBackwardArgs {
+  const void* dy;                      // [N, Ho, Wo, Co] by strides, unit stride in Co
+  int64_t stride_dyn, stride_dyh, stride_dyw;
+  const void* x;                       // [N, H, W, Ci] likewise; zero outside
+  int64_t stride_xn, stride_xh, stride_xw;
+  void* dw;                            // [Co, Ci, 3, 3], dense
+  int64_t N, H, W, Ci, Co, Ho, Wo;     // of at least one output and channel
+  int64_t padding;                     // above and to the left
+  void* workspace;                     // conv2d_weight_backward_workspace(args) bytes
+};
+LDMFAST_FIELDS(Conv2dWeightBackwardArgs, dy, stride_dyn, stride_dyh, stride_dyw, x, stride_xn, stride_xh, stride_xw, dw,
+               N, H, W, Ci, Co, Ho, Wo, padding, workspace)
+
 // out = h * gelu(g), gelu with erf: h the first F of a row of x, g the others
 struct GegluArgs {
   const void* x;                       // [M, 2F], unit stride in F
@@ -378,7 +392,8 @@ LDMFAST_FIELDS(ResidualLayerNormArgs, x, residual, stride_x, stride_residual, we
   OP(group_norm_affine, GroupNormAffineArgs, WORKSPACE)                   \
   OP(layer_norm, LayerNormArgs, NO_WORKSPACE)                             \
   OP(linear, LinearArgs, WORKSPACE)                                       \
-  OP(conv2d, Conv2dArgs, WORKSPACE)
+  OP(conv2d, Conv2dArgs, WORKSPACE)                                       \
+  OP(conv2d_weight_backward, Conv2dWeightBackwardArgs, WORKSPACE)
 // ... and those that it lacks: what its linear and conv2d take in themselves
 #define LDMFAST_GPU_OPS(OP)                                               \
   OP(geglu, GegluArgs, NO_WORKSPACE)                                      \

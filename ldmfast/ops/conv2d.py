@@ -9,6 +9,7 @@ from ldmfast.ops import native, speeds
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
 from ldmfast.ops.contract import switch
 from ldmfast.ops.dispatcher import vmapped
+from ldmfast.ops.gradients import conv2d_weight_backward
 from ldmfast.ops.gradients.products import convolution_gradients
 from ldmfast.ops.operator import Op
 
@@ -262,5 +263,10 @@ def _gradient(grads, args, outputs, needed, backend):
     def convolve(g, turned, padding):
         return op(*_arguments(g, turned, padding=padding, exact=exact), backend)
 
-    found = convolution_gradients(grads[0], x, weight, stride, padding, needed, convolve)
+    def weigh(g, x):
+        return conv2d_weight_backward.op(g, x, padding, "cpu")
+
+    own = stride == 1 and weight.shape[2] == 3 and op.fused(args, backend)
+    own = own and conv2d_weight_backward.runs(grads[0], x, padding)
+    found = convolution_gradients(grads[0], x, weight, stride, padding, needed, convolve, weigh if own else None)
     return *found, *[None] * 11

@@ -92,6 +92,15 @@ SLOWER = (
             ("linear", "bfloat16", torch.bfloat16, "0.12-0.49"),
         )
     ),
+    Slower(
+        "conv2d_weight_backward",
+        "cpu",
+        "torch",
+        "Zen 5, 1 thread, float32, 3 and 4 channels in: 0.56-0.73 of its speed",
+        (("Ci", 0, 8),),
+        measured=True,
+    ),
+    Slower("conv2d_weight_backward", "cpu", "torch", "no vectors, as conv2d's other products there", _GENERIC),
     *(Slower(op, "cpu", "torch", _TILES, (("tiles", 1, 1),), SIXTEEN) for op in ("conv2d", "linear")),
     Slower("group_norm_silu_backward", "cuda", "triton", "H100, [2, 320, 64, 64] float16: 25-35 us against 15 us"),
 )

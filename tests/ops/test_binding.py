@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ldmfast.ops import native
-from ldmfast.ops.registry import OPS
+from ldmfast.ops.registry import BACKWARD_OPS, OPS
 
 CSRC = Path(__file__).parents[2] / "csrc"
-CPU_ALONE = {"conv2d", "group_norm_affine", "layer_norm", "linear"}
+CPU_ALONE = {"conv2d", "conv2d_weight_backward", "group_norm_affine", "layer_norm", "linear"}
 GPU_ALONE = {"bias_residual", "geglu", "residual_layer_norm"}
 ATTENTION = importlib.import_module("ldmfast.ops.attention")  # the package has the function under this name
 
@@ -67,9 +67,9 @@ def test_the_modules_have_the_structs_as_they_are_written(extension):
 
 
 def test_an_op_of_one_kind_of_module_has_no_other_native_backend():
-    native_ops = {op.name for op in OPS.values() if {"cpu", "cuda"} & set(op.backends)}
-    assert alone("CPU") == {name for name in native_ops if "cuda" not in OPS[name].backends} == CPU_ALONE
-    assert alone("GPU") == {name for name in native_ops if "cpu" not in OPS[name].backends} == GPU_ALONE
+    ops = {name: op for name, op in (OPS | BACKWARD_OPS).items() if {"cpu", "cuda"} & set(op.backends)}
+    assert alone("CPU") == {name for name, op in ops.items() if "cuda" not in op.backends} == CPU_ALONE
+    assert alone("GPU") == {name for name, op in ops.items() if "cpu" not in op.backends} == GPU_ALONE
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from ldmfast.ops.gradients import (  # noqa: F401
     attention_backward,
+    conv2d_weight_backward,
     ddim_step_backward,
     group_norm_silu_backward,
     timestep_mlp_backward,
