@@ -59,7 +59,10 @@ def test_sample_lays_out_a_grid(tmp_path):
         (["data", "emoji", "{tmp}/new", "--cutouts", "{tmp}"], "holds none of the cut-outs"),
         (["train", "autoencoder", "--data", "{tmp}", "--output", "{tmp}"], "holds no pictures"),
         (["train", "autoencoder", "--data", "{tmp}", "--output", "{tmp}", "--steps", "0"], "steps=0 must be above 0"),
-        (["train", "autoencoder", "--data", "a", "--output", "b", "--lpips", "c"], "is not read by perceptual=none"),
+        (
+            ["train", "autoencoder", "--data", "{tmp}", "--output", "{tmp}", "--lpips", "c"],
+            "is not read by perceptual=none",
+        ),
         (["evaluate-autoencoder", "a", "--data", "b", "--lpips", "c"], "is read only with --distance lpips-vgg"),
         (["train", "denoiser", "--data", "{tmp}", "--autoencoder", "{tmp}", "--output", "{tmp}"], "train it first"),
     ],
@@ -115,7 +118,7 @@ def test_evaluate_prints_its_figures(tmp_path, capsys):
     evaluate = ["evaluate", "--data", data, "--samples", "2", "--steps", "2", "--output", str(out), "--quiet"]
     sheet = tmp_path / "sheet.png"
     assert cli.main([*evaluate, "--sheet", str(sheet)]) == 0
-    assert Image.open(sheet).size == (4 * 68 - 4, 64)  # two of each split
+    assert Image.open(sheet).size == (4 * 132 - 4, 128)  # two of each split
     report = json.loads(out.read_text())
     assert report == json.loads(capsys.readouterr().out)
     for split in ("train", "heldout"):
