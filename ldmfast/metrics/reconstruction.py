@@ -52,11 +52,12 @@ COMPARED = {"psnr": psnr, "ssim": ssim}  # name -> function of two batches of pi
 
 @torch.no_grad()
 def reconstruct(model, x):
-    """(reconstructions of x [N, 3, H, W] clamped to [-1, 1], indices of the codes [N h w] or None)."""
+    """(reconstructions of x [N, 3, H, W] clamped to [-1, 1], float32; indices of the codes [N h w] or None)."""
+    x = x.to(model.dtype)
     if isinstance(model, VQModel):
         codes, _, index = model.quantise(model.encode(x).latents)
-        return model.decode_quantised(codes).clamp(-1, 1), index
-    return model.decode(model.encode(x).latent_dist.mode()).sample.clamp(-1, 1), None
+        return model.decode_quantised(codes).float().clamp(-1, 1), index
+    return model.decode(model.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1), None
 
 
 @torch.no_grad()

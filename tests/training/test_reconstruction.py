@@ -28,6 +28,16 @@ def test_metrics_of_known_pictures():
         assert torch.allclose(reconstruction.ssim(noisy, x), reconstruction.ssim(x, noisy), atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["kl", "vq"])
+def test_an_autoencoder_in_16_bits_is_scored(collection, family):
+    """`evaluate --dtype bfloat16` asks for it."""
+    some, vae = load_pictures(collection, 16), stage(family=family).vae.eval()
+    whole = reconstruction.score(vae, some)
+    found = reconstruction.score(vae.bfloat16(), some)
+    assert found["psnr"] == pytest.approx(whole["psnr"], abs=0.5)
+    assert reconstruction.reconstruct(vae, some.batch(slice(2)))[0].dtype is torch.float32
+
+
 def test_scores_are_of_the_quantised_pictures(collection):
     s = stage(family="vq")
     some = load_pictures(collection, 16)

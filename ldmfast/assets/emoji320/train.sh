@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How the model in this folder was trained. RUN: where to work. The denoiser it begins with is emoji600's, about three
-# hours on one core of a Zen 3; what follows it took about two on two cores of an AVX512-BF16 machine.
+# hours on one core of a Zen 3; what follows takes about two on two cores of an AVX512-BF16 machine.
 set -euo pipefail
 RUN=${1:?usage: train.sh RUN}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
