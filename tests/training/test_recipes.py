@@ -63,7 +63,17 @@ def test_options_override_the_recipe(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(train_denoiser, "train", lambda *arguments, **_: seen.append(arguments[3]) or [[1, 0.5]])
     path = write(tmp_path, "denoiser: {steps: 7, batch: 3, tensorboard: true}")
-    command = ["train", "denoiser", "--data", str(tmp_path), "--autoencoder", "b", "--output", str(tmp_path), "--recipe"]
+    command = [
+        "train",
+        "denoiser",
+        "--data",
+        str(tmp_path),
+        "--autoencoder",
+        "b",
+        "--output",
+        str(tmp_path),
+        "--recipe",
+    ]
     assert cli.main([*command, str(path), "--steps", "9", "--no-tensorboard"]) == 0
     assert seen == [DenoiserConfig(steps=9, batch=3)]
     assert cli.main([*command, str(tmp_path / "none.yaml")]) == 2
