@@ -19,6 +19,7 @@ from ldmfast.training.run import Run
 
 SHOWN = 8  # pictures of a sample grid
 SCORED = 512  # pictures that the figures are means over
+STARTED = 512 * 64**2  # pixels that first weights are fitted on, of at least 32 pictures
 
 
 def build(config):
@@ -143,11 +144,12 @@ def train(data, folder, config, *, restart=False, quiet=False):
     Path(folder).mkdir(parents=True, exist_ok=True)
     vae = build(config)
     some = pictures.sample(SCORED, config.seed)
+    few = slice(max(32, STARTED // config.size**2))
     if config.start == "linear":
-        linear_start.begin(vae, some.batch(slice(None)))
+        linear_start.begin(vae, some.batch(few))
     grew_from = saved_autoencoder.load(config.first_weights) if config.start == "grown" else None
     if grew_from is not None:
-        grown.begin(vae, grew_from, some.batch(slice(None)))
+        grown.begin(vae, grew_from, some.batch(few))
     model = AutoencoderLoss(vae, config, grew_from)
     run = Run(model, config, phases=model.phases())
     shown = pictures.sample(SHOWN, config.seed).batch(slice(None))
