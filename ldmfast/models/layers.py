@@ -94,14 +94,14 @@ def _taken(x: torch.Tensor) -> bool:
         and x.dtype in _DTYPES
         and chosen_backend() in (None, "cpu")
         and _BUILT
-        and not torch.is_autocast_enabled("cpu")
         and not transformed()
     )
 
 
 def folds(x: torch.Tensor) -> bool:
-    """Whether a product of x takes what surrounds it. The gradient of such a form would compute it twice."""
-    return not torch.is_grad_enabled() and _taken(x)
+    """Whether a product of x takes what surrounds it. The gradient of such a form would compute it twice, and under
+    autocast the dtypes of what surrounds it are torch's affair."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and _taken(x)
 
 
 def _kernel_takes(m: nn.Linear | nn.Conv2d, x: torch.Tensor) -> bool:
@@ -109,11 +109,14 @@ def _kernel_takes(m: nn.Linear | nn.Conv2d, x: torch.Tensor) -> bool:
 
     With gradients, a linear layer and a 1x1 convolution are torch's, where it multiplies the type: unfolded they gain
     nothing (a denoiser's step in float32, two Zen 4 cores, medians of 8 in turn: 0.392 s so, 0.425 s with ours).
+    Under autocast it does where torch's loops would multiply the type: the op converts its operands as torch's does.
     """
-    if not plain(m) or m.weight.dtype != x.dtype or not _taken(x):
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if not plain(m) or not _taken(x) or (dtype not in SLOW if autocast else m.weight.dtype != dtype):
         return False
     is_linear = type(m) is nn.Linear
-    if torch.is_grad_enabled() and x.dtype not in SLOW and (is_linear or m.kernel_size == (1, 1)):
+    if torch.is_grad_enabled() and dtype not in SLOW and (is_linear or m.kernel_size == (1, 1)):
         return False
     if is_linear:
         return True
@@ -141,7 +144,7 @@ def linear(
     """(activation(m(norm(x))) + residual) * output_scale; x [..., I] -> [..., O]. activation: none or geglu."""
     taken = _kernel_takes(m, x)
     alone = norm is None and activation == "none" and residual is None and output_scale == 1.0
-    if (taken and not torch.is_grad_enabled()) or (not alone and folds_product(m, x)):
+    if (taken and folds(x)) or (not alone and folds_product(m, x)):
         if norm is not None and not folds_norm(norm, x):
             x, norm = norm(x), None
         layer_norm = None if norm is None else (norm.weight, norm.bias, norm.eps)
@@ -186,7 +189,7 @@ def conv2d(
     follows adds m's bias, which `lends_bias` says of m on a GPU.
     """
     taken = _kernel_takes(m, x)
-    if taken and not torch.is_grad_enabled() and (norm is None or plain(norm)):
+    if taken and folds(x) and (norm is None or plain(norm)):
         table = table if norm is None else _affine(norm, x, skip, scale, shift)
         named = {} if table is None else {"norm_scale": table[0], "norm_shift": table[1], "norm_silu": silu}
         around = {"x2": skip, "add": add, "residual": residual, "output_scale": output_scale, "upsample": upsample}
@@ -255,7 +258,7 @@ def projected(m: nn.Module, x: torch.Tensor, norm: nn.GroupNorm, *, is_linear: b
     """A 1x1 convolution, or a linear layer over the pixels, of norm(x): [N, C, H, W] -> tokens [N, HW, O]."""
     if not is_linear:
         return tokens(conv2d(m, x, norm=norm))
-    if _kernel_takes(m, x) and not torch.is_grad_enabled() and plain(norm):
+    if _kernel_takes(m, x) and folds(x) and plain(norm):
         norm_scale, norm_shift = _affine(norm, x, None, None, None)
         weight = m.weight[:, :, None, None]
         return tokens(ops.conv2d(x, weight, m.bias, norm_scale=norm_scale, norm_shift=norm_shift))

@@ -10,7 +10,7 @@ from ldmfast.ops.checks import require_device, require_dtype, require_float, req
 from ldmfast.ops.contract import switch
 from ldmfast.ops.dispatcher import vmapped
 from ldmfast.ops.gradients import conv2d_weight_backward
-from ldmfast.ops.gradients.products import convolution_gradients
+from ldmfast.ops.gradients.products import computed_in, convolution_gradients
 from ldmfast.ops.operator import Op
 
 NAME = "conv2d"
@@ -264,7 +264,8 @@ def _gradient(grads, args, outputs, needed, backend):
         return op(*_arguments(g, turned, padding=padding, exact=exact), backend)
 
     def weigh(g, x):
-        return conv2d_weight_backward.op(g, x, padding, "cpu")
+        g, x = (tensor.to(computed_in(tensor)) for tensor in (g, x))
+        return conv2d_weight_backward.op(g, x, padding, "cpu").to(weight.dtype)
 
     own = stride == 1 and weight.shape[2] == 3 and op.fused(args, backend)
     own = own and conv2d_weight_backward.runs(grads[0], x, padding)

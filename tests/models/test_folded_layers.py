@@ -71,6 +71,40 @@ def test_the_gradient_of_a_slow_type_is_computed_in_float32(slow, monkeypatch):
             assert found.dtype == slow and tiny.error(found, true) <= 3 * torch.finfo(slow).eps
 
 
+class Products(TorchDispatchMode):
+    """The dtypes of what torch multiplies."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in {"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm"}:
+            self.seen |= {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_to_a_slow_type_leaves_no_product_of_a_layer_to_torch(slow):
+    """A step of somebody's training in mixed precision: its weights and their gradients are float32."""
+    for kind, x in (
+        (nn.Conv2d(8, 16, 3, padding=1), torch.randn(2, 8, 12, 12)),
+        (nn.Conv2d(8, 16, 3, padding=1, stride=2), torch.randn(2, 8, 12, 12)),
+        (nn.Conv2d(8, 16, 1), torch.randn(2, 8, 12, 12)),
+        (nn.Linear(8, 16), torch.randn(5, 8)),
+    ):
+        function = layers.conv2d if isinstance(kind, nn.Conv2d) else layers.linear
+        x, wanted, exact = x.requires_grad_(), copy.deepcopy(kind).double(), x.detach().double().requires_grad_()
+        with Products() as products:
+            with torch.autocast("cpu", slow):
+                y = function(kind, x)
+            y.float().square().sum().backward()
+        assert y.dtype == slow and products.seen <= {torch.float32}
+        wanted(exact).square().sum().backward()
+        pairs = [(x, exact), *zip(kind.parameters(), wanted.parameters(), strict=True)]
+        for found, true in ((a.grad, b.grad) for a, b in pairs):
+            assert found.dtype == torch.float32 and tiny.error(found, true) <= 4 * torch.finfo(slow).eps
+
+
 SURROUNDED = {
     "norm": {"norm": nn.GroupNorm(4, 24), "silu": True},
     "modulated": {"norm": nn.GroupNorm(4, 24), "silu": True, "scale": (2, 24), "shift": (2, 24)},
