@@ -35,7 +35,13 @@ class RunConfig:
     clip: float = option(1.0, "largest gradient norm", above=0)
     ema: float = option(0.999, "decay of the averaged weights, which are what is saved", least=0, below=1)
     seed: int = option(0, "seeds weights, batches and noise", least=-(2**63), most=2**63 - 1)
-    precision: str = option("bf16", "arithmetic of the forward pass; weights stay float32", ("bf16", "fp16", "fp32"))
+    precision: str = option(
+        "auto",
+        "arithmetic of the forward pass; weights stay float32. auto: bf16 where the processor or GPU multiplies it, "
+        "else fp32",
+        ("auto", "bf16", "fp16", "fp32"),
+        free=True,
+    )
     device: str = option(
         "auto", "where to train; auto is CUDA where there is a GPU", ("auto", "cpu", "cuda"), free=True
     )

@@ -30,18 +30,31 @@ def start(config):
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     if config.precision == "fp16" and cpu:
         raise ValueError("precision='fp16' needs a GPU; on a CPU use bf16 or fp32")
+    precision = MIXED[automatic_precision(cpu) if config.precision == "auto" else config.precision]
     refuse_a_lone_process()
     # accelerate keeps the first run's settings for the life of the process; a process group stays as it is
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     # a plugin, because the bare number gives way to an environment variable
     accumulate = GradientAccumulationPlugin(num_steps=config.accumulate, sync_with_dataloader=False)
-    accelerator = Accelerator(cpu=cpu, mixed_precision=MIXED[config.precision], gradient_accumulation_plugin=accumulate)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_plugin=accumulate)
     if accelerator.distributed_type not in KNOWN:
         raise ValueError(
             f"accelerate is set up for {accelerator.distributed_type}; this loop knows several CPU or CUDA processes "
             "with a whole model each (accelerate launch --multi_gpu, or --cpu)"
         )
     return accelerator
+
+
+def automatic_precision(cpu):
+    """ "bf16" where it is multiplied as such, else "fp32": a processor that has to widen it gains nothing by it.
+
+    cpu  whether the run is on the processor
+    """
+    if cpu:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
 
 
 def refuse_a_lone_process():

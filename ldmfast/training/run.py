@@ -111,7 +111,7 @@ class Run:
         for phase, optimizer, schedule in zip(self.phases, state["optimizer"], state["schedule"], strict=True):
             phase.optimizer.load_state_dict(optimizer)
             phase.schedule.load_state_dict(schedule)
-        if self.accelerator.scaler:
+        if self.accelerator.scaler and state["scaler"]:  # another precision has none
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.pending = state["step"], state["history"], state["pending"]
 

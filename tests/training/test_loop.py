@@ -91,3 +91,25 @@ def test_the_forward_runs_in_the_precision_asked_for(precision, tmp_path):
     run, _ = bare(dataclasses.replace(CONFIG, precision=precision), tmp_path / "run.pt", spoil)
     assert {enabled for enabled, _ in seen} == {precision == "bf16"} and all(d is torch.bfloat16 for _, d in seen)
     assert all(p.dtype is torch.float32 for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_run_is_in_bfloat16_where_the_processor_multiplies_it(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    seen = []
+
+    def watched(step):
+        return lambda s: (seen.append(torch.is_autocast_enabled("cpu")), step(s))[1]
+
+    automatic = dataclasses.replace(CONFIG, precision="auto", device="cpu", steps=1)
+    bare(automatic, tmp_path / "run.pt", watched)
+    assert seen == [native]
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path):
+    """The weights and the optimiser are float32 in each: another machine may have another best one."""
+    half = dataclasses.replace(CONFIG, precision="bf16", schedule="constant_with_warmup")
+    bare(dataclasses.replace(half, steps=2), tmp_path / "run.pt")
+    run, history = bare(dataclasses.replace(half, steps=4, precision="fp32"), tmp_path / "run.pt")
+    assert run.step == 4 and torch.tensor(history).isfinite().all()
