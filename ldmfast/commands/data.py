@@ -26,6 +26,7 @@ def add(commands):
     made.add_argument("--cutouts", help="a folder of cut-outs to use in place of the font")
     made.add_argument("--size", type=int, default=128, help="pixels a side (default: 128)")
     made.add_argument("--count", type=int, default=24000, help="pictures; one in ten is held out (default: 24000)")
+    made.add_argument("--alone", type=float, default=0.65, help="share with one object, not two (default: 0.65)")
     made.add_argument("--seed", type=int, default=0, help="seed of the arrangements (default: 0)")
     made = command(kinds, "photos", "crops of photographs, yours or installed ones, split by photograph", _data_photos)
     made.add_argument("output", help="the folder to write")
@@ -78,7 +79,8 @@ def _data_objects(arguments):
 
     folder, font = arguments.cutouts, arguments.font
     cutouts = emoji.folder_cutouts(folder) if folder else emoji.font_cutouts(font, "320")
-    count = objects.build(cutouts, arguments.output, count=arguments.count, size=arguments.size, seed=arguments.seed)
+    settings = dict(count=arguments.count, size=arguments.size, seed=arguments.seed, alone=arguments.alone)
+    count = objects.build(cutouts, arguments.output, **settings)
     print(f"{arguments.output}: {count} pictures")
 
 

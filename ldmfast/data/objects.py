@@ -32,6 +32,7 @@ FILLED = 7 / 8  # of a square's side, by the longer side of its object
 IN_THE_MIDDLE, AT_A_SIDE = 0.06, 0.12  # how far an object's centre is from the middle: at most, at least; of the side
 TRIES = 200
 CAPTIONS = 3  # of a picture
+GROUNDLESS = 0.1  # share of the captions, but for the plainest, that do not say the ground
 
 ALONE = (
     "{a} on {a_ground} background",
@@ -58,6 +59,9 @@ RELATED = (
     "{a_ground} background with {a} {relation} {b}",
     "{n} {relation} {m}, {ground} background",
 )
+ALONE_BARE = ("{a}", "{n}", "a picture of {a}")
+TOGETHER_BARE = ("{a} and {b}", "{n} and {m}", "a picture of {a} and {b}", "{a} with {b}")
+RELATED_BARE = ("{a} {relation} {b}", "{n} {relation} {m}")
 RELATIONS = {
     "left of": ("left of", "to the left of", "beside", "next to"),
     "right of": ("right of", "to the right of", "beside", "next to"),
@@ -157,10 +161,13 @@ def _alone(rng, objects, ground, aliases):
     if colour in GROUNDS and rest and rng.uniform() < 0.3:  # "apple, red, on yellow"
         return f"{rest}, {colour}, on {ground}"
     name = f"{each['size']} {name}" if each["size"] and rng.uniform() < 0.6 else name
-    text = fill(str(rng.choice(ALONE)), [name], ground)
+    bare = rng.uniform() < GROUNDLESS
+    text = fill(str(rng.choice(ALONE_BARE if bare else ALONE)), [name], ground)
     place = place_of(each["box"])
     if place and rng.uniform() < 0.5:
         where = f"{_phrase(name)} {place}"
+        if bare:
+            return where
         text = str(rng.choice([f"{where}, {ground} background", f"{where} of {with_article(ground)} background"]))
     return text
 
@@ -169,10 +176,11 @@ def _together(rng, objects, ground, aliases):
     """Two objects in any words and order, where one is seen from the other in half of them."""
     one, other = (objects[i] for i in rng.permutation(2))
     names = [_alias(rng, each["object"], aliases) for each in (one, other)]
+    bare = rng.uniform() < GROUNDLESS
     if rng.uniform() < 0.5:
-        return fill(str(rng.choice(TOGETHER)), names, ground)
+        return fill(str(rng.choice(TOGETHER_BARE if bare else TOGETHER)), names, ground)
     relation = str(rng.choice(RELATIONS[scenes.relation(one, other)]))
-    return fill(str(rng.choice(RELATED)), names, ground, relation)
+    return fill(str(rng.choice(RELATED_BARE if bare else RELATED)), names, ground, relation)
 
 
 def _alias(rng, name, aliases):
@@ -193,13 +201,15 @@ def fill(template, names, ground, relation=""):
     return template.format(**words, ground=ground, a_ground=with_article(ground), relation=relation)
 
 
-def build(cutouts, folder, *, count=24000, size=128, seed=0, single=0.65):
+def build(cutouts, folder, *, count=24000, size=128, seed=0, alone=0.65):
     """Write the collection: pictures and metadata.jsonl (file_name, text, texts, objects, ground, split).
 
-    single  share of pictures with one object; the others have two. One in ten is held out.
+    alone  share of pictures with one object; the others have two. One in ten is held out.
     Returns the number of pictures. The folder appears complete or not at all.
-    Raises ValueError for a size that is no multiple of 8, and for fewer than two cut-outs.
+    Raises ValueError for a size that is no multiple of 8, a share outside 0..1, and for fewer than two cut-outs.
     """
+    if not 0 <= alone <= 1:
+        raise ValueError(f"objects: alone={alone} is no share between 0 and 1")
     if size % EIGHTHS:
         raise ValueError(f"objects: size={size} is no multiple of {EIGHTHS}")
     names = names_of(cutouts)
@@ -208,7 +218,7 @@ def build(cutouts, folder, *, count=24000, size=128, seed=0, single=0.65):
     rng = np.random.default_rng(seed)
     aliases = {each[0]: each for each in catalogue("all").values()}
     with files.new_folder(folder) as partial:
-        rows = [_write(cutouts, names, aliases, rng, partial, i, size, single) for i in range(count)]
+        rows = [_write(cutouts, names, aliases, rng, partial, i, size, alone) for i in range(count)]
         write_rows(rows, partial)
     return len(rows)
 
@@ -234,10 +244,10 @@ def _described(placed, size, names):
     return {"object": placed.name, "names": names, "box": box_of(placed), "size": size}
 
 
-def _write(cutouts, names, aliases, rng, folder, index, size, single):
+def _write(cutouts, names, aliases, rng, folder, index, size, alone):
     """Compose and write picture number `index`; returns its row."""
     split = "heldout" if index % 10 == 9 else "train"
-    chosen, ground = choose(rng, names, 1 if rng.uniform() < single else 2, split)
+    chosen, ground = choose(rng, names, 1 if rng.uniform() < alone else 2, split)
     placed, words = arrange(cutouts, rng, chosen, size)
     objects = [_described(p, word, aliases[p.name][1:]) for p, word in zip(placed, words, strict=True)]
     if len(objects) == 1:
