@@ -49,9 +49,10 @@ def conv2d(
     norm_scale, norm_shift   [N, Ci], float32 (float64 beside a float64 x): GroupNorm of the input folded into a factor
                   and a shift for each channel of each sample; both or neither
     norm_silu     SiLU after norm_scale and norm_shift
-    exact         leaves Winograd's forms out. They are exact but for rounding: in float32 F(4x4, 3x3), below 1e-6; in
-                  16 bits F(2x2, 3x3), whose transformed operands are rounded: bfloat16 3.3e-3 to 4.6e-3 against
-                  1.7e-3 to 2.2e-3 of direct. ldmfast.numerics("exact") does so everywhere
+    exact         leaves Winograd's forms out. They are exact but for rounding: F(4x4, 3x3) in float32 arithmetic,
+                  below 1e-6; where the processor multiplies bfloat16 (AVX512-BF16), F(2x2, 3x3) in that, whose
+                  transformed operands are rounded: 3.3e-3 to 4.6e-3 against 1.7e-3 to 2.2e-3 of direct.
+                  ldmfast.numerics("exact") does so everywhere
     returns       [N, Co, Ho, Wo] dtype of x, channels_last, dense; sums are float32
 
     Raises TypeError for what is no tensor; ValueError naming the argument for a wrong shape, dtype or device, or an

@@ -29,7 +29,8 @@ template <class M, class T> ConvForm form_of(const Conv2dArgs& a) {
   const int64_t direct = streams<M, T>(a) ? 9 * kLanes * ceil_div(pixels, kLanes) * 5 / 6 : 9 * pixels + 60;
   const int64_t two = 16 * a.N * ceil_div(a.Ho, 2) * ceil_div(a.Wo, 2) + 100 * M::kPack;
   const int64_t four = 36 * a.N * ceil_div(a.Ho, 4) * ceil_div(a.Wo, 4) + 160;
-  if (a.dtype == DType::kFloat32 && four < two && four < direct) return ConvForm::kF4;
+  // F(4, 3) loses too many bits for operands of 16; where 16-bit types are widened, its operands are float32
+  if (M::kPack == 1 && four < two && four < direct) return ConvForm::kF4;
   return two < direct ? ConvForm::kF2 : ConvForm::kDirect;
 }
 
