@@ -196,6 +196,8 @@ class FreshDenoiserConfig(LatentsConfig):
         super().__post_init__()
         if len(self.attention) != len(self.channels):
             raise ValueError(f"attention={self.attention} needs one entry for each of channels={self.channels}")
+        if self.layers == 0 and len(set(self.channels)) > 1:
+            raise ValueError(f"layers=0 has nothing to change the width in, as channels={self.channels} asks; at least 1")
 
 
 @dataclass(frozen=True)

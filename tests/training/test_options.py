@@ -130,7 +130,7 @@ def test_the_stages_options_have_their_bounds(stage, wrong):
         stage(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"precision": "fp8"}, {"attention": (1,)}, {"schedule": "zigzag"}])
+@pytest.mark.parametrize("wrong", [{"precision": "fp8"}, {"attention": (1,)}, {"schedule": "zigzag"}, {"layers": 0}])
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         DenoiserConfig(**wrong)
