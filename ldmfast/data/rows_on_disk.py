@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ldmfast import files
 
@@ -94,6 +96,46 @@ def keep(path: str | Path, tables: Tables, metadata: dict[str, str], fill: Calla
         file.write(struct.pack("<Q", len(head)) + head)
         file.truncate(8 + len(head) + end)
         fill(_laid_out(file, 8 + len(head), tables))
+
+
+def kept_or_made(
+    path: str | Path,
+    what: str,
+    made_from: dict[str, str],
+    tables: Callable[[], Tables],
+    fill: Callable[[dict], None],
+    spoken: dict[str, str] | None = None,
+) -> dict[str, RowsOnDisk | torch.Tensor]:
+    """The tables of `path`, which is written by `keep` if it is not there; those that are large stay in the file.
+
+    what       what it holds, for the sentence about a file that holds something else
+    made_from  {name: digest} of what it was made from
+    spoken     {name in the file: how a sentence calls it}, where that differs
+    Raises ValueError for a file that holds none, or was made from something else.
+    """
+    if not Path(path).exists():
+        keep(path, tables(), made_from, fill)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:  # the latter of a folder
+        raise ValueError(f"{path} holds no {what} ({error}); remove it, and it is made anew") from error
+    other = [(spoken or {}).get(name, name) for name, value in made_from.items() if metadata.get(name) != value]
+    if other:
+        raise ValueError(f"{path} was made from other {' and other '.join(other)}; remove it, or name another")
+    found = kept(path)
+    stays = large({name: (table.shape, table.dtype) for name, table in found.items()})
+    return found if stays else {name: table[:] for name, table in found.items()}
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of tensors: their values, shapes and dtypes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def kept(path: str | Path) -> dict[str, RowsOnDisk]:

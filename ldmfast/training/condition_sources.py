@@ -3,6 +3,8 @@
 Both sources have `conditioner`, `conditions_of(index, step)` and `sheet(count)`.
 """
 
+import functools
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,8 @@ def make(config, pictures, vae, channels, device="cpu", folder=None):
     folder   as of `gather`
     Raises ValueError naming the row that has no class.
     """
+    if config.conditions and config.condition in ("inpainting", "super-resolution"):
+        raise ValueError(f"conditions={config.conditions}: condition={config.condition} is made anew at every step")
     if config.condition == "inpainting":
         return PictureSource(MaskedImage(channels + 1).bind(vae), pictures, downsampling(vae))
     if config.condition == "super-resolution":
@@ -97,7 +101,8 @@ def gather(conditioner, described, config, device="cpu", folder=None):
 
     folder     where they are kept while the process lives, if they are too large for the memory
     described  for each picture the inputs that describe it
-    config     its first_input_share and guidance_dropout are read
+    config     its first_input_share, guidance_dropout and conditions (a file that keeps the states) are read
+    Raises ValueError for such a file beside an encoder that is trained, and for one that was made from something else.
     """
     inputs, known, indices, first, count = [], {}, [], [], []
     for each in described:
@@ -109,8 +114,12 @@ def gather(conditioner, described, config, device="cpu", folder=None):
                 inputs.append(one)
             indices.append(known[key])
     conditions = unconditional = None
+    if conditioner.trainable and config.conditions:
+        raise ValueError(
+            f"conditions={config.conditions}: {type(conditioner).__name__} is trained, and what it makes changes"
+        )
     if not conditioner.trainable:
-        conditions = _answers(conditioner.to(device), inputs, folder)
+        conditions = _answers(conditioner.to(device), inputs, folder, config.conditions)
         unconditional = conditioner.empty(1).to("cpu", torch.float16)
     return InputSource(
         conditioner,
@@ -123,30 +132,50 @@ def gather(conditioner, described, config, device="cpu", folder=None):
     )
 
 
-def _answers(conditioner, inputs, folder):
-    """The Condition of all inputs, on the CPU in half precision, or on the disk in `folder` where it is too large.
+def _answers(conditioner, inputs, folder, file=""):
+    """The Condition of all inputs, on the CPU in half precision, or on the disk in `folder` where it is too large; in
+    `file`, if one is named.
 
-    Raises ValueError for one that is too large and whose contexts differ in length.
+    Raises ValueError for one that is written to the disk and whose contexts differ in length.
     """
 
+    @functools.lru_cache(1)  # the first is asked for its shapes, then for its values
     def answer(start):
         return conditioner(inputs[start : start + TOGETHER]).to("cpu", torch.float16)
 
-    first = answer(0)
-    rest = range(TOGETHER, len(inputs), TOGETHER)
-    tables = {name: ((len(inputs), *value.shape[1:]), value.dtype) for name, value in first.parts().items()}
-    if folder is None or not rows_on_disk.large(tables):
-        return Condition.cat([first, *map(answer, rest)])
-    found = rows_on_disk.scratch(folder, tables)
-    for start in (0, *rest):
-        for name, value in (answer(start) if start else first).parts().items():
-            if value.shape[1:] != found[name].shape[1:]:
-                raise ValueError(
-                    f"{len(inputs)} conditions are too many for the memory, and differ in shape: "
-                    f"{name} has {list(value.shape[1:])} after {list(found[name].shape[1:])}"
-                )
-            found[name].write(start, value)
+    def tables():
+        parts = answer(0).parts()
+        return {name: ((len(inputs), *value.shape[1:]), value.dtype) for name, value in parts.items()}
+
+    def fill(found):
+        for start in range(0, len(inputs), TOGETHER):
+            for name, value in answer(start).parts().items():
+                if value.shape[1:] != found[name].shape[1:]:
+                    raise ValueError(
+                        f"{len(inputs)} conditions cannot be kept in a file, for they differ in shape: "
+                        f"{name} has {list(value.shape[1:])} after {list(found[name].shape[1:])}"
+                    )
+                found[name].write(start, value)
+
+    if file:
+        made_from = {"encoder weights": _encoder_digest(conditioner), "captions": _inputs_digest(inputs)}
+        return Condition(**rows_on_disk.kept_or_made(file, "conditions", made_from, tables, fill))
+    if folder is None or not rows_on_disk.large(tables()):
+        return Condition.cat([answer(start) for start in range(0, len(inputs), TOGETHER)])
+    found = rows_on_disk.scratch(folder, tables())
+    fill(found)
     return Condition(**found)
+
+
+def _encoder_digest(conditioner):
+    """Of its class, its settings and its weights."""
+    settings = {name: value for name, value in conditioner.settings.items() if name != "name"}  # where it was found
+    said = f"{type(conditioner).__name__} {sorted(settings.items())!r} "
+    return said + rows_on_disk.digest(conditioner.state_dict().values())
+
+
+def _inputs_digest(inputs):
+    return hashlib.sha256("\0".join(map(repr, inputs)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

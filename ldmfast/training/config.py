@@ -165,6 +165,9 @@ class LatentsConfig(RunConfig):
     latents: str = option(
         "", "a file that keeps the encoded pictures; made if it is not there, checked if it is", free=True
     )
+    conditions: str = option(
+        "", "a file that keeps what a frozen encoder makes of the captions; likewise made and checked", free=True
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, more time", free=True
     )
@@ -197,7 +200,9 @@ class FreshDenoiserConfig(LatentsConfig):
         if len(self.attention) != len(self.channels):
             raise ValueError(f"attention={self.attention} needs one entry for each of channels={self.channels}")
         if self.layers == 0 and len(set(self.channels)) > 1:
-            raise ValueError(f"layers=0 has nothing to change the width in, as channels={self.channels} asks; at least 1")
+            raise ValueError(
+                f"layers=0 cannot change the width, as channels={self.channels} asks"
+            )
 
 
 @dataclass(frozen=True)

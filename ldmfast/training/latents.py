@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ldmfast.data import rows_on_disk
 from ldmfast.data.rows_on_disk import RowsOnDisk
@@ -115,35 +114,15 @@ def deviation(mean, std, together=1024):
 
 
 def _kept(pictures, vae, file, device):
-    made_from = {"pictures": _digest_of(pictures.pixels), WEIGHTS: _digest(vae.state_dict().values())}
-    if not file.exists():
-        tables = _tables(pictures, vae, device)
-        rows_on_disk.keep(file, tables, made_from, lambda found: _fill(found, pictures, vae, device))
-    try:
-        with safe_open(file, "pt") as kept:
-            metadata = kept.metadata() or {}
-    except (SafetensorError, OSError) as error:  # the latter of a folder
-        raise ValueError(f"{file} holds no latents ({error}); remove it, and it is made anew") from error
-    other = [name for name, digest in made_from.items() if metadata.get(name) != digest]
-    other = ["autoencoder weights" if name == WEIGHTS else name for name in other]
-    if other:
-        raise ValueError(f"{file} was made from other {' and other '.join(other)}; remove it, or name another")
-    found = rows_on_disk.kept(file)
-    large = rows_on_disk.large({name: (found[name].shape, found[name].dtype) for name in ("mean", "std")})
-    return tuple(found[name] if large else found[name][:] for name in ("mean", "std"))
-
-
-def _digest(tensors):
-    found = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+    made_from = {"pictures": _digest_of(pictures.pixels), WEIGHTS: rows_on_disk.digest(vae.state_dict().values())}
+    tables, fill = lambda: _tables(pictures, vae, device), lambda found: _fill(found, pictures, vae, device)
+    spoken = {WEIGHTS: "autoencoder weights"}
+    found = rows_on_disk.kept_or_made(file, "latents", made_from, tables, fill, spoken)
+    return found["mean"], found["std"]
 
 
 def _digest_of(pixels, together=256):
-    """As `_digest` of the one tensor, read a part at a time."""
+    """As rows_on_disk.digest of the one tensor, read a part at a time."""
     found = hashlib.sha256(f"{torch.uint8} {tuple(pixels.shape)}".encode())
     for start in range(0, len(pixels), together):
         found.update(pixels[start : start + together].contiguous().flatten().numpy())

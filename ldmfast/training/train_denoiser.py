@@ -1,5 +1,6 @@
 """Stage 2: train the denoiser on cached latents and their conditions, and export the whole pipeline."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -115,11 +116,12 @@ def train_on(pictures, vae, folder, config, *, conditioner=None, describe=None, 
     accelerator = parallel.start(config)
     keeping = dict(file=config.latents, folder=folder)
     codes = latents.prepare(pictures, vae, **keeping, scale=config.latent_scale, accelerator=accelerator)
-    if conditioner is None:
-        source = condition_sources.make(config, pictures, vae, codes.shape[0], accelerator.device, folder)
-    else:
-        described = map(describe, pictures.rows)
-        source = condition_sources.gather(conditioner, described, config, accelerator.device, folder)
+    with accelerator.main_process_first() if config.conditions else contextlib.nullcontext():
+        if conditioner is None:
+            source = condition_sources.make(config, pictures, vae, codes.shape[0], accelerator.device, folder)
+        else:
+            described = map(describe, pictures.rows)
+            source = condition_sources.gather(conditioner, described, config, accelerator.device, folder)
     unet = unet or network(config, codes.shape, source.conditioner)
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(learner(unet, source.conditioner, config), config, accelerator=accelerator)

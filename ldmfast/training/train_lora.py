@@ -1,5 +1,6 @@
 """LoRA finetuning: a few low-rank layers learn a new collection, the pipeline they belong to stays as it is."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     )
     codes = latents.prepare(pictures, pipeline.vae, file=config.latents, folder=folder, accelerator=accelerator)
     described = map(condition_sources.captions, pictures.rows)
-    source = condition_sources.gather(pipeline.conditioner, described, config, accelerator.device, folder)
+    with accelerator.main_process_first() if config.conditions else contextlib.nullcontext():
+        source = condition_sources.gather(pipeline.conditioner, described, config, accelerator.device, folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(unet, config, accelerator=accelerator)
     target = dict(alphas=scheduler.alphas_cumprod, prediction=scheduler.config.prediction_type)

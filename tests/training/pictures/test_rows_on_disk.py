@@ -117,10 +117,13 @@ def test_latents_on_the_disk_are_those_in_memory(named, scale, home, tmp_path, l
 class Answers:
     """A frozen conditioner of two parts; `lengths` of its contexts, by how many inputs it has seen."""
 
-    trainable = False
+    trainable, settings = False, {"name": "answers"}
 
     def __init__(self, *lengths):
-        self.lengths = list(lengths)
+        self.lengths, self.weight = list(lengths), torch.zeros(2)
+
+    def state_dict(self):
+        return {"weight": self.weight}
 
     def to(self, device):
         return self
@@ -146,9 +149,37 @@ def test_conditions_on_the_disk_are_those_in_memory(tmp_path, little_memory, mon
         little_memory()
     assert torch.equal(found[0].context, found[1].context) and found[0].context.dtype is torch.float32
     assert torch.equal(found[0].context_mask, found[1].context_mask) and not found[0].context_mask.all()
-    with pytest.raises(ValueError, match=r"7 conditions are too many .* context has \[4, 2\] after \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"7 conditions cannot be kept .* context has \[4, 2\] after \[3, 2\]"):
         condition_sources.gather(Answers(3, 4), described, config, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_conditions_are_kept_and_checked(tmp_path, little_memory, monkeypatch):
+    monkeypatch.setattr(condition_sources, "TOGETHER", 2)
+    file, described, index = tmp_path / "kept" / "captions.safetensors", [[i, i + 1] for i in range(6)], torch.arange(6)
+    config = dataclasses.replace(CONFIG, conditions=str(file))
+    drawn, asked = [], Answers()
+    for settings in (CONFIG, config, config, "little memory", config):
+        if settings == "little memory":
+            little_memory()
+            continue
+        source = condition_sources.gather(asked, described, settings)
+        drawn.append(source.conditions_of(index, Step(0, 3, 0, 6)).context)
+        if settings is config:  # from now on nothing is to be computed but the empty condition
+            monkeypatch.setattr(Answers, "__call__", lambda *_: pytest.fail("they were computed again"))
+    assert isinstance(source.conditions.context, rows_on_disk.RowsOnDisk)
+    assert all(torch.equal(drawn[0], each) for each in drawn[1:]) and len(drawn) == 4
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    with pytest.raises(ValueError, match="made from other captions; remove it"):
+        condition_sources.gather(asked, described[1:], config)
+    asked.weight += 1
+    with pytest.raises(ValueError, match="made from other encoder weights; remove it"):
+        condition_sources.gather(asked, described, config)
+    asked.trainable = True
+    with pytest.raises(ValueError, match="conditions=.* Answers is trained"):
+        condition_sources.gather(asked, described, config)
+    with pytest.raises(ValueError, match="conditions=.* condition=inpainting is made anew at every step"):
+        condition_sources.make(dataclasses.replace(config, condition="inpainting"), None, None, 4)
 
 
 def test_the_stages_train_from_the_disk_to_the_same_bits_and_go_on(home, tmp_path, little_memory):
