@@ -200,9 +200,7 @@ class FreshDenoiserConfig(LatentsConfig):
         if len(self.attention) != len(self.channels):
             raise ValueError(f"attention={self.attention} needs one entry for each of channels={self.channels}")
         if self.layers == 0 and len(set(self.channels)) > 1:
-            raise ValueError(
-                f"layers=0 cannot change the width, as channels={self.channels} asks"
-            )
+            raise ValueError(f"layers=0 cannot change the width, as channels={self.channels} asks")
 
 
 @dataclass(frozen=True)
