@@ -73,5 +73,5 @@ def _mutations(given) -> int:
 
 
 if __name__ == "__main__":
-    with settings_of(SEED=None, RACES=None, SKIP=None, RELAX=None, ARCH=None, SLAB=None):
+    with settings_of(SEED=None, RACES=None, SKIP=None, RELAX=None, ARCH=None, SLAB=None, BLOCKS=None):
         sys.exit(main())

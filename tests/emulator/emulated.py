@@ -21,6 +21,8 @@ from ldmfast.ops.registry import BACKWARD_OPS, OPS  # noqa: E402
 
 BACKEND = "cuda-host"
 PREFIX = "LDMFAST_CUDA_HOST_"
+NO_CLUSTERS = (("ARCH", "80"),)  # A100, RTX 3090 and 4090
+SLABS = (("ARCH", "80"), ("SLAB", "256"), ("BLOCKS", "64"))  # GroupNorm in two launches, several slabs a block
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ def every_call() -> Iterator[Call]:
         for call in calls(case):
             yield call
             if case.op == "group_norm_silu" and not call.backward:
-                yield replace(call, settings=(("ARCH", "80"),))
+                yield replace(call, settings=NO_CLUSTERS)
             if case.op == "group_norm_silu":
-                yield replace(call, settings=(("ARCH", "80"), ("SLAB", "2048")))
+                yield replace(call, settings=SLABS)
 
 
 def failure(call: Call, **settings: str | None) -> str | None:
