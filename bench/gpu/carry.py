@@ -1,7 +1,7 @@
 """What a GPU machine without a network is brought: modules built for its Python, and wheels of what it lacks.
 
     python bench/gpu/carry.py build/carry --python python3.12
-    bench/gpu.sh --carried build/carry A OUT                      there
+    bench/gpu.sh OUT A --carried build/carry                      there
 
 FOLDER/modules/ldmfast holds _cpu and _cuda (nvcc is needed, a GPU is not); FOLDER/wheels the pure-Python packages of
 PACKAGES, which torch's usual images lack. Both are for the Python that is named; its tools go into FOLDER/venv, which

@@ -215,6 +215,15 @@ __device__ __forceinline__ float warp_sum(float v) {
 __device__ __forceinline__ float one_plus_exp(float y) { return 1.0f + fast_exp2(1.4426950408889634f * y); }
 __device__ __forceinline__ float silu(float y) { return y * fast_reciprocal(one_plus_exp(-y)); }
 
+// SiLU and its derivative, sigmoid * (1 + y * (1 - sigmoid)). What sigmoid lacks to 1 is the exponential's share: as a
+// difference it would be the reciprocal's rounding where y is large, times y. The bound keeps the share finite.
+struct SiluAndSlope { float value, slope; };
+__device__ __forceinline__ SiluAndSlope silu_and_slope(float y) {
+  y = max_or_nan(y, -86.0f);
+  const float e = fast_exp2(-1.4426950408889634f * y), sigmoid = fast_reciprocal(1.0f + e);
+  return {y * sigmoid, sigmoid * (1.0f + y * (e * sigmoid))};
+}
+
 // Two reciprocals from one: the special function unit (16 results a clock and multiprocessor) is what SiLU waits for.
 // Below -43 SiLU is less than 1e-17; the bound keeps the product finite. A NaN stays one.
 template <int V> __device__ __forceinline__ void silu_vector(float (&y)[V]) {

@@ -72,9 +72,9 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const __grid_constan
   float total = 0.0f;
   for (int i = 0; i < kDown; ++i) total += parts[down * kThreads + i * kAcross + across];
   const int64_t at = (n0 + down) * p.a.F + f;
-  const float a = p.hidden[at], sigmoid = fast_reciprocal(one_plus_exp(-a));
-  p.gradient[at] = total * sigmoid * (1.0f + a * (1.0f - sigmoid));
-  p.hidden[at] = a * sigmoid;
+  const SiluAndSlope activation = silu_and_slope(p.hidden[at]);
+  p.gradient[at] = total * activation.slope;
+  p.hidden[at] = activation.value;
 }
 
 // dweight [R, C] = left^T right, dbias [R] = sum of left; SECOND: of w2 and b2, whose left side is dout

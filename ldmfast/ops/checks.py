@@ -16,7 +16,7 @@ def short(dtype: torch.dtype) -> str:
 def require_tensors(op: str, **arguments: Any) -> None:
     """Every argument is a tensor; one named with a trailing `_` may be None."""
     for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor) and not (name.endswith("_") and value is None):
+        if not (name[-1] == "_" if value is None else isinstance(value, torch.Tensor)):
             raise TypeError(f"{op}: {name.rstrip('_')} is {type(value).__name__}, expected a tensor")
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ldmfast.ops import native, speeds
-from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape
 from ldmfast.ops.contract import switch
 from ldmfast.ops.dispatcher import vmapped
 from ldmfast.ops.gradients import conv2d_weight_backward
@@ -79,8 +79,6 @@ def _arguments(
     output_scale=1.0,
     exact=False,
 ):
-    require_tensors(NAME, x=x, weight=weight, bias_=bias, x2_=x2, add_=add, residual_=residual)
-    require_tensors(NAME, norm_scale_=norm_scale, norm_shift_=norm_shift)
     tensors = x, weight, bias, x2, add, residual, norm_scale, norm_shift
     return *tensors, norm_silu, stride, padding, upsample, float(output_scale), exact
 

@@ -77,20 +77,22 @@ def _arguments(
     weights=(),
     history=(),
 ):
-    require_tensors(NAME, sample=sample, model_output=model_output, noise_=noise)
     if table is None:
         coefficients, table = _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise)
     else:
         if alpha_t is not None or alpha_prev is not None:
             raise ValueError(f"{NAME}: alphas are given beside a table, expected one of them")
         coefficients, table = ((), table) if isinstance(table, torch.Tensor) else (table, None)
-        if noise is None and any(coefficients[6:]):
+        if noise is None and coefficients and any(coefficients[6:]):
             raise ValueError(
                 f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {coefficients[6]}"
             )
     if history and not len(weights) - 1 == len(history) <= 3:
         raise ValueError(f"{NAME}: history has {len(history)} tensors for {len(weights)} weights, expected one less")
-    past = (*history, None, None, None)[:3] if history else (None, None, None)
+    if not history:
+        return sample, model_output, coefficients, table, guidance, noise, clip, row, weights or None, None, None, None
+    require_tensors(NAME, **{f"history[{i}]": tensor for i, tensor in enumerate(history)})
+    past = (*history, None, None)[:3]
     return sample, model_output, coefficients, table, guidance, noise, clip, row, weights or None, *past
 
 
@@ -108,6 +110,7 @@ def _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise):
         if host[2] and noise is None:
             raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {host[2]}")
         return coefficients_of(*host, prediction), None
+    require_tensors(NAME, sample=sample)
     table = coefficient_table(sample, alpha_t, alpha_prev, sigma, prediction)
     if noise is None and host[2] != 0:
         raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is a tensor")
@@ -174,7 +177,6 @@ def _check_history(sample, weights, history):
         raise ValueError(f"{NAME}: weights has {found} values for {count} of history, expected one more")
     for i, tensor in enumerate(history[:count]):
         name = f"history[{i}]"
-        require_tensors(NAME, **{name: tensor})
         require_device(NAME, "sample", sample.device, **{name: tensor})
         require_shape(NAME, name, tensor, tuple(sample.shape), "sample's shape")
         if not tensor.dtype.is_floating_point:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import copysign
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -83,7 +85,7 @@ def signature(args: tuple) -> tuple | None:
         elif kind in _WHOLE:
             found += (kind, value)  # 1 is True, and is not
         elif kind is float:
-            found += (kind, value or repr(value))  # 0.0 is -0.0, and is not
+            found += (kind, value) if value else (kind, 0.0, copysign(1.0, value))  # 0.0 is -0.0, and is not
         elif kind is Values:
             found += (kind, len(value))
         elif isinstance(value, Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ldmfast.ops import native
-from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape
 from ldmfast.ops.group_norm_silu import in_one_dtype
 from ldmfast.ops.operator import Op
 
@@ -43,7 +43,6 @@ def group_norm_affine(
 
 
 def _arguments(x, weight, bias, groups, eps=1e-5, *, x2=None, scale=None, shift=None):
-    require_tensors(NAME, x=x, weight_=weight, bias_=bias, x2_=x2, scale_=scale, shift_=shift)
     return x, weight, bias, groups, eps, x2, scale, shift
 
 

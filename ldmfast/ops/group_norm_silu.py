@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ldmfast.ops import native, speeds, triton_backend
-from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors
+from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape
 from ldmfast.ops.dispatcher import laid_out
 from ldmfast.ops.operator import Op
 
@@ -42,11 +42,10 @@ def group_norm_silu(
     C % groups, or an unknown backend; NotImplementedError with the reason of each backend that refuses.
     Traffic: 2 * x bytes.   Source: Wu & He 2018, section 3.
     """
-    return op(*_arguments(x, weight, bias, groups, eps, silu=silu, add=add, scale=scale, shift=shift), backend)
+    return op(x, weight, bias, groups, eps, silu, add, scale, shift, backend)
 
 
 def _arguments(x, weight, bias, groups, eps=1e-5, *, silu=True, add=None, scale=None, shift=None):
-    require_tensors(NAME, x=x, weight_=weight, bias_=bias, add_=add, scale_=scale, shift_=shift)
     return x, weight, bias, groups, eps, silu, add, scale, shift
 
 

@@ -190,15 +190,15 @@ def _again(
     index, _, allocate = place(args[0])
     stream_of = raw_stream if args[0].is_cuda else lambda index: 0
     makers = [maker_of(output, args) for output in outputs]
-    like, shape, strides, dtype = makers[0]
+    ((like, make), *_) = makers
 
     def one(args):
-        out = args[like].new_empty_strided(shape, strides, **dtype)
+        out = make(args[like])
         prepared(taken((*args, out, *constants)), index, stream_of(index), allocate)
         return out
 
     def all_of_them(args):
-        made = tuple([args[like].new_empty_strided(shape, strides, **dtype) for like, shape, strides, dtype in makers])
+        made = tuple([make(args[like]) for like, make in makers])
         prepared(taken((*args, *made, *constants)), index, stream_of(index), allocate)
         return made
 
@@ -243,9 +243,12 @@ def _places(fields: dict, args: tuple, outputs: tuple) -> dict[str, int] | None:
     return found if complete and all(len(args) + 1 + j in found.values() for j in range(len(outputs))) else None
 
 
-def maker_of(output: torch.Tensor, args: tuple) -> tuple[int, torch.Size, tuple[int, ...], dict]:
-    """(an argument that is like the output, its shape and strides, and its dtype, where no argument has that)"""
-    for i, value in enumerate(args):
-        if isinstance(value, torch.Tensor) and value.dtype is output.dtype:
-            return i, output.shape, output.stride(), {}
-    return 0, output.shape, output.stride(), {"dtype": output.dtype}
+def maker_of(output: torch.Tensor, args: tuple) -> tuple[int, Callable[[torch.Tensor], torch.Tensor]]:
+    """(the place of an argument, what makes a tensor of it that is laid out as output is)"""
+    alike = [i for i, value in enumerate(args) if isinstance(value, torch.Tensor) and value.dtype is output.dtype]
+    for i in alike:
+        if args[i].shape == output.shape and torch.empty_like(args[i], device="meta").stride() == output.stride():
+            return i, torch.empty_like  # with the least to read of all
+    kind = {} if alike else {"dtype": output.dtype}
+    make = operator.methodcaller("new_empty_strided", output.shape, output.stride(), **kind)
+    return (alike[0] if alike else 0), make

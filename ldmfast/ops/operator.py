@@ -15,12 +15,14 @@ as ever.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ldmfast.ops.checks import require_tensors
 from ldmfast.ops.contract.stock_ops import fixed_order
 from ldmfast.ops.contract.switch import exact
 from ldmfast.ops.dispatcher import Values, dispatcher_needed, signature, transformed
@@ -28,6 +30,7 @@ from ldmfast.ops.registry import BACKWARD_OPS, OPS, Backend, Choice, chosen_back
 
 PLANS = 1024  # of an op; one more, and they are made anew
 LIBRARY = torch.library.Library("ldmfast", "DEF")
+_is_traced = torch.compiler.is_dynamo_compiling  # by other tracers' modes `signature` knows them; at half the cost
 
 
 class Op(Choice):
@@ -60,6 +63,9 @@ class Op(Choice):
         self._autocast, self._numbers = autocast, numbers
         self._gradient: Callable | None = None
         self._keeps_output = False
+        names = schema.partition("->")[0].strip(" ()").split(", ")  # `Tensor? mask`: mask may be None
+        found = ((place, re.fullmatch(r"Tensor(\??) (\w+)", name)) for place, name in enumerate(names))
+        self._tensors = [(place, match[2] + "_" * len(match[1])) for place, match in found if match]
         self._define(schema)
         (BACKWARD_OPS if normalise is None else OPS)[name] = self
 
@@ -83,15 +89,26 @@ class Op(Choice):
 
     def __call__(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """args as in the schema, the backend's name or None last."""
-        if not torch.compiler.is_compiling():
-            if self._numbers is not None and type(args[self._numbers]) is not Values:
-                args = (*args[: self._numbers], Values(args[self._numbers]), *args[self._numbers + 1 :])
-            seen = signature(args)
-            if seen is not None:
-                return self._run_seen(seen, args)
-            if torch.is_grad_enabled() and _only_autograd_watches(args):
-                return _Recorded.apply(*args, self, self._run_below)
+        if _is_traced():
+            self.require_tensors(args)
+            return self._operator(*args)
+        if self._numbers is not None and type(args[self._numbers]) is not Values:
+            args = (*args[: self._numbers], Values(args[self._numbers]), *args[self._numbers + 1 :])
+        seen = signature(args)
+        if seen is not None:
+            plan = self.plans.get((seen, chosen_backend(), exact()))
+            if plan is not None and "run" not in self.__dict__:
+                return plan(args)
+        self.require_tensors(args)
+        if seen is not None:
+            return self._run_seen(seen, args)
+        if torch.is_grad_enabled() and _only_autograd_watches(args):
+            return _Recorded.apply(*args, self, self._run_below)
         return self._operator(*args)
+
+    def require_tensors(self, args: Sequence) -> None:
+        """Raises TypeError where an argument is no tensor that the schema has as one. Arguments with a plan are."""
+        require_tensors(self.name, **{name: args[place] for place, name in self._tensors})
 
     def _run_seen(self, seen: tuple, args: tuple) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """`run`, by the plan that the first call of this signature left: nothing is checked or chosen again."""

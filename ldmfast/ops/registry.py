@@ -231,6 +231,7 @@ def explain(op: Callable | str, *args: Any, **kwargs: Any) -> str:
     lines = [f"{op.name} (numerics: {chosen_numerics()}):"]
     try:
         arguments = op.normalise(*args, **kwargs)
+        op.require_tensors(arguments)
         op.check(*arguments)
     except (TypeError, ValueError) as error:
         return f"{op.name}: the arguments are refused: {error}"

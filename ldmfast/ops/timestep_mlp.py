@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ldmfast.ops import native, speeds, triton_backend
-from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors, short
+from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, short
 from ldmfast.ops.operator import Op
 
 NAME = "timestep_mlp"
@@ -41,24 +41,11 @@ def timestep_mlp(
     unknown backend; NotImplementedError with the reason of each backend that refuses.
     Traffic: the weights.   Source: Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
-    return op(
-        *_arguments(
-            t,
-            w1,
-            b1,
-            w2,
-            b2,
-            dim=dim,
-            flip_sin_to_cos=flip_sin_to_cos,
-            downscale_freq_shift=downscale_freq_shift,
-            max_period=max_period,
-        ),
-        backend,
-    )
+    shift, period = float(downscale_freq_shift), float(max_period)
+    return op(t, w1, b1, w2, b2, dim, flip_sin_to_cos, shift, period, backend)
 
 
 def _arguments(t, w1, b1, w2, b2, *, dim, flip_sin_to_cos=True, downscale_freq_shift=0.0, max_period=10000.0):
-    require_tensors(NAME, t=t, w1=w1, b1_=b1, w2=w2, b2_=b2)
     return t, w1, b1, w2, b2, dim, flip_sin_to_cos, float(downscale_freq_shift), float(max_period)
 
 

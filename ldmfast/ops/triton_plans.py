@@ -29,6 +29,7 @@ from ldmfast.kernels.launch_kernel import watched
 from ldmfast.ops.dispatcher import Values
 from ldmfast.ops.native import is_constant, maker_of, raw_stream
 
+_address = torch.Tensor.data_ptr
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 
@@ -124,9 +125,9 @@ def _plan(watch: _Watch, args: tuple, outputs: tuple, several: bool) -> Callable
     index, given = launches.index, bool(numbers)
 
     def plan(args):
-        made = [args[like].new_empty_strided(shape, strides, **kind) for like, shape, strides, kind in makers]
+        made = [make(args[like]) for like, make in makers]
         tensors = taken((*args, *made, *constants))
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = [*map(_address, tensors)]
         bits = 0
         for address in addresses:
             bits |= address

@@ -43,6 +43,16 @@ def named(file: Path) -> dict:
     return {row["name"]: row for row in read_json(file)["rows"]}
 
 
+@pytest.mark.parametrize("script", ["op_table", "layer_table", "sanitize"])
+def test_what_measures_ops_needs_no_diffusers(script):
+    """Which a GPU machine may lack: the tests of stage A, the ops and the layers are measured all the same."""
+    paths = [str(ROOT), *(str(ROOT / room) for room in ("tests", "tests/ops", "bench/gpu"))]
+    code = f"import sys; sys.path[:0] = {paths}; sys.modules['diffusers'] = None\n"
+    code += f"import {script}, test_ops_numbers, test_backward, test_ops_contract"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_dry_run_goes_through_every_command_of_every_stage(dry):
     found = named(dry / "stages.json")
     assert list(found) == [f"{stage} {command.name}" for stage, of in stages.STAGES.items() for command in of]

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from ldmfast.ops.registry import BACKWARD_OPS, OPS  # noqa: E402
 
 BACKEND = "cuda-host"
 PREFIX = "LDMFAST_CUDA_HOST_"
+NO_CLUSTERS = (("ARCH", "80"),)  # A100, RTX 3090 and 4090
+SLABS = (("ARCH", "80"), ("SLAB", "256"), ("BLOCKS", "64"))  # GroupNorm in two launches, several slabs a block
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,28 @@ class Call:
 
 def calls(case: Case, dtypes=DTYPES, gradient: bool = True) -> Iterator[Call]:
     """The op's and its gradient's, in each dtype that the emulated kernels take."""
+    return (call for call in _named(case, dtypes, gradient) if _refused(call) is None)
+
+
+def _named(case: Case, dtypes, gradient: bool) -> Iterator[Call]:
     for dtype in dtypes:
         for backward in (False, True)[: 1 + (gradient and f"{case.op}_backward" in BACKWARD_OPS)]:
-            call = Call(case, dtype, backward)
-            if _refused(call) is None:
-                yield call
+            yield Call(case, dtype, backward)
 
 
-def every_call() -> Iterator[Call]:
-    """All cases but the big ones; GroupNorm on a chip without clusters, too, and with several slabs a block."""
+def every_call(only: Sequence[str] = ("",)) -> Iterator[Call]:
+    """All cases but the big ones; GroupNorm on a chip without clusters, too, and with several slabs a block.
+
+    only  calls with one of these in their names; no other is made, which takes longer than to run it
+    """
     for case in CASES:
-        if case.big:
-            continue
-        for call in calls(case):
-            yield call
-            if case.op == "group_norm_silu" and not call.backward:
-                yield replace(call, settings=(("ARCH", "80"),))
+        for call in _named(case, DTYPES, True) if not case.big else ():
+            ways = [()]
             if case.op == "group_norm_silu":
-                yield replace(call, settings=(("ARCH", "80"), ("SLAB", "2048")))
+                ways += [SLABS] if call.backward else [NO_CLUSTERS, SLABS]
+            wanted = [c for c in (replace(call, settings=way) for way in ways) if any(part in str(c) for part in only)]
+            if wanted and _refused(call) is None:
+                yield from wanted
 
 
 def failure(call: Call, **settings: str | None) -> str | None:

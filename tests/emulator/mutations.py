@@ -6,6 +6,7 @@ The emulator knows every call of such a primitive by its file and line, and can 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from cases import CASES
-from emulated import Call, calls, failure
+from emulated import NO_CLUSTERS, SLABS, Call, calls, failure
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 PRIMITIVE = re.compile(
@@ -21,14 +22,13 @@ PRIMITIVE = re.compile(
     r"(?:<\d+>)?\(\);"
 )
 RUNS = {"order": {}, "seed 1": {"SEED": "1"}, "races": {"RACES": "1"}}  # by whom a mutant is noticed
-NO_CLUSTERS = (("ARCH", "80"),)
-SLABS = (("ARCH", "80"), ("SLAB", "2048"))
 
 # Cases that between them reach every kernel and every path with a barrier, in one dtype or two
 CHOSEN = {
     "attention": ("peaked", "cross-50x77x160", "width-20", "mask-additive"),
     "group_norm_silu": (
         "C320-8x8-channels_last",
+        "outlier-contiguous",
         "C640-8x8-contiguous",
         "one-group-odd-slice-4x4-channels_last",
         "everything-channels_last",
@@ -85,8 +85,15 @@ def chosen_calls(op: str) -> list[Call]:
 
 
 def noticed(site: Site, run: str) -> tuple[Call, str] | None:
-    """The first call that fails without it, and how; None if all pass."""
+    """The first call that fails without it, and how; None if all pass. RuntimeError where one fails by itself."""
     for call in chosen_calls(site.op):
         if found := failure(call, **RUNS[run], **site.setting):
+            if wrong := _whole(call, run):
+                raise RuntimeError(f"{call}, {run}: wrong with nothing removed: {wrong}")
             return call, found
     return None
+
+
+@functools.cache
+def _whole(call: Call, run: str) -> str | None:
+    return failure(call, **RUNS[run])

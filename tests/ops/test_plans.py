@@ -109,6 +109,21 @@ def test_a_copy_is_made_every_time():
     assert torch.equal(op(*args, "cpu")[0], op.run(*args, "cpu")[0])
 
 
+@pytest.mark.parametrize("op", list(OPS.values()), ids=lambda op: op.name)
+def test_what_is_no_tensor_is_refused_beside_a_plan(op):
+    """Of a call with a plan nothing is asked but its signature, in which a tensor is unlike anything else."""
+    args, named = SMALL[op.name].make(torch.float32)
+    arguments = [*op.normalise(*args, **named), None]
+    with torch.no_grad():
+        op(*arguments)
+        count = len(op.plans)
+        for place in [i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)]:
+            for other in (3, 1.5, "x", [1.0], {}, object()):
+                with pytest.raises(TypeError, match=rf"{op.name}: \w+ is {type(other).__name__}, expected a tensor"):
+                    op(*arguments[:place], other, *arguments[place + 1 :])
+    assert count == len(op.plans) == 1
+
+
 SIGNED = [(0.0, -0.0), (1.0, 1), (True, 1), (2.0, 2.5)]
 
 

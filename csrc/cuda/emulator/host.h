@@ -13,6 +13,7 @@
 //   LDMFAST_CUDA_HOST_RELAX=F:L the cluster_arrive there releases no writes
 //   LDMFAST_CUDA_HOST_ARCH=80   a chip without clusters (launch.cuh)
 //   LDMFAST_CUDA_HOST_SLAB=N    bytes of a slab of GroupNorm's two launches (group_norm_silu_plan.h)
+//   LDMFAST_CUDA_HOST_BLOCKS=N  blocks of each of these launches: with few, a block has several slabs
 #pragma once
 #include <cstddef>
 #include <cstdint>

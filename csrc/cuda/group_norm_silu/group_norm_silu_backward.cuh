@@ -49,10 +49,7 @@ __device__ __forceinline__ void terms(const Params& p, const Channel (&channel)[
   for (int j = 0; j < V; ++j) {
     const Channel& c = channel[CL ? j : 0];
     xhat[j] = (xhat[j] + c.center) * c.rstd + c.rest;
-    if (p.a.silu) {
-      const float z = xhat[j] * c.gain + c.offset, sigmoid = fast_reciprocal(one_plus_exp(-z));
-      g[j] *= sigmoid * (1.0f + z * (1.0f - sigmoid));
-    }
+    if (p.a.silu) g[j] *= silu_and_slope(xhat[j] * c.gain + c.offset).slope;
   }
 }
 

@@ -134,9 +134,9 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(const __grid_co
     load_coefficients(p, w, slab, s);
     cp_async_wait<0>();
     __syncthreads();
-    slab_moments(p, w, slab, s);
-    __syncthreads();
+    slab_moments(p, w, slab, s);   // its last sums are of s.parts alone, which the next slab writes behind a barrier
   }
+  __syncthreads();
   for (int g = threadIdx.x; g < w.groups; g += kThreads)
     store(moments_of(p, w, g) + (w.tile * p.slices + w.slice) * 4, s.load(g));
 }

@@ -12,16 +12,18 @@ struct Plan {
   int64_t blocks;
 };
 
-inline int64_t small_slab() {                // two launches: several blocks a multiprocessor hide each other's waits
+inline int64_t unless_emulated(int64_t value, [[maybe_unused]] const char* name) {
 #ifdef LDMFAST_CUDA_HOST
-  if (const char* bytes = std::getenv("LDMFAST_CUDA_HOST_SLAB")) return std::atoll(bytes);
+  if (const char* other = std::getenv(name)) return std::atoll(other);
 #endif
-  return 24 << 10;
+  return value;
 }
+// two launches: several blocks a multiprocessor hide each other's waits
+inline int64_t small_slab() { return unless_emulated(24 << 10, "LDMFAST_CUDA_HOST_SLAB"); }
+inline int64_t many_blocks() { return unless_emulated(528, "LDMFAST_CUDA_HOST_BLOCKS"); }
 constexpr int64_t kPlainLimit = 64 << 10;    // fused without a cluster: fits the smallest chip's 99 KB with the rest
 constexpr int64_t kClusterLimit = 200 << 10;
 constexpr int64_t kFewBlocks = 96;           // below this a chip of 100 to 132 multiprocessors is left idle
-constexpr int64_t kManyBlocks = 528;
 constexpr int64_t kCoefficients = 2048;      // channels a contiguous slab may touch: 24 KB of shared memory
 
 inline bool can_access(const GroupNormSiluArgs& a, int64_t v) {
@@ -125,7 +127,7 @@ inline Plan plan_of(const GroupNormSiluArgs& a, const Shape& s) {
 
 inline void split(Plan& plan, const Shape& s, int64_t most_slices = INT32_MAX) {
   plan.fused = false;
-  const int64_t wanted = ceil_div(kManyBlocks, s.tasks), most = ceil_div(s.bytes, small_slab());
+  const int64_t wanted = ceil_div(many_blocks(), s.tasks), most = ceil_div(s.bytes, small_slab());
   const int64_t slices = wanted < most ? wanted : most;
   cut(plan, s, slices < most_slices ? slices : most_slices, small_slab());
 }

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldmfast.commands.measuring.clock import Gpu, StandIn
-from ldmfast.commands.measuring.works import Work
+
+if TYPE_CHECKING:  # it needs diffusers, which a table of ops does without
+    from ldmfast.commands.measuring.works import Work
 
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,

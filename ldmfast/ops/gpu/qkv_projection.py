@@ -6,14 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ldmfast.ops import speeds, triton_backend
-from ldmfast.ops.checks import (
-    require_device,
-    require_dtype,
-    require_float,
-    require_layer_norm,
-    require_shape,
-    require_tensors,
-)
+from ldmfast.ops.checks import require_device, require_dtype, require_float, require_layer_norm, require_shape
 from ldmfast.ops.linear import rows
 from ldmfast.ops.operator import Op
 
@@ -47,8 +40,6 @@ def _arguments(x, first, second, third=None, *, layer_norm=None):
     if layer_norm is not None and (not isinstance(layer_norm, (tuple, list)) or len(layer_norm) != 3):
         raise TypeError(f"{NAME}: layer_norm is {layer_norm!r:.80}, expected (weight, bias, eps) or None")
     norm_weight, norm_bias, eps = layer_norm or (None, None, None)
-    require_tensors(NAME, x=x, first=first, second=second, third_=third)
-    require_tensors(NAME, norm_weight_=norm_weight, norm_bias_=norm_bias)
     return x, first, second, third, norm_weight, norm_bias, eps
 
 
