@@ -29,6 +29,7 @@ from ldmfast.models.guard import obstacle
 from ldmfast.models.layers import (
     added,
     conv2d,
+    dropout,
     enlarged,
     folds,
     for_stock,
@@ -64,11 +65,26 @@ class BlockInputs:
         }
 
 
-def recomputed(m: nn.Module, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """function(*args); while gradient checkpointing is on in `m`, it runs again in the backward pass."""
-    if m.gradient_checkpointing and torch.is_grad_enabled():
-        return m._gradient_checkpointing_func(function, *args)
-    return function(*args)
+def recomputed(
+    m: nn.Module,
+    function: Callable[..., torch.Tensor],
+    layer: nn.Module,
+    x: torch.Tensor,
+    cond: BlockInputs,
+    *more: Any,
+) -> torch.Tensor:
+    """function(layer, x, cond, *more); while gradient checkpointing is on in `m`, it runs again in the backward pass.
+
+    Each tensor is an argument of its own: a reentrant checkpoint looks for gradients in nothing else.
+    """
+    if not (m.gradient_checkpointing and torch.is_grad_enabled()):
+        return function(layer, x, cond, *more)
+    given = tuple(vars(cond).values())
+
+    def again(x, *rest):
+        return function(layer, x, BlockInputs(*rest[: len(given)]), *rest[len(given) :])
+
+    return m._gradient_checkpointing_func(again, x, *given, *more)
 
 
 @named
@@ -100,7 +116,7 @@ def resnet(
     x = joined(x, skip) if m.conv_shortcut is None else conv2d(m.conv_shortcut, x, skip=skip)
     around = {"residual": x, "output_scale": 1 / m.output_scale_factor}
     if "add" in time or obstacle(m.dropout):
-        h = m.dropout(group_norm(m.norm2, h, silu=True, **time))
+        h = dropout(m.dropout, group_norm(m.norm2, h, silu=True, **time))
         return conv2d(m.conv2, h, **around)
     return conv2d(m.conv2, h, norm=m.norm2, silu=True, **time, **around)
 

@@ -84,6 +84,15 @@ def group_norm(
     return F.silu(x) if silu else x
 
 
+def dropout(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """m(x), x [N, C, H, W]; where m drops values, x lies as in a stock U-Net: random numbers fall as memory goes.
+
+    So the same seed drops the same values. (In stock's UNet2DModel an attention's output is channels_last, and so is
+    what comes after it: there the numbers fall otherwise.)
+    """
+    return m(x) if plain(m) else from_stock(m(x.contiguous()))
+
+
 def _taken(x: torch.Tensor) -> bool:
     """Whether products of x go through our kernels, where they can: on a CPU, if no other backend was named.
 

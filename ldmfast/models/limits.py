@@ -5,6 +5,7 @@ Each condition answers with the reason why a module must be called as it is, as 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -35,9 +36,12 @@ from diffusers.models.unets.unet_2d_blocks import (
 )
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ldmfast.models import originals
 
+_BY_DEFAULT_OF = "diffusers.models.modeling_utils"
+_BY_DEFAULT = "ModelMixin.enable_gradient_checkpointing."
 _PARAMETRIC = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -45,8 +49,21 @@ def _no_limit(m) -> str | None:
     return None
 
 
-def _checkpointed(m) -> str | None:
-    return "gradient checkpointing is on" if m.gradient_checkpointing and torch.is_grad_enabled() else None
+def _checkpointed(m: nn.Module) -> str | None:
+    on = getattr(m, "gradient_checkpointing", False) and torch.is_grad_enabled()
+    return "gradient checkpointing is on" if on else None
+
+
+def _recomputed(m: nn.Module) -> str | None:
+    """A checkpointing function that is not torch's may look at the module that it is given."""
+    if not _checkpointed(m):
+        return None
+    function = m._gradient_checkpointing_func
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__qualname__", type(function).__name__)
+    known = function is checkpoint or (name.startswith(_BY_DEFAULT) and function.__module__ == _BY_DEFAULT_OF)
+    return None if known else f"its layers are checkpointed by {name}"
 
 
 def _dropout(m: nn.Dropout) -> str | None:
@@ -112,7 +129,7 @@ def _transformer_block(m: BasicTransformerBlock) -> str | None:
 
 
 def _transformer(m: Transformer2DModel) -> str | None:
-    return None if m.is_input_continuous else "its input is not continuous"
+    return _recomputed(m) if m.is_input_continuous else "its input is not continuous"
 
 
 def _resnet(m: ResnetBlock2D) -> str | None:
@@ -137,7 +154,7 @@ def _resampling(m: nn.Module) -> str | None:
         for layer in m._modules.get(name) or ():
             if type(layer) not in (Downsample2D, Upsample2D, ResnetBlock2D) and type(layer) in LIMITS:
                 return f"one of its {name} is a {type(layer).__name__}"
-    return None
+    return _recomputed(m)
 
 
 def _up_block(m: nn.Module) -> str | None:
@@ -168,8 +185,8 @@ LIMITS: dict[type, Callable] = {
     CrossAttnDownBlock2D: _resampling,
     AttnDownBlock2D: _resampling,
     ResnetDownsampleBlock2D: _resampling,
-    UNetMidBlock2D: _no_limit,
-    UNetMidBlock2DCrossAttn: _no_limit,
+    UNetMidBlock2D: _recomputed,
+    UNetMidBlock2DCrossAttn: _recomputed,
     UpBlock2D: _up_block,
     CrossAttnUpBlock2D: _up_block,
     AttnUpBlock2D: _up_block,

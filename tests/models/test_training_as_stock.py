@@ -1,0 +1,70 @@
+"""A training step of ours beside stock's from the same seed: what drops values, and what is computed again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ldmfast.models.unet import UNet
+
+
+def step(model, arguments) -> list[torch.Tensor]:
+    """The answer and every gradient, those of the inputs too."""
+    arguments = {
+        name: value.clone().requires_grad_() if value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    torch.manual_seed(11)
+    answer = model.train()(**arguments).sample
+    answer.square().mean().backward()
+    return [answer, *(x.grad for x in (*arguments.values(), *model.parameters()) if x.grad is not None)]
+
+
+def assert_steps_are_equal(stock, ours, arguments) -> None:
+    wanted, got = (step(model, arguments) for model in (stock, ours))
+    assert len(got) == len(wanted) > 10
+    assert max(map(tiny.error, got, wanted)) <= 1e-4
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_same_seed_drops_the_same_values(recomputed):
+    stock = tiny.unet(dropout=0.3)
+    ours = UNet.from_unet(copy.deepcopy(stock))
+    if recomputed:
+        stock.enable_gradient_checkpointing()
+        ours.enable_gradient_checkpointing()
+    assert_steps_are_equal(stock, ours, tiny.inputs(stock))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_a_reentrant_checkpoint(family):
+    stock = tiny.unet(family)
+    ours = UNet.from_unet(copy.deepcopy(stock))
+    for model in (stock, ours):
+        model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=True))
+    assert_steps_are_equal(stock, ours, tiny.inputs(stock))
+    assert ours.explain() == []
+
+
+def test_a_checkpointing_function_sees_the_modules_that_stock_gives_it():
+    def chosen(seen, module, *arguments):
+        seen.append(type(module).__name__)
+        if module.training and isinstance(module, nn.Module):
+            return checkpoint(module, *arguments, use_reentrant=False)
+        return module(*arguments)
+
+    stock = tiny.unet()
+    ours, seen = UNet.from_unet(copy.deepcopy(stock)), {}
+    for name, model in (("stock", stock), ("ours", ours)):
+        model.enable_gradient_checkpointing(functools.partial(chosen, seen.setdefault(name, [])))
+    assert_steps_are_equal(stock, ours, tiny.inputs(stock))
+    assert seen["ours"] == seen["stock"] and len(seen["stock"]) > 10
+    assert "checkpointed by" in " ".join(ours.explain()) and "chosen" in " ".join(ours.explain())
+    with torch.no_grad():
+        assert ours.explain() == []
