@@ -6,6 +6,7 @@ Only headers are read: a safetensors file begins with the length of a JSON table
 from __future__ import annotations
 
 import json
+import operator
 import re
 import struct
 import zipfile
@@ -31,6 +32,11 @@ _FIRST = {
     "AutoencoderKL": "encoder.conv_in.weight",
     "VQModel": "quantize.embedding.weight",
 }
+_DIMENSIONS = (  # entries of a config.json that are dimensions of weights as they stand
+    "block_out_channels conv_in_kernel conv_out_kernel cross_attention_dim encoder_hid_dim in_channels latent_channels "
+    "num_class_embeds num_vq_embeddings out_channels time_embedding_dim vq_embed_dim"
+).split()
+_ANY = 1 << 16  # so large an entry may be without use: cross_attention_dim is written where nothing attends
 
 
 def shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -54,7 +60,7 @@ def shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     table.pop("__metadata__", None)
     try:
         end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
-        found = {name: tuple(entry["shape"]) for name, entry in table.items()}
+        found = {name: tuple(map(operator.index, entry["shape"])) for name, entry in table.items()}
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: its header describes no tensors; download it again") from error
     if end > size:
@@ -112,7 +118,8 @@ def kind(table: dict[str, tuple]) -> str:
 
 def prompt_width(table: dict[str, tuple]) -> int | None:
     """The width of the prompt that a U-Net's cross-attention takes, from its tables of shapes."""
-    return next((shape[1] for name, shape in table.items() if name.endswith("attn2.to_k.weight")), None)
+    keys = (shape for name, shape in table.items() if name.endswith("attn2.to_k.weight"))
+    return next((shape[1] for shape in keys if len(shape) == 2), None)
 
 
 def check_folder(folder: Path, stock_name: str, variant: str | None = None) -> None:
@@ -134,6 +141,7 @@ def check_folder(folder: Path, stock_name: str, variant: str | None = None) -> N
     tables = {file: shapes(file) for file in sorted(_weights(folder, variant))}
     together = {name: shape for table in tables.values() for name, shape in table.items()}
     if together:
+        _check_sizes(folder, config, together)
         _check_family(folder, stock_name, config, together)
 
 
@@ -143,6 +151,19 @@ def _weights(folder: Path, variant: str | None) -> list[Path]:
     named = "" if variant is None else rf"\.{re.escape(variant)}"
     name = re.compile(rf"diffusion_pytorch_model({named}{shard}|{shard}{named})\.safetensors")
     return [path for path in folder.glob("diffusion_pytorch_model*.safetensors") if name.fullmatch(path.name)]
+
+
+def _check_sizes(folder: Path, config: dict, table: dict[str, tuple]) -> None:
+    """No layer that none of these weights could fill, before there is one: it would take memory without bound."""
+    largest = max((size for shape in table.values() for size in shape), default=0)
+    for name in _DIMENSIONS:
+        value = config.get(name)
+        for size in value if isinstance(value, list) else [value]:
+            if isinstance(size, int) and size > max(largest, _ANY):
+                raise ValueError(
+                    f"{folder}: its config.json has {size} in {name}, and no weight is larger than {largest} a side; "
+                    "take both from one model"
+                )
 
 
 def _check_family(folder: Path, stock_name: str, config: dict, table: dict[str, tuple]) -> None:

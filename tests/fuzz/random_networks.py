@@ -224,14 +224,18 @@ def _scheduler_of(module, plan):
 
 
 def _steps(scheduler, plan):
-    """The sample after each step, with a model that is a fixed function of the sample."""
+    """The sample after each step, with a model that is a fixed function of the sample.
+
+    Not one such as a sine: where a step leaves samples of 10^5 (PNDM, squaredcos_cap_v2, trailing), what float32 cannot
+    hold of them would be as large as the sine, and stock as far from float64 as ours.
+    """
     scheduler.set_timesteps(plan["steps"])
     torch.manual_seed(plan["seed"])
     sample, generator = torch.randn(plan["N"], 4, plan["H"], plan["W"]), torch.Generator().manual_seed(plan["seed"])
     more = {"eta": plan["eta"], "generator": generator} if plan["name"] == "DDIMScheduler" else {}
     more = {"generator": generator} if plan["name"] == "DDPMScheduler" else more
     for t in scheduler.timesteps:
-        output = 0.7 * sample.sin() + 0.1
+        output = 0.7 * torch.nn.functional.softsign(sample) + 0.1
         sample = scheduler.step(output, t, sample, **more).prev_sample
         yield sample
 
@@ -247,6 +251,8 @@ def _compare_scheduler(plan):
         wanted = list(_steps(_scheduler_of(diffusers, plan), plan))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, NotImplementedError):
         return 0, []
+    if plan["rescale_betas_zero_snr"] and plan["eta"] == 1.0 and not wanted[0].isfinite().all():
+        return 0, []  # the root of 1 - b - s^2, which is 0, or what stock's rounding makes of it: below 0, NaN
     for number, (got, true) in enumerate(zip(_steps(_scheduler_of(ldmfast, plan), plan), wanted, strict=True)):
         if found := _difference(got, true):
             return 1, [f"step {number}: {sentence}" for sentence in found]

@@ -74,6 +74,8 @@ FOUND = {  # damage that was an error without a name, or another type's
     "a block's name": ("unet config", ["drop", 0.3359375, 1]),
     "a place before the file": ("ckpt", ["drop", 0.25, 1]),
     "three numbers as a box": ("boxes", ["remove", 1.0, None]),
+    "a list as a width": ("unet weights", ["json", 0.109375, []]),
+    "a prompt of 2^31 numbers": ("unet config", ["json", 0.296875, [2**31]]),
     "a PNG that says that 3 GB follow": ("map", ["bytes", 0.3515625, "c1"]),
 }
 

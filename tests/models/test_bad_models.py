@@ -167,3 +167,40 @@ def test_a_width_that_does_not_fit_from_the_command_line(folder, tmp_path, capsy
     unet(cross_attention_dim=16).save_pretrained(folder / "unet")
     said = said_by_sample(folder, tmp_path / "a.png", capsys)
     assert "states are 8 wide; this U-Net expects 16" in said
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("in_channels", 2**31),
+        ("block_out_channels", [16, 2**40]),
+        ("cross_attention_dim", [2**31, 8]),
+        ("conv_in_kernel", 2**20),
+        ("num_class_embeds", 2**62),
+        ("time_embedding_dim", 2**31),
+    ],
+)
+def test_a_size_that_no_weight_has_is_refused_before_memory_is_asked_for(name, value, tmp_path):
+    unet().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(ValueError, match=f"config.json has [0-9]+ in {name}, and no weight is larger than") as raised:
+        UNet.from_pretrained(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("shape", [[8], [8, []], "ab", [8.5, 8], None])
+def test_a_header_whose_shapes_are_none_is_refused(shape, tmp_path):
+    unet().save_pretrained(tmp_path)
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    table = json.loads(whole[8 : 8 + length])
+    next(entry for name, entry in table.items() if name.endswith("attn2.to_k.weight"))["shape"] = shape
+    header = json.dumps(table).encode()
+    (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :])
+    with pytest.raises((OSError, ValueError), match=str(tmp_path)) as raised:
+        UNet.from_pretrained(tmp_path)
+    assert "\n" not in str(raised.value)
