@@ -205,13 +205,13 @@ def _compare_network(plan):
     return 1, [sentence for pair in zip(got, wanted, strict=True) for sentence in _difference(*pair)]
 
 
-def _difference(got, wanted) -> list[str]:
+def _difference(got, wanted, bound=FARTHEST) -> list[str]:
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return [f"{got.dtype} {list(got.shape)}, stock {wanted.dtype} {list(wanted.shape)}"]
     if not wanted.isfinite().all():
         return [] if torch.equal(got.isfinite(), wanted.isfinite()) else ["finite elsewhere than stock's"]
     error = ((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
-    return [] if error <= FARTHEST else [f"error {error:.3g} against stock, expected at most {FARTHEST}"]
+    return [] if error <= bound else [f"error {error:.3g} against stock, expected at most {bound}"]
 
 
 def _scheduler_of(module, plan):
@@ -251,10 +251,14 @@ def _compare_scheduler(plan):
         wanted = list(_steps(_scheduler_of(diffusers, plan), plan))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, NotImplementedError):
         return 0, []
-    if plan["rescale_betas_zero_snr"] and plan["eta"] == 1.0 and not wanted[0].isfinite().all():
-        return 0, []  # the root of 1 - b - s^2, which is 0, or what stock's rounding makes of it: below 0, NaN
+    # DDIM with eta 1, from pure noise: 1 - b - s^2 is 0, and stock takes the root of what float32 leaves of it, 2e-4 at
+    # most, or NaN where that is below 0
+    ends_in_noise = plan["rescale_betas_zero_snr"] or plan["beta_schedule"] == "squaredcos_cap_v2"
+    rounded = plan["name"] == "DDIMScheduler" and plan["eta"] == 1.0 and ends_in_noise
     for number, (got, true) in enumerate(zip(_steps(_scheduler_of(ldmfast, plan), plan), wanted, strict=True)):
-        if found := _difference(got, true):
+        if rounded and got.isfinite().all() and not true.isfinite().all():
+            break
+        if found := _difference(got, true, 1e-3 if rounded else FARTHEST):
             return 1, [f"step {number}: {sentence}" for sentence in found]
     return 1, []
 
