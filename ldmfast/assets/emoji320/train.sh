@@ -13,4 +13,4 @@ ldmfast train denoiser --data "$RUN/pictures" --autoencoder "$RUN/autoencoder" -
 ldmfast train decoder --data "$RUN/pictures" --autoencoder "$RUN/autoencoder" --output "$RUN/decoder" \
     --recipe emoji320 --denoiser "$RUN/denoiser/pipeline"
 rm -r "$RUN/denoiser/pipeline/vae" && cp -r "$RUN/decoder/vae" "$RUN/denoiser/pipeline/vae"
-ldmfast evaluate --model "$RUN/denoiser/pipeline" --data "$RUN/pictures" --output "$RUN/metrics.json"
+ldmfast evaluate --model "$RUN/denoiser/pipeline" --guidance 5 --data "$RUN/pictures" --output "$RUN/metrics.json"
