@@ -37,7 +37,7 @@ endef
 # they build in the same folder
 .NOTPARALLEL:
 
-.PHONY: demo test interpreted nvcc sanitize test-matrix try cpu host-kernels bench bench-peers lint resources clean
+.PHONY: demo test op-tests interpreted nvcc sanitize test-matrix try cpu host-kernels bench bench-peers lint resources clean
 
 # The picture, and the strip of its steps beside it; a terminal that can show pictures shows both.
 demo: .venv/built .venv/installed
@@ -45,13 +45,16 @@ demo: .venv/built .venv/installed
 	@$(BIN)/ldmfast sample "$(PROMPT)" -o "$(OUT)" --film "$(basename $(OUT))-steps.png" --seed $(SEED) --scale $(SCALE)
 	@echo "in $(CURDIR)"
 
-# Beside the suite, which seldom uses two cores: the interpreter's pass over the Triton kernels, on one thread, and then
-# the CUDA kernels, where nvcc is found.
+# Beside the suite, which seldom uses two cores: its tests of the ops and the interpreter's pass over the Triton kernels,
+# each on one thread, and then the CUDA kernels, where nvcc is found.
 test: .venv/built .venv/tools host-kernels
 	@mkdir -p build
-	$(MAKE) -s interpreted nvcc >build/beside.log 2>&1 & beside=$$!; \
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests; suite=$$?; \
+	$(MAKE) -s -k op-tests interpreted nvcc >build/beside.log 2>&1 & beside=$$!; \
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests --ignore tests/ops; suite=$$?; \
 	wait $$beside; beside=$$?; cat build/beside.log; exit $$((suite | beside))
+
+op-tests:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops
 
 interpreted:
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/test_triton.py \
