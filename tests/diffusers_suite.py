@@ -8,7 +8,7 @@ every pipeline is put through `ldmfast.optimize` when it is made. Prints and wri
 ours passes of that, and each test that stock passes and ours does not, with its reason (REASONS) where that is known.
 Exit status 1 if there is one without a reason. The installed diffusers is tested; take the checkout of its version.
 Nothing is downloaded: CLIP's tokenizer is one of single bytes, its tiny text towers are random; tests that need more
-of the hub fail alike in stock. The LoRA files need the package parameterized.
+of the hub fail alike in stock. The LoRA files need the package parameterized, some others requests_mock.
 """
 
 from __future__ import annotations
