@@ -30,8 +30,8 @@ def make(config, pictures, vae, channels, device="cpu", folder=None):
     folder   as of `gather`
     Raises ValueError naming the row that has no class.
     """
-    if config.conditions and config.condition in ("inpainting", "super-resolution"):
-        raise ValueError(f"conditions={config.conditions}: condition={config.condition} is made anew at every step")
+    if config.states and config.condition in ("inpainting", "super-resolution"):
+        raise ValueError(f"states={config.states}: condition={config.condition} is made anew at every step")
     if config.condition == "inpainting":
         return PictureSource(MaskedImage(channels + 1).bind(vae), pictures, downsampling(vae))
     if config.condition == "super-resolution":
@@ -101,7 +101,7 @@ def gather(conditioner, described, config, device="cpu", folder=None):
 
     folder     where they are kept while the process lives, if they are too large for the memory
     described  for each picture the inputs that describe it
-    config     its first_input_share, guidance_dropout and conditions (a file that keeps the states) are read
+    config     its first_input_share, guidance_dropout and states (a file that keeps the states) are read
     Raises ValueError for such a file beside an encoder that is trained, and for one that was made from something else.
     """
     inputs, known, indices, first, count = [], {}, [], [], []
@@ -114,12 +114,10 @@ def gather(conditioner, described, config, device="cpu", folder=None):
                 inputs.append(one)
             indices.append(known[key])
     conditions = unconditional = None
-    if conditioner.trainable and config.conditions:
-        raise ValueError(
-            f"conditions={config.conditions}: {type(conditioner).__name__} is trained, and what it makes changes"
-        )
+    if conditioner.trainable and config.states:
+        raise ValueError(f"states={config.states}: {type(conditioner).__name__} is trained, and what it makes changes")
     if not conditioner.trainable:
-        conditions = _answers(conditioner.to(device), inputs, folder, config.conditions)
+        conditions = _answers(conditioner.to(device), inputs, folder, config.states)
         unconditional = conditioner.empty(1).to("cpu", torch.float16)
     return InputSource(
         conditioner,

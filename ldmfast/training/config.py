@@ -165,7 +165,7 @@ class LatentsConfig(RunConfig):
     latents: str = option(
         "", "a file that keeps the encoded pictures; made if it is not there, checked if it is", free=True
     )
-    conditions: str = option(
+    states: str = option(
         "", "a file that keeps what a frozen encoder makes of the captions; likewise made and checked", free=True
     )
     gradient_checkpointing: bool = option(

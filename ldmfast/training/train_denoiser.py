@@ -116,7 +116,7 @@ def train_on(pictures, vae, folder, config, *, conditioner=None, describe=None, 
     accelerator = parallel.start(config)
     keeping = dict(file=config.latents, folder=folder)
     codes = latents.prepare(pictures, vae, **keeping, scale=config.latent_scale, accelerator=accelerator)
-    with accelerator.main_process_first() if config.conditions else contextlib.nullcontext():
+    with accelerator.main_process_first() if config.states else contextlib.nullcontext():
         if conditioner is None:
             source = condition_sources.make(config, pictures, vae, codes.shape[0], accelerator.device, folder)
         else:

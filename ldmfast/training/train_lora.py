@@ -38,7 +38,7 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     )
     codes = latents.prepare(pictures, pipeline.vae, file=config.latents, folder=folder, accelerator=accelerator)
     described = map(condition_sources.captions, pictures.rows)
-    with accelerator.main_process_first() if config.conditions else contextlib.nullcontext():
+    with accelerator.main_process_first() if config.states else contextlib.nullcontext():
         source = condition_sources.gather(pipeline.conditioner, described, config, accelerator.device, folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(unet, config, accelerator=accelerator)

@@ -157,7 +157,7 @@ def test_conditions_on_the_disk_are_those_in_memory(tmp_path, little_memory, mon
 def test_conditions_are_kept_and_checked(tmp_path, little_memory, monkeypatch):
     monkeypatch.setattr(condition_sources, "TOGETHER", 2)
     file, described, index = tmp_path / "kept" / "captions.safetensors", [[i, i + 1] for i in range(6)], torch.arange(6)
-    config = dataclasses.replace(CONFIG, conditions=str(file))
+    config = dataclasses.replace(CONFIG, states=str(file))
     drawn, asked = [], Answers()
     for settings in (CONFIG, config, config, "little memory", config):
         if settings == "little memory":
@@ -176,9 +176,9 @@ def test_conditions_are_kept_and_checked(tmp_path, little_memory, monkeypatch):
     with pytest.raises(ValueError, match="made from other encoder weights; remove it"):
         condition_sources.gather(asked, described, config)
     asked.trainable = True
-    with pytest.raises(ValueError, match="conditions=.* Answers is trained"):
+    with pytest.raises(ValueError, match="states=.* Answers is trained"):
         condition_sources.gather(asked, described, config)
-    with pytest.raises(ValueError, match="conditions=.* condition=inpainting is made anew at every step"):
+    with pytest.raises(ValueError, match="states=.* condition=inpainting is made anew at every step"):
         condition_sources.make(dataclasses.replace(config, condition="inpainting"), None, None, 4)
 
 
