@@ -37,7 +37,7 @@ def make(config, pictures, vae, channels, device="cpu", folder=None):
     if config.condition == "super-resolution":
         return PictureSource(LowResolution().bind(vae), pictures, downsampling(vae))
     conditioner, describe = _conditioner(config, pictures.rows)
-    return gather(conditioner, map(describe, pictures.rows), config, device, folder)
+    return gather(conditioner, map(describe, pictures.rows), config, device, folder, config.states)
 
 
 def _conditioner(config, rows):
@@ -96,12 +96,13 @@ class InputSource:
 
 
 @torch.no_grad()
-def gather(conditioner, described, config, device="cpu", folder=None):
+def gather(conditioner, described, config, device="cpu", folder=None, file=""):
     """An InputSource; a frozen conditioner's states are kept in half precision.
 
     folder     where they are kept while the process lives, if they are too large for the memory
     described  for each picture the inputs that describe it
-    config     its first_input_share, guidance_dropout and states (a file that keeps the states) are read
+    config     its first_input_share and guidance_dropout are read
+    file       keeps the states, and is checked if it is there
     Raises ValueError for such a file beside an encoder that is trained, and for one that was made from something else.
     """
     inputs, known, indices, first, count = [], {}, [], [], []
@@ -114,10 +115,10 @@ def gather(conditioner, described, config, device="cpu", folder=None):
                 inputs.append(one)
             indices.append(known[key])
     conditions = unconditional = None
-    if conditioner.trainable and config.states:
-        raise ValueError(f"states={config.states}: {type(conditioner).__name__} is trained, and what it makes changes")
+    if conditioner.trainable and file:
+        raise ValueError(f"states={file}: {type(conditioner).__name__} is trained, and what it makes changes")
     if not conditioner.trainable:
-        conditions = _answers(conditioner.to(device), inputs, folder, config.states)
+        conditions = _answers(conditioner.to(device), inputs, folder, file)
         unconditional = conditioner.empty(1).to("cpu", torch.float16)
     return InputSource(
         conditioner,

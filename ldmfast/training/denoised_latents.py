@@ -48,7 +48,7 @@ class DenoisedLatents:
         if self.steps < 1:
             raise ValueError(f"denoised_most={most} must be at least {1 / STEPS}, for a step to be left")
         self.pipeline = pipeline
-        options = SimpleNamespace(first_input_share=0.5, guidance_dropout=0.0, states="")
+        options = SimpleNamespace(first_input_share=0.5, guidance_dropout=0.0)
         described = map(condition_sources.captions, rows)
         self.source = condition_sources.gather(pipeline.conditioner, described, options, pipeline.unet.device, folder)
 

@@ -121,7 +121,7 @@ def train_on(pictures, vae, folder, config, *, conditioner=None, describe=None, 
             source = condition_sources.make(config, pictures, vae, codes.shape[0], accelerator.device, folder)
         else:
             described = map(describe, pictures.rows)
-            source = condition_sources.gather(conditioner, described, config, accelerator.device, folder)
+            source = condition_sources.gather(conditioner, described, config, accelerator.device, folder, config.states)
     unet = unet or network(config, codes.shape, source.conditioner)
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(learner(unet, source.conditioner, config), config, accelerator=accelerator)

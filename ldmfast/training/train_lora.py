@@ -39,7 +39,8 @@ def train(data, model, folder, config, *, restart=False, quiet=False):
     codes = latents.prepare(pictures, pipeline.vae, file=config.latents, folder=folder, accelerator=accelerator)
     described = map(condition_sources.captions, pictures.rows)
     with accelerator.main_process_first() if config.states else contextlib.nullcontext():
-        source = condition_sources.gather(pipeline.conditioner, described, config, accelerator.device, folder)
+        keeping = accelerator.device, folder, config.states
+        source = condition_sources.gather(pipeline.conditioner, described, config, *keeping)
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Run(unet, config, accelerator=accelerator)
     target = dict(alphas=scheduler.alphas_cumprod, prediction=scheduler.config.prediction_type)

@@ -157,29 +157,28 @@ def test_conditions_on_the_disk_are_those_in_memory(tmp_path, little_memory, mon
 def test_conditions_are_kept_and_checked(tmp_path, little_memory, monkeypatch):
     monkeypatch.setattr(condition_sources, "TOGETHER", 2)
     file, described, index = tmp_path / "kept" / "captions.safetensors", [[i, i + 1] for i in range(6)], torch.arange(6)
-    config = dataclasses.replace(CONFIG, states=str(file))
     drawn, asked = [], Answers()
-    for settings in (CONFIG, config, config, "little memory", config):
-        if settings == "little memory":
+    for kept in ("", file, file, "little memory", file):
+        if kept == "little memory":
             little_memory()
             continue
-        source = condition_sources.gather(asked, described, settings)
+        source = condition_sources.gather(asked, described, CONFIG, file=kept)
         drawn.append(source.conditions_of(index, Step(0, 3, 0, 6)).context)
-        if settings is config:  # from now on nothing is to be computed but the empty condition
+        if kept:  # from now on nothing is to be computed but the empty condition
             monkeypatch.setattr(Answers, "__call__", lambda *_: pytest.fail("they were computed again"))
     assert isinstance(source.conditions.context, rows_on_disk.RowsOnDisk)
     assert all(torch.equal(drawn[0], each) for each in drawn[1:]) and len(drawn) == 4
     assert [p.name for p in file.parent.iterdir()] == [file.name]
     with pytest.raises(ValueError, match="made from other captions; remove it"):
-        condition_sources.gather(asked, described[1:], config)
+        condition_sources.gather(asked, described[1:], CONFIG, file=file)
     asked.weight += 1
     with pytest.raises(ValueError, match="made from other encoder weights; remove it"):
-        condition_sources.gather(asked, described, config)
+        condition_sources.gather(asked, described, CONFIG, file=file)
     asked.trainable = True
     with pytest.raises(ValueError, match="states=.* Answers is trained"):
-        condition_sources.gather(asked, described, config)
+        condition_sources.gather(asked, described, CONFIG, file=file)
     with pytest.raises(ValueError, match="states=.* condition=inpainting is made anew at every step"):
-        condition_sources.make(dataclasses.replace(config, condition="inpainting"), None, None, 4)
+        condition_sources.make(dataclasses.replace(CONFIG, states="a", condition="inpainting"), None, None, 4)
 
 
 def test_the_stages_train_from_the_disk_to_the_same_bits_and_go_on(home, tmp_path, little_memory):
