@@ -262,11 +262,11 @@ def _gradient(grads, args, outputs, needed, backend):
     def convolve(g, turned, padding):
         return op(*_arguments(g, turned, padding=padding, exact=exact), backend)
 
-    def weigh(g, x):
-        g, x = (tensor.to(computed_in(tensor)) for tensor in (g, x))
-        return conv2d_weight_backward.op(g, x, padding, "cpu").to(weight.dtype)
+    def weigh():
+        return conv2d_weight_backward.op(*pair, padding, "cpu").to(weight.dtype)
 
-    own = stride == 1 and weight.shape[2] == 3 and op.fused(args, backend)
-    own = own and conv2d_weight_backward.runs(grads[0], x, padding)
+    own = needed[1] and stride == 1 and weight.shape[2] == 3 and op.fused(args, backend)
+    pair = [tensor.to(computed_in(tensor)) for tensor in (grads[0], x)] if own else []
+    own = own and conv2d_weight_backward.runs(*pair, padding)
     found = convolution_gradients(grads[0], x, weight, stride, padding, needed, convolve, weigh if own else None)
     return *found, *[None] * 11

@@ -43,13 +43,13 @@ def convolution_gradients(
     padding: int,
     needed: tuple[bool, ...],
     convolve: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
-    weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    weigh: Callable[[], torch.Tensor] | None = None,
 ) -> list[torch.Tensor | None]:
     """Of x [N, Ci, H, W], weight [Co, Ci, k, k] and bias [Co], for g [N, Co, Ho, Wo]; None where one is not needed.
 
     convolve  called as convolve(g, weight, padding) for the gradient of x where that is a convolution of g with the
               weight turned round, which stride 1 makes it; returns [N, Ci, H, W]
-    weigh     called as weigh(g, x) for the gradient of weight, if there is one; returns [Co, Ci, k, k]
+    weigh     called for the gradient of weight, if there is one; returns [Co, Ci, k, k]
     """
     found: list[torch.Tensor | None] = [None] * 3
     wanted = list(needed[:3])
@@ -58,7 +58,7 @@ def convolution_gradients(
         found[0] = convolve(g, weight.flip(2, 3).transpose(0, 1), weight.shape[2] - 1 - padding)
         wanted[0] = False
     if wanted[1] and weigh is not None:
-        found[1] = weigh(g, x)
+        found[1] = weigh()
         if wanted[2]:  # which convolution_backward would compute together with weight's
             found[2] = g.sum((0, 2, 3))
         wanted[1:] = False, False
