@@ -22,6 +22,7 @@ from ldmfast.ops import native  # noqa: E402
 SOURCE = Path(__file__).with_name("multiply_adds.cpp")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 FLAGS = {"generic": (), "avx2": ("-mavx2", "-mfma"), "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
+FLAGS["amx"] = (*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16")
 ROUNDS = 1 << 20
 
 

@@ -1,9 +1,14 @@
 // The launchers of ops.h: each runs the best compiled instruction set that this processor has.
-// LDMFAST_CPU_ISA=generic|avx2|avx512|avx512_bf16 takes a lower one.
+// LDMFAST_CPU_ISA=generic|avx2|avx512|avx512_bf16|amx takes a lower one.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#if defined(LDMFAST_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "../ops.h"
 
@@ -36,6 +41,14 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#if defined(LDMFAST_AMX)
+// Linux gives a process the tiles' registers when it asks for them.
+bool has_amx() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 #endif
 bool always() { return true; }
 
@@ -56,11 +69,17 @@ LDMFAST_ISA_ENTRY(generic, always)
 LDMFAST_ISA_ENTRY(avx2, has_avx2)
 LDMFAST_ISA_ENTRY(avx512, has_avx512)
 LDMFAST_ISA_ENTRY(avx512_bf16, has_avx512_bf16)
+#if defined(LDMFAST_AMX)
+LDMFAST_ISA_ENTRY(amx, has_amx)
+#endif
 #endif
 
 namespace {
 
 const Isa* const kIsas[] = {  // the best first
+#if defined(LDMFAST_AMX)
+    &amx::kernels,
+#endif
 #if defined(LDMFAST_X86)
     &avx512_bf16::kernels, &avx512::kernels, &avx2::kernels,
 #endif
@@ -87,7 +106,9 @@ const Isa& active() {
 }  // namespace
 
 const char* compiled_isas() {
-#if defined(LDMFAST_X86)
+#if defined(LDMFAST_AMX)
+  return "amx avx512_bf16 avx512 avx2 generic";
+#elif defined(LDMFAST_X86)
   return "avx512_bf16 avx512 avx2 generic";
 #else
   return "generic";

@@ -89,8 +89,10 @@ def lanes() -> int:
 
 @functools.cache
 def tiles() -> int:
-    """1 where the processor multiplies 16-bit types by tiles (AMX): oneDNN uses them, our kernels do not."""
-    return int(torch.cpu._is_amx_tile_supported())
+    """Who multiplies 16-bit types by tiles (AMX) on this processor: 0 nobody, 1 oneDNN alone, 2 our kernels, too."""
+    if not torch.cpu._is_amx_tile_supported():
+        return 0
+    return 2 if module("cpu").active_isa() == "amx" else 1
 
 
 def place(tensor: torch.Tensor) -> tuple[int, int, Callable[[int], torch.Tensor]]:

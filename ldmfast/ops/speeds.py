@@ -59,7 +59,7 @@ _SELF = ("S", 256, ANY)  # not the few keys of a prompt
 # reference makes for them, which cost more.
 _ZEN = "Zen 4, 2 cores, {}, {}: {} of the reference's speed"
 _ALONE = ("folded", 0, 0)
-_FLOAT32, _BFLOAT16 = (torch.float32, (_ALONE,)), (torch.bfloat16, (_ALONE, ("lanes", 16, 16)))
+_FLOAT32, _BFLOAT16 = (torch.float32, (_ALONE,)), (torch.bfloat16, (_ALONE, ("lanes", 16, 16), ("tiles", 0, 0)))
 _PRODUCTS = (
     ("conv2d", "1x1 at 32x32 and more", (("k", 1, 1), ("pixels", 1024, ANY)), ("0.93-1.02", "0.88-1.05")),
     ("conv2d", "stride 2 to 32x32", (("stride", 2, ANY), ("pixels", 1024, ANY)), ("0.85-0.86", "0.85-0.88")),

@@ -23,7 +23,7 @@ def ran(isa, *command):
     )
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_the_numbers_of_an_instruction_set(isa):
     module = native.module("cpu")
     if isa not in module.compiled_isas().split():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 TESTS = ("tests/ops/test_ops_numbers.py", "tests/ops/test_backward.py", "tests/ops/test_weight_backward.py")
 LIBRARIES = {"address": ("libasan.so", "libubsan.so", "libstdc++.so"), "thread": ("libtsan.so", "libstdc++.so")}
 

@@ -4,10 +4,12 @@
 //   other 1x1, stride 2, small pictures: direct (conv2d_run_direct.h)
 //   3x3 of a few channels: direct forms that do not fill them up (conv2d_few_inputs.h, conv2d_few_outputs.h)
 //   3x3 of stride 1: F(4x4, 3x3) or F(2x2, 3x3) (winograd.h)
+//   other 3x3 where products are by tiles: direct (conv2d_tiled.h)
 #include "winograd.h"
 #include "conv2d_run_direct.h"
 #include "conv2d_few_inputs.h"
 #include "conv2d_few_outputs.h"
+#include "conv2d_tiled.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -23,6 +25,7 @@ template <class M, class T> ConvForm form_of(const Conv2dArgs& a) {
   if (a.kernel != 3 || a.stride != 1) return ConvForm::kDirect;
   if (a.form != ConvForm::kAuto) return a.form;
   if (has_few_inputs<M>(a) || has_few_outputs(a)) return ConvForm::kDirect;
+  if (M::kTiles) return ConvForm::kDirect;  // whose products are too fast for transforms
   const int64_t pixels = a.N * a.Ho * a.Wo;
   // read in place: nothing to transform and no wait for memory, but whole vectors of pixels; on one thread of Zen 5,
   // 1280 -> 1280 in bfloat16, 4.14 ms against 3.94 of F(2x2, 3x3) at 8x8, 1.41 against 2.56 at 4x4
@@ -33,6 +36,13 @@ template <class M, class T> ConvForm form_of(const Conv2dArgs& a) {
   if (M::kPack == 1 && four < two && four < direct) return ConvForm::kF4;
   return two < direct ? ConvForm::kF2 : ConvForm::kDirect;
 }
+
+#if defined(__AMX_BF16__)
+// Whether conv2d_tiled.h takes it: more pixels than a weight is read in place for.
+template <class M, class T> bool is_tiled(const Conv2dArgs& a) {
+  return a.kernel == 3 && !streams<M, T>(a.norm_scale ? of_copy<T>(a, nullptr) : a);
+}
+#endif
 
 // Whether it is a product of the pixels as they lie.
 bool is_linear(const Conv2dArgs& a) {
@@ -53,24 +63,35 @@ LinearArgs linear_of(const Conv2dArgs& a) {
 
 template <class T> void run(const Conv2dArgs& a) {
   using M = typename MathOf<T>::type;
+  using Vectors = typename VectorMathOf<T>::type;
   switch (form_of<M, T>(a)) {
-    case ConvForm::kF4: return run_winograd<M, T, 4>(a);
-    case ConvForm::kF2: return run_winograd<M, T, 2>(a);
+    case ConvForm::kF4: return run_winograd<Vectors, T, 4>(a);
+    case ConvForm::kF2: return run_winograd<Vectors, T, 2>(a);
     default:
       if (has_few_outputs(a)) return run_few_outputs<M, T>(a);
       if (has_few_inputs<M>(a)) return run_few_inputs<M, T>(a);
+#if defined(__AMX_BF16__)
+      if constexpr (M::kTiles) {
+        if (is_tiled<M, T>(a)) return run_tiled<M, T>(a);
+      }
+#endif
       return run_direct<M, T>(a);
   }
 }
 
 template <class T> size_t floats_of(const Conv2dArgs& a) {
   using M = typename MathOf<T>::type;
+  using Vectors = typename VectorMathOf<T>::type;
   switch (form_of<M, T>(a)) {
-    case ConvForm::kF4: return winograd_plan<M, 4>(a).floats;
-    case ConvForm::kF2: return winograd_plan<M, 2>(a).floats;
+    case ConvForm::kF4: return winograd_plan<Vectors, 4>(a).floats;
+    case ConvForm::kF2: return winograd_plan<Vectors, 2>(a).floats;
     default:
       if (has_few_outputs(a)) return few_outputs_floats<M, T>(a);
-      return has_few_inputs<M>(a) ? few_inputs_floats<M, T>(a) : direct_floats<M, T>(a);
+      if (has_few_inputs<M>(a)) return few_inputs_floats<M, T>(a);
+#if defined(__AMX_BF16__)
+      if (M::kTiles && is_tiled<M, T>(a)) return (size_t)tiled_plan(a, groups_of<M>(a)).floats();
+#endif
+      return direct_floats<M, T>(a);
   }
 }
 

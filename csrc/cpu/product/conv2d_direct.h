@@ -40,7 +40,7 @@ template <class M, class T> struct DirectConv {
 
   const float* rows_in_place(int64_t, int64_t, int64_t&) const { return nullptr; }
   // a panel of output pixels, each [taps, groups of the block] words
-  void rows(int64_t m, int rows, int64_t block, float* to, int64_t part = kPanelPart) const {
+  void rows(int64_t m, int rows, int64_t block, float* to, int64_t part = kPanelPart<M>) const {
     const int64_t begin = first(block), all = count(block), inside = groups_of<M>(a.C1) - begin;
     const int64_t one = max64(0, min64(all, inside));  // groups of x1
     const Group x1 = run_of(begin, one), x2 = run_of(begin + one, all - one);
@@ -110,7 +110,7 @@ template <class M, class T> struct DirectConv {
 
   bool straight(int64_t m, int64_t n) const {
     const int64_t pixels = a.Ho * a.Wo;
-    return n + kTile <= a.Co && m / pixels == (m + kRows - 1) / pixels;
+    return n + kTile <= a.Co && m / pixels == (m + M::kRows - 1) / pixels;
   }
   Straight<T> to(int64_t m, int64_t n) const {
     const int64_t image = m / (a.Ho * a.Wo), at = m * a.Co + n;

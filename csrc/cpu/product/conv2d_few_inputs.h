@@ -45,7 +45,7 @@ template <class M, class T> struct FewInputs : DirectConv<M, T> {
 
 template <class M> Plan few_inputs_plan(const Conv2dArgs& a) {
   const int64_t depth = a.C1 * 9;
-  return plan_of(a.N * a.Ho * a.Wo, a.Co, 1, ceil_div(depth, M::kPack), depth);
+  return plan_of<M>(a.N * a.Ho * a.Wo, a.Co, 1, ceil_div(depth, M::kPack), depth);
 }
 template <class M, class T> size_t few_inputs_floats(const Conv2dArgs& a) {
   const Plan p = few_inputs_plan<M>(a);

@@ -73,9 +73,9 @@ template <class M, class T> bool streams(const Conv2dArgs& a) {
 
 template <class M> Plan direct_plan(const Conv2dArgs& a, int64_t& block_groups) {
   const int64_t groups = groups_of<M>(a), taps = a.kernel * a.kernel;
-  block_groups = min64(groups, taps > 1 ? kTapGroups : even_block(groups * kLanes) / kLanes);
+  block_groups = min64(groups, taps > 1 ? kTapGroups : even_block<M>(groups * kLanes) / kLanes);
   const int64_t blocks = ceil_div(groups, block_groups);
-  return plan_of(a.N * a.Ho * a.Wo, a.Co, blocks, taps * block_groups * kLanes, groups * kLanes * taps);
+  return plan_of<M>(a.N * a.Ho * a.Wo, a.Co, blocks, taps * block_groups * kLanes, groups * kLanes * taps);
 }
 
 inline bool normalises_first(const Conv2dArgs& a) { return a.norm_scale && a.kernel > 1; }
@@ -100,7 +100,7 @@ template <class T> void normalise(const Conv2dArgs& a, int64_t threads, T* copy)
 }
 
 template <class M, class T> int64_t direct_product_floats(const Conv2dArgs& a, const Plan& p) {
-  return streams<M, T>(a) ? streamed_plan(p).floats() : p.split.threads * p.scratch;
+  return streams<M, T>(a) ? streamed_plan<M>(p).floats() : p.split.threads * p.scratch;
 }
 template <class M, class T> size_t direct_floats(const Conv2dArgs& a) {
   const bool first = normalises_first(a);
@@ -123,7 +123,7 @@ template <class M, class T> void run_direct(const Conv2dArgs& args) {
   }
   const DirectConv<M, T> source{a, block_groups, groups_of<M>(a)};
   if constexpr (sizeof(T) * M::kPack == 4) {
-    if (streams<M, T>(a)) return run_streamed<M>(streamed_plan(p), StreamedConv<M, T>{source}, (float*)args.workspace);
+    if (streams<M, T>(a)) return run_streamed<M>(streamed_plan<M>(p), StreamedConv<M, T>{source}, (float*)args.workspace);
   }
   run_product<M>(p, source, (float*)args.workspace);
 }

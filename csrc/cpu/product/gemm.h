@@ -14,20 +14,21 @@
 #pragma once
 #include <omp.h>
 
+#include "../tiles.h"
 #include "../transpose.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;  // rows whose sums are in registers: 32, or 16
-constexpr int kTile = 2 * kLanes;                               // columns likewise
-constexpr int64_t kPart = 32;                                   // words of a row that lie together in a panel
-constexpr int64_t kPanelPart = kRows * kPart;
+constexpr int kVectorRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;  // rows whose sums are in registers: 32, or 16
+constexpr int kTile = 2 * kLanes;                                     // columns likewise
+constexpr int64_t kPart = 32;                                         // words of a row that lie together in a panel
 
-// A word is one float32, or two neighbours in the depth as bfloat16.
+// A word is one float32, or two neighbours in the depth as bfloat16. kRows: of a panel. kTiles: multiplied by tiles.
 struct Single {
-  static constexpr int kPack = 1;
+  static constexpr int kPack = 1, kRows = kVectorRows;
+  static constexpr bool kTiles = false;
   LDMFAST_INLINE VecF dot(VecF sum, VecF a, VecF b) { return sum + a * b; }
   template <class T> LDMFAST_INLINE VecF words(const T* p, int64_t n) {  // n elements remain
     return n >= kLanes ? load(p) : load_first(p, n);
@@ -38,7 +39,8 @@ struct Single {
 
 #if defined(__AVX512BF16__)
 struct Paired {
-  static constexpr int kPack = 2;
+  static constexpr int kPack = 2, kRows = kVectorRows;
+  static constexpr bool kTiles = false;
   LDMFAST_INLINE VecF dot(VecF sum, VecF a, VecF b) {
     return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -56,10 +58,31 @@ struct Paired {
 };
 #endif
 
-template <class T> struct MathOf { using type = Single; };
-#if defined(__AVX512BF16__)
-template <> struct MathOf<BFloat16> { using type = Paired; };
+#if defined(__AMX_BF16__)
+struct Tiled : Paired {
+  static constexpr int kRows = 2 * kTileRows;
+  static constexpr bool kTiles = true;
+};
 #endif
+
+// VectorMathOf: without tiles
+template <class T> struct VectorMathOf { using type = Single; };
+#if defined(__AVX512BF16__)
+template <> struct VectorMathOf<BFloat16> { using type = Paired; };
+#endif
+template <class T> struct MathOf { using type = typename VectorMathOf<T>::type; };
+#if defined(__AMX_BF16__)
+template <> struct MathOf<BFloat16> { using type = Tiled; };
+#endif
+
+template <class M> constexpr int64_t kPanelPart = M::kRows * kPart;
+
+// What a thread holds while it multiplies by M.
+template <bool kTiles> struct TilesIf {};
+#if defined(__AMX_BF16__)
+template <> struct TilesIf<true> : Tiles {};
+#endif
+template <class M> using TilesOf = TilesIf<M::kTiles>;
 
 LDMFAST_INLINE VecF broadcast(const float* p) {
   uint32_t bits;
@@ -72,18 +95,36 @@ struct Keep {
   __attribute__((always_inline)) void operator()(float* to, int, int, VecF y) const { store(to, y); }
 };
 
+#if defined(__AMX_BF16__)
+// The 32 rows of a times b, and finish; see multiply.
+template <class Finish>
+void finish_tiles(const TileRows& a, const float* b, int64_t words, bool add, float* c, int64_t stride_c,
+                  const Finish& finish) {
+  alignas(64) float sums[2 * kTileRows * kTile];
+  multiply_tiles(2 * kTileRows, a, b, kTile, words, add ? c : nullptr, stride_c, sums, kTile);
+  for (int r = 0; r < 2 * kTileRows; ++r) {
+    for (int j = 0; j < 2; ++j) finish(c + r * stride_c + j * kLanes, r, j, load(sums + r * kTile + j * kLanes));
+  }
+}
+#endif
+
 // a b, of a [parts, kRows, kPart] and b [words, kV * kLanes], and c [kR, kV * kLanes] added to it; see Keep.
 template <class M, int kR, int kV, class Finish = Keep>
 void multiply(const float* a, const float* b, int64_t words, bool add, float* c, int64_t stride_c,
               const Finish& finish = {}) {
+#if defined(__AMX_BF16__)
+  if constexpr (M::kTiles) {
+    return finish_tiles({a, kPart, kPanelPart<M>}, b, words, add, c, stride_c, finish);
+  }
+#endif
   VecF sum[kR][kV] = {};
   if (add) {
     for (int r = 0; r < kR; ++r) for (int j = 0; j < kV; ++j) __builtin_prefetch(c + r * stride_c + j * kLanes);
   }
-  for (; words > 0; words -= kPart, a += kPanelPart) {
+  for (; words > 0; words -= kPart, a += kPanelPart<M>) {
     const int64_t count = min64(kPart, words);
     for (int64_t d = 0; d < count; ++d, b += kV * kLanes) {
-      __builtin_prefetch(a + kPanelPart + d * (kPanelPart / kPart));  // the next part, which may come from memory
+      __builtin_prefetch(a + kPanelPart<M> + d * M::kRows);  // the next part, which may come from memory
       VecF x[kV];
 #pragma GCC unroll 2
       for (int j = 0; j < kV; ++j) x[j] = load(b + j * kLanes);
@@ -105,9 +146,14 @@ void multiply(const float* a, const float* b, int64_t words, bool add, float* c,
   }
 }
 
-template <class M, int kR = kRows>
+template <class M, int kR = M::kRows>
 LDMFAST_INLINE void multiply_rows(int rows, const float* a, const float* b, int64_t words, bool add, float* c,
                                   int64_t stride_c) {
+#if defined(__AMX_BF16__)
+  if constexpr (M::kTiles) {  // c has kRows rows, as a panel has
+    return multiply_tiles(rows, {a, kPart, kPanelPart<M>}, b, kTile, words, add ? c : nullptr, stride_c, c, stride_c);
+  }
+#endif
   if (rows == kR) return multiply<M, kR, 2>(a, b, words, add, c, stride_c);
   if constexpr (kR > 1) multiply_rows<M, kR - 1>(rows, a, b, words, add, c, stride_c);
 }
@@ -142,7 +188,7 @@ void pack_transposed(const T* from, int64_t stride, int64_t valid, int64_t n, fl
 }
 
 // Where word w of a panel's row is, from the row's first word.
-LDMFAST_INLINE int64_t panel_word(int64_t w, int64_t part = kPanelPart) { return w / kPart * part + w % kPart; }
+LDMFAST_INLINE int64_t panel_word(int64_t w, int64_t part) { return w / kPart * part + w % kPart; }
 
 // The same as float32, one element a word; bfloat16 goes through the transposition two a word.
 template <class T> void pack_elements(const T* from, int64_t stride, int64_t valid, int64_t n, float* to) {
@@ -171,7 +217,7 @@ template <> inline void pack_elements(const BFloat16* from, int64_t stride, int6
 // A row of n elements into a panel whose parts stand `part` floats apart; next: the row that will take its place
 template <class M, class T>
 LDMFAST_INLINE void pack_row(const T* from, int64_t n, const T* next, float* to,
-                             int64_t part = kPanelPart) {
+                             int64_t part = kPanelPart<M>) {
   constexpr int64_t kStep = kLanes * M::kPack, kSteps = kPart / kLanes;
   for (; n >= kSteps * kStep; n -= kSteps * kStep, to += part) {
 #pragma GCC unroll 2

@@ -10,6 +10,9 @@ namespace {
 template <class M, int kR, int kV, class Finish = Keep>
 void multiply_in_place(const float* a, int64_t stride_a, const float* b, int64_t words, bool add, float* c,
                        int64_t stride_c, const Finish& finish = {}) {
+#if defined(__AMX_BF16__)
+  if constexpr (M::kTiles) return finish_tiles({a, stride_a, kPart}, b, words, add, c, stride_c, finish);
+#endif
   constexpr int kAbreast = 3;  // rows beside a pointer, reached by the stride and twice the stride
   constexpr int kPointers = (kR + kAbreast - 1) / kAbreast;
   VecF sum[kR][kV] = {};
@@ -41,20 +44,25 @@ void multiply_in_place(const float* a, int64_t stride_a, const float* b, int64_t
   }
 }
 
-template <class M, int kR = kRows>
+template <class M, int kR = M::kRows>
 LDMFAST_INLINE void multiply_rows_in_place(int rows, const float* a, int64_t stride_a, const float* b, int64_t words,
                                            bool add, float* c, int64_t stride_c) {
+#if defined(__AMX_BF16__)
+  if constexpr (M::kTiles) {  // of whole panels alone
+    return multiply_tiles(rows, {a, stride_a, kPart}, b, kTile, words, add ? c : nullptr, stride_c, c, stride_c);
+  }
+#endif
   if (rows == kR) return multiply_in_place<M, kR, 2>(a, stride_a, b, words, add, c, stride_c);
   if constexpr (kR > 1) multiply_rows_in_place<M, kR - 1>(rows, a, stride_a, b, words, add, c, stride_c);
 }
 
 // Fetches the next panel's rows, where they are read in place, into the second-level cache: some with every tile.
-struct Ahead {
+template <class M> struct Ahead {
   const float* rows;
   int64_t stride, words, count, share;  // words and rows of the panel, and words of a row for each tile
 
   Ahead(const float* a, int64_t stride, int64_t words, int64_t remaining, int64_t tiles)
-      : rows(a ? a + kRows * stride : nullptr), stride(stride), words(words), count(min64(kRows, remaining)),
+      : rows(a ? a + M::kRows * stride : nullptr), stride(stride), words(words), count(min64(M::kRows, remaining)),
         share(ceil_div(ceil_div(words, 16), tiles) * 16) {}
   void fetch(int64_t tile) const {
     const int64_t end = min64(words, (tile + 1) * share);

@@ -44,17 +44,19 @@ template <class M, class T> struct Linear {
   const float* rows_in_place(int64_t m, int64_t i, int64_t& stride) const {
     constexpr bool kWords = kLanes == 16 && sizeof(T) * M::kPack == 4;
     if (!kWords || a.normalised || a.K <= 320 * M::kPack || a.K % M::kPack || a.stride_x % M::kPack) return nullptr;
+    if (M::kTiles && m + M::kRows > a.M) return nullptr;  // whole panels, or what follows them would be read
+
     stride = a.stride_x / M::kPack;
     int64_t sets = 64;
     for (int64_t lines = stride / 16; sets > 1 && lines % 2 == 0; lines /= 2) sets /= 2;
-    if (stride % 16 == 0 && ceil_div(kRows, sets) > 4) return nullptr;
+    if (stride % 16 == 0 && ceil_div(M::kRows, sets) > 4) return nullptr;
     return (const float*)((const T*)a.x + m * a.stride_x + from(i));
   }
-  void rows(int64_t m, int count, int64_t i, float* to, int64_t part = kPanelPart) const {
+  void rows(int64_t m, int count, int64_t i, float* to, int64_t part = kPanelPart<M>) const {
     const T* x = (const T*)a.x + m * a.stride_x + from(i);
     for (int r = 0; r < count; ++r, to += kPart) {
       if (a.normalised) normalised_row(m + r, from(i), elements(i), to, part);
-      else pack_row<M>(x + r * a.stride_x, elements(i), x + (r + kRows) * a.stride_x, to, part);
+      else pack_row<M>(x + r * a.stride_x, elements(i), x + (r + M::kRows) * a.stride_x, to, part);
     }
   }
 
@@ -156,10 +158,10 @@ template <class M, class T, int kR = kFewRows> void few_rows(const Linear<M, T>&
   }
 }
 
-Plan linear_plan(const LinearArgs& a, int pack) {
-  const int64_t words = ceil_div(a.K, pack), block = even_block(words);
+template <class M> Plan linear_plan(const LinearArgs& a) {
+  const int64_t words = ceil_div(a.K, M::kPack), block = even_block<M>(words);
   const int64_t columns = a.activation == Activation::kGeglu ? ceil_div(a.N, kLanes) * kTile : a.N;
-  return plan_of(a.M, columns, ceil_div(words, block), block, a.K);
+  return plan_of<M>(a.M, columns, ceil_div(words, block), block, a.K);
 }
 
 // Whether the weight is words as it stands, and the rows are few beside its own
@@ -168,13 +170,14 @@ template <class M, class T> bool streams(const LinearArgs& a) {
   return a.M <= min64(kMostStreamed, a.N);
 }
 template <class T> int64_t product_floats(const LinearArgs& a, const Plan& p) {
-  if (streams<typename MathOf<T>::type, T>(a)) return streamed_plan(p).floats();
+  using M = typename MathOf<T>::type;
+  if (streams<M, T>(a)) return streamed_plan<M>(p).floats();
   return p.split.threads * p.scratch;
 }
 
 template <class T> void run(const LinearArgs& a) {
   using M = typename MathOf<T>::type;
-  const Plan p = linear_plan(a, M::kPack);
+  const Plan p = linear_plan<M>(a);
   if (a.M <= kFewRows && !a.exact && !a.normalised && a.activation != Activation::kGeglu) {
     return few_rows(Linear<M, T>{a, 0, nullptr}, p.split.threads);
   }
@@ -187,13 +190,13 @@ template <class T> void run(const LinearArgs& a) {
   }
   const Linear<M, T> source{a, p.block_words, stats};
   if constexpr (sizeof(T) * M::kPack == 4) {
-    if (streams<M, T>(a)) return run_streamed<M>(streamed_plan(p), source, (float*)a.workspace);
+    if (streams<M, T>(a)) return run_streamed<M>(streamed_plan<M>(p), source, (float*)a.workspace);
   }
   run_product<M>(p, source, (float*)a.workspace);
 }
 
 template <class T> size_t floats_of(const LinearArgs& a) {
-  const Plan p = linear_plan(a, MathOf<T>::type::kPack);
+  const Plan p = linear_plan<typename MathOf<T>::type>(a);
   return (size_t)(product_floats<T>(a, p) + (a.normalised ? 2 * a.M : 0));
 }
 

@@ -7,34 +7,39 @@ namespace LDMFAST_ISA {
 namespace {
 
 // What packing costs a task beside its products, in multiply-adds for a vector of a row and a word of a column.
-constexpr int64_t kRowCost = 4, kColumnCost = 8;
-constexpr int64_t kMaxRows = 72 * kRows, kMaxColumns = 320, kMaxWords = 384;
+// A tile does that of 8 vectors in the same time; its processors have twice the second-level cache.
+template <class M> constexpr int64_t kRowCost = M::kTiles ? 32 : 4;
+template <class M> constexpr int64_t kColumnCost = M::kTiles ? 64 : 8;
+template <class M> constexpr int64_t kMaxRows = M::kTiles ? 1024 : 72 * M::kRows;
+template <class M> constexpr int64_t kMaxWords = M::kTiles ? 640 : 384;
+constexpr int64_t kMaxColumns = 320;
 
 struct Split {
   int64_t rows, columns;              // of a task; multiples of kRows and kTile, or all
   int64_t row_tasks, column_tasks, threads;
 };
 
-LDMFAST_INLINE Split split_into(int64_t M, int64_t N, int64_t row_tasks, int64_t column_tasks) {
+template <class M>
+LDMFAST_INLINE Split split_into(int64_t rows, int64_t N, int64_t row_tasks, int64_t column_tasks) {
   Split s;
-  s.rows = ceil_div(ceil_div(M, kRows), row_tasks) * kRows;
+  s.rows = ceil_div(ceil_div(rows, M::kRows), row_tasks) * M::kRows;
   s.columns = ceil_div(ceil_div(N, kTile), column_tasks) * kTile;
-  s.row_tasks = ceil_div(M, s.rows);
+  s.row_tasks = ceil_div(rows, s.rows);
   s.column_tasks = ceil_div(N, s.columns);
   return s;
 }
 
-// The split of M x N that is estimated to take the least time on the threads.
-Split split_of(int64_t M, int64_t N, int64_t depth) {
+// The split of rows x N that is estimated to take the least time on the threads.
+template <class M> Split split_of(int64_t rows, int64_t N, int64_t depth) {
   constexpr int64_t kSerial = 128 * 1024;  // products below which waking threads costs more than it gives
-  const int64_t threads = M * N * depth > kSerial ? max64(1, omp_get_max_threads()) : 1;
-  const int64_t least_rows = ceil_div(M, kMaxRows), least_columns = ceil_div(N, kMaxColumns);
+  const int64_t threads = rows * N * depth > kSerial ? max64(1, omp_get_max_threads()) : 1;
+  const int64_t least_rows = ceil_div(rows, kMaxRows<M>), least_columns = ceil_div(N, kMaxColumns);
   Split best = {};
   int64_t least = INT64_MAX;
   for (int64_t i = 0; i <= 2 * threads; ++i) {
     for (int64_t j = 0; j <= 2 * threads; ++j) {
-      Split s = split_into(M, N, least_rows + i, least_columns + j);
-      const int64_t task = (s.rows * s.columns + kRowCost * kLanes * s.rows + kColumnCost * s.columns);
+      Split s = split_into<M>(rows, N, least_rows + i, least_columns + j);
+      const int64_t task = (s.rows * s.columns + kRowCost<M> * kLanes * s.rows + kColumnCost<M> * s.columns);
       const int64_t time = ceil_div(s.row_tasks * s.column_tasks, threads) * task;
       if (time < least) least = time, best = s;
     }
@@ -50,16 +55,16 @@ struct Plan {
   int64_t scratch;              // floats a thread
 };
 
-Plan plan_of(int64_t M, int64_t N, int64_t blocks, int64_t block_words, int64_t depth) {
-  Plan p = {M, N, blocks, block_words, split_of(M, N, depth), 0};
-  const int64_t sums = blocks > 1 ? p.split.rows * p.split.columns : kRows * kTile;
-  p.scratch = ceil_div(block_words, kPart) * kPanelPart + block_words * p.split.columns + sums + 16;
+template <class M> Plan plan_of(int64_t rows, int64_t N, int64_t blocks, int64_t block_words, int64_t depth) {
+  Plan p = {rows, N, blocks, block_words, split_of<M>(rows, N, depth), 0};
+  const int64_t sums = blocks > 1 ? p.split.rows * p.split.columns : M::kRows * kTile;
+  p.scratch = ceil_div(block_words, kPart) * kPanelPart<M> + block_words * p.split.columns + sums + 16;
   return p;
 }
 
 // Even blocks of a depth of words.
-LDMFAST_INLINE int64_t even_block(int64_t words) {
-  const int64_t blocks = ceil_div(words, kMaxWords);
+template <class M> LDMFAST_INLINE int64_t even_block(int64_t words) {
+  const int64_t blocks = ceil_div(words, kMaxWords<M>);
   return ceil_div(ceil_div(words, blocks), kLanes) * kLanes;
 }
 
@@ -77,27 +82,27 @@ template <class M, class Source> void run_task(const Plan& p, const Source& sour
   const int64_t m0 = task % s.row_tasks * s.rows, m1 = min64(p.M, m0 + s.rows);
   const int64_t n0 = task / s.row_tasks * s.columns, n1 = min64(p.N, n0 + s.columns);
   float* panel = aligned(scratch);
-  float* columns = panel + ceil_div(p.block_words, kPart) * kPanelPart;
+  float* columns = panel + ceil_div(p.block_words, kPart) * kPanelPart<M>;
   float* sums = columns + p.block_words * s.columns;
   for (int64_t block = 0; block < p.blocks; ++block) {
     const int64_t words = source.words(block);
     for (int64_t n = n0; n < n1; n += kTile) source.columns(n, block, columns + (n - n0) * words);
-    for (int64_t m = m0; m < m1; m += kRows) {
-      const int rows = (int)min64(kRows, m1 - m);
+    for (int64_t m = m0; m < m1; m += M::kRows) {
+      const int rows = (int)min64(M::kRows, m1 - m);
       int64_t stride_a = 0;
       const float* a = source.rows_in_place(m, block, stride_a);
       if (!a) source.rows(m, rows, block, panel);
-      const Ahead next(a, stride_a, words, m1 - m - kRows, ceil_div(n1 - n0, kTile));
+      const Ahead<M> next(a, stride_a, words, m1 - m - M::kRows, ceil_div(n1 - n0, kTile));
       for (int64_t n = n0; n < n1; n += kTile) {
         float* c = p.blocks > 1 ? sums + (m - m0) * s.columns + (n - n0) : sums;
         const int64_t stride = p.blocks > 1 ? s.columns : kTile;
         const float* b = columns + (n - n0) * words;
         const bool last = block == p.blocks - 1;
         if (a) next.fetch((n - n0) / kTile);
-        if (last && rows == kRows && source.straight(m, n)) {
+        if (last && rows == M::kRows && source.straight(m, n)) {
           const auto finish = source.to(m, n);
-          if (a) multiply_in_place<M, kRows, 2>(a, stride_a, b, words, block > 0, c, stride, finish);
-          else multiply<M, kRows, 2>(panel, b, words, block > 0, c, stride, finish);
+          if (a) multiply_in_place<M, M::kRows, 2>(a, stride_a, b, words, block > 0, c, stride, finish);
+          else multiply<M, M::kRows, 2>(panel, b, words, block > 0, c, stride, finish);
           continue;
         }
         if (a) {
@@ -116,6 +121,7 @@ template <class M, class Source> void run_product(const Plan& p, const Source& s
 #pragma omp parallel num_threads(p.split.threads) if (p.split.threads > 1)
   {
     float* scratch = workspace + omp_get_thread_num() * p.scratch;
+    [[maybe_unused]] const TilesOf<M> tiles;
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < tasks; ++i) run_task<M>(p, source, i, scratch);
   }

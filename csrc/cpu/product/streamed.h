@@ -19,7 +19,7 @@ namespace {
 // Tokens, beyond which the weight is better packed. On one thread of Zen 5, K = N = 1280 in bfloat16, a cold weight,
 // the time packed over the time here: 1.82 of 16 tokens, 1.28 of 64, 1.14 of 128, 1.01 of 256; of 1024 at most 0.84 to 0.92.
 constexpr int64_t kMostStreamed = 256;
-constexpr int kMostVectors = kLanes == 16 ? 5 : 3;  // of tokens whose sums are in registers
+template <class M> constexpr int kMostVectors = M::kTiles ? 2 : kLanes == 16 ? 5 : 3;  // of tokens whose sums are in registers
 constexpr int streamed_rows(int vectors) {          // rows of the weight likewise
   return kLanes == 16 ? (vectors <= 2 ? 14 : vectors == 3 ? 9 : vectors == 4 ? 6 : 5) : 12 / vectors;
 }
@@ -38,11 +38,11 @@ struct StreamedPlan {
   int64_t floats() const { return floats_x + threads * scratch + 16; }
 };
 
-StreamedPlan streamed_plan(const Plan& p) {
+template <class M> StreamedPlan streamed_plan(const Plan& p) {
   StreamedPlan s = {};
   s.M = p.M, s.N = p.N, s.blocks = p.blocks, s.block_words = p.block_words, s.threads = p.split.threads;
   const int64_t vectors = ceil_div(p.M, kLanes);
-  s.groups = ceil_div(vectors, kMostVectors), s.vectors = ceil_div(vectors, s.groups);
+  s.groups = ceil_div(vectors, kMostVectors<M>), s.vectors = M::kTiles ? 2 : ceil_div(vectors, s.groups);
   const int64_t tiles = ceil_div(p.N, kTile), wanted = ceil_div(tiles, 4 * s.threads);
   s.columns = max64(1, min64(wanted, kRangeColumns / kTile)) * kTile;
   s.column_tasks = ceil_div(p.N, s.columns);
@@ -121,6 +121,32 @@ template <class M, class Source> struct Streamed {
     source.across(m, max64(0, min64(kLanes, p.M - m)), block, rows, to, stride);
   }
 
+#if defined(__AMX_BF16__)
+  // By tiles: 32 rows at a time, and what remains of them; some of the next ones are fetched with each group.
+  void tile_rows(int64_t row, int64_t end, int64_t block, int64_t g0, int64_t g1, const float* next,
+                 float* totals) const {
+    constexpr int kR = 2 * kTileRows;
+    const int64_t words = source.words(block), stride = source.weight_stride();
+    for (; row < end; row += kR, totals += kR * p.stride()) {
+      const int rows = (int)min64(kR, end - row);
+      if (rows < kR) Tiles::set(rows < kTileRows ? rows : kTileRows, rows > kTileRows ? rows - kTileRows : kTileRows);
+      const float* w = source.weight_row(row, block);
+      const float* ahead = row + kR < end ? w + kR * stride : next;
+      const int64_t rows_ahead = row + kR < end ? min64(kR, end - row - kR) : kTileRows;
+      const int64_t lines = ceil_div(words, 16), share = ceil_div(lines, g1 - g0);
+      for (int64_t g = g0; g < g1; ++g) {
+        for (int64_t i = (g - g0) * share; i < min64(lines, (g - g0 + 1) * share); ++i) {
+          for (int64_t r = 0; r < rows_ahead; ++r) __builtin_prefetch(ahead + r * stride + i * 16, 0, 2);
+        }
+        float* to = totals + (g - g0) * kTile;
+        multiply_tiles(rows, {w, stride, kPart}, x_of(block, g), kTile, words, block > 0 ? to : nullptr, p.stride(), to,
+                       p.stride());
+      }
+      if (rows < kR) Tiles::set(kTileRows, kTileRows);
+    }
+  }
+#endif
+
   // rows of the weight of one block times the groups [g0, g1)
   template <int kR, int kV>
   void some_rows(int64_t row, int64_t end, int64_t block, int64_t g0, int64_t g1, const float* next,
@@ -138,9 +164,12 @@ template <class M, class Source> struct Streamed {
       if (row < end) some_rows<(kR > 3 ? 3 : 1), kV>(row, end, block, g0, g1, next, totals);
     }
   }
-  template <int kV = kMostVectors>
+  template <int kV = kMostVectors<M>>
   void all_rows(int64_t row, int64_t end, int64_t block, int64_t g0, int64_t g1, const float* next,
                 float* totals) const {
+#if defined(__AMX_BF16__)
+    if constexpr (M::kTiles) return tile_rows(row, end, block, g0, g1, next, totals);
+#endif
     if (p.vectors == kV) return some_rows<streamed_rows(kV), kV>(row, end, block, g0, g1, next, totals);
     if constexpr (kV > 1) all_rows<kV - 1>(row, end, block, g0, g1, next, totals);
   }
@@ -189,6 +218,7 @@ template <class M, class Source> void run_streamed(const StreamedPlan& p, const 
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     float* scratch = aligned(x + p.floats_x + omp_get_thread_num() * p.scratch);
+    [[maybe_unused]] const TilesOf<M> tiles;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < p.blocks * p.groups * p.vectors; ++i) {
       product.pack(i / p.blocks, i % p.blocks, scratch);

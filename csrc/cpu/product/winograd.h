@@ -65,15 +65,15 @@ template <class M, class T, int kM> struct WinogradConv {
       for (int64_t k = 0; k < groups; ++k) {
         const int64_t tile = (row - first_row) * p.across + column + t;
         const float* from = strip + (t * kM * groups + k) * kStep;
-        float* to = panel_of(tile, (g + k) * kLanes) + tile % kRows * kPart;
+        float* to = panel_of(tile, (g + k) * kLanes) + tile % M::kRows * kPart;
         transform_tile(from, width * groups * kStep, groups * kStep, to);
       }
     }
   }
   // where the panel of a tile has a word: V is [depth blocks, P, panels, parts, kRows, kPart], as it is read
   float* panel_of(int64_t tile, int64_t word) const {
-    return v + word / p.depth * kPlanes * p.plane_v + tile / kRows * p.depth * kRows +
-           panel_word(word % p.depth);
+    return v + word / p.depth * kPlanes * p.plane_v + tile / M::kRows * p.depth * M::kRows +
+           panel_word(word % p.depth, kPanelPart<M>);
   }
 
   // ---- U ----
@@ -127,8 +127,8 @@ template <class M, class T, int kM> struct WinogradConv {
     const int64_t words = min64(p.depth, p.words - word);
     for (int k = 0; k < kPlanes; ++k) {
       const float* panel = from + k * p.plane_v;
-      for (int64_t t = 0; t < count; t += kRows, panel += p.depth * kRows) {
-        multiply_rows<M>((int)min64(kRows, count - t), panel, u + k * p.plane_u, words, word > 0,
+      for (int64_t t = 0; t < count; t += M::kRows, panel += p.depth * M::kRows) {
+        multiply_rows<M>((int)min64(M::kRows, count - t), panel, u + k * p.plane_u, words, word > 0,
                          m + k * p.plane_m + t * kTile, kTile);
       }
     }

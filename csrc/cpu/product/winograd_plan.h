@@ -43,11 +43,11 @@ template <class M, int kM> WinogradPlan<kM> winograd_plan(const Conv2dArgs& a) {
   const int64_t most = max64(1, kWeightFloats / (p.kPlanes * kTile * kPart));
   p.depth = ceil_div(parts, ceil_div(parts, most)) * kPart;
   p.threads = max64(1, omp_get_max_threads());
-  const int64_t panels = ceil_div(p.tiles, kRows), columns = ceil_div(a.Co, kTile);
-  const int64_t few = ceil_div(panels, ceil_div(kTaskTiles, kRows));
+  const int64_t panels = ceil_div(p.tiles, M::kRows), columns = ceil_div(a.Co, kTile);
+  const int64_t few = ceil_div(panels, ceil_div(kTaskTiles, M::kRows));
   const int64_t ranges = max64(few, min64(panels / 4, ceil_div(4 * p.threads, columns) - 1));  // of 4 panels or more
-  p.range = ceil_div(panels, ranges) * kRows;
-  p.plane_v = panels * p.depth * kRows + kSkew;
+  p.range = ceil_div(panels, ranges) * M::kRows;
+  p.plane_v = panels * p.depth * M::kRows + kSkew;
   p.plane_u = p.depth * kTile + kSkew;
   p.plane_m = p.range * kTile + kSkew;
   p.floats_v = ceil_div(p.words, p.depth) * p.kPlanes * p.plane_v;
