@@ -67,12 +67,19 @@ struct TileRows {
   LDMFAST_INLINE const float* step(const TileRows& a, int64_t s) { return a.first + s / 2 * a.part + s % 2 * 16; }
 };
 
-// The sums of 2 x 2 tiles, in registers, += a b over whole steps of 16 words.
-template <bool kSecond>
-LDMFAST_INLINE void tile_steps(const TileRows& a, const float* b, int64_t stride_b, int64_t begin, int64_t end) {
+// What a processor does between two steps: its vectors wait for nothing while its tiles multiply. begin: before the first
+// of so many steps; step: after each; end: what is left.
+struct Nothing {
+  LDMFAST_INLINE void begin(int64_t) {}
+  LDMFAST_INLINE void step() {}
+  LDMFAST_INLINE void end() {}
+};
+
+// The sums of 2 x 2 tiles, in registers, += a b over so many steps of 16 words.
+template <bool kSecond, class Between>
+LDMFAST_INLINE void tile_steps(const TileRows& a, const float* b, int64_t stride_b, int64_t steps, Between& between) {
   const int64_t bytes_a = 4 * a.stride, bytes_b = 4 * stride_b;
-  b += begin * 16 * stride_b;
-  for (int64_t s = begin; s < end; ++s, b += 16 * stride_b) {
+  for (int64_t s = 0; s < steps; ++s, b += 16 * stride_b) {
     const float* from = TileRows::step(a, s);
     _tile_loadd(6, b, bytes_b);
     _tile_loadd(4, from, bytes_a);
@@ -84,6 +91,7 @@ LDMFAST_INLINE void tile_steps(const TileRows& a, const float* b, int64_t stride
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
+    between.step();
   }
 }
 
@@ -94,7 +102,8 @@ void tile_tail(const TileRows& a, int rows, const float* b, int64_t stride_b, in
   const float* from = TileRows::step(a, step);
   for (int r = 0; r < rows; ++r) memcpy(ends_a + r * 16, from + r * a.stride, 4 * count);
   for (int64_t w = 0; w < count; ++w) memcpy(ends_b + w * 32, b + (step * 16 + w) * stride_b, 128);
-  tile_steps<kSecond>({ends_a, 16, 0}, ends_b, 32, 0, 1);
+  Nothing nothing;
+  tile_steps<kSecond>({ends_a, 16, 0}, ends_b, 32, 1, nothing);
 }
 
 template <bool kSecond> LDMFAST_INLINE void zero_tiles() {
@@ -123,19 +132,27 @@ template <bool kSecond> LDMFAST_INLINE void store_tiles(float* c, int64_t stride
 }
 
 // to[rows, 32] = a b, or c + a b, of `words` words; rows are those that a has, 32 or 16, or what Tiles::set says.
-template <bool kSecond>
+template <bool kSecond, class Between>
 void multiply_some_tiles(int rows, const TileRows& a, const float* b, int64_t stride_b, int64_t words, const float* c,
-                         int64_t stride_c, float* to, int64_t stride_to) {
+                         int64_t stride_c, float* to, int64_t stride_to, Between& between) {
+  between.begin(words / 16);
   if (c) load_tiles<kSecond>(c, stride_c);
   else zero_tiles<kSecond>();
-  tile_steps<kSecond>(a, b, stride_b, 0, words / 16);
+  tile_steps<kSecond>(a, b, stride_b, words / 16, between);
   if (words % 16) tile_tail<kSecond>(a, rows, b, stride_b, words / 16, words % 16);
   store_tiles<kSecond>(to, stride_to);
+  between.end();
+}
+template <class Between>
+LDMFAST_INLINE void multiply_tiles(int rows, const TileRows& a, const float* b, int64_t stride_b, int64_t words,
+                                   const float* c, int64_t stride_c, float* to, int64_t stride_to, Between& between) {
+  if (rows > 16) multiply_some_tiles<true>(rows, a, b, stride_b, words, c, stride_c, to, stride_to, between);
+  else multiply_some_tiles<false>(rows, a, b, stride_b, words, c, stride_c, to, stride_to, between);
 }
 LDMFAST_INLINE void multiply_tiles(int rows, const TileRows& a, const float* b, int64_t stride_b, int64_t words,
                                    const float* c, int64_t stride_c, float* to, int64_t stride_to) {
-  if (rows > 16) multiply_some_tiles<true>(rows, a, b, stride_b, words, c, stride_c, to, stride_to);
-  else multiply_some_tiles<false>(rows, a, b, stride_b, words, c, stride_c, to, stride_to);
+  Nothing nothing;
+  multiply_tiles(rows, a, b, stride_b, words, c, stride_c, to, stride_to, nothing);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int64_t kTapGroups = 2;  // groups of channels of a block, where a kernel has 9 taps
+template <class M> constexpr int64_t kTapGroups = M::kTiles ? 8 : 2;  // groups of channels of a block, where a kernel has 9 taps
 
 template <class M, class T> struct DirectConv {
   static constexpr int64_t kStep = kLanes * M::kPack;
@@ -79,6 +79,32 @@ template <class M, class T> struct DirectConv {
     }
   }
 
+  // The same of 16-bit weights: the taps of two channels are 9 words as they lie, of which each word takes two halves.
+  void nine_taps_paired(int64_t o, const Group& g, int64_t tap_words, float* to) const {
+    const T* w = (const T*)a.weight + o * a.stride_wo + g.channel * 9;
+    VecF words[9 * kLanes];
+    for (int k = 0; k < 9 * kLanes; k += kLanes) {
+      VecF x[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        __builtin_prefetch(w + r * a.stride_wo + 2 * k + 18 * kStep, 0, 2);  // two groups on
+        x[r] = o + r < a.Co ? M::words(w + r * a.stride_wo + 2 * k, kStep) : VecF{};
+      }
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) words[k + i] = x[i];
+    }
+    for (int c = 0; c < kLanes; ++c, to += kTile) {
+      const VecF* pair = words + 9 * c;
+#pragma GCC unroll 9
+      for (int t = 0; t < 9; ++t) {
+        const VecU first = (VecU)pair[t / 2], second = (VecU)pair[(t + 9) / 2];
+        const VecU word = t % 2 ? first >> 16 | second << 16 : (first & 0xffffu) | (second & 0xffff0000u);
+        store(to + t * tap_words * kTile, (VecF)word);
+      }
+    }
+  }
+
   // a group's words of kLanes output channels from o on
   void group_columns(int64_t o, const Group& g, int64_t tap_words, float* to) const {
     if (a.kernel == 1 && a.stride_wi == 1) {
@@ -88,6 +114,9 @@ template <class M, class T> struct DirectConv {
       return;
     }
     if (M::kPack == 1 && a.kernel == 3 && taps_together(a) && g.valid == kStep) return nine_taps(o, g, tap_words, to);
+    if constexpr (M::kPack == 2) {
+      if (a.kernel == 3 && taps_together(a) && g.valid == kStep) return nine_taps_paired(o, g, tap_words, to);
+    }
     float block[kStep * 9 * kLanes];
     int64_t step_i, step_tap;
     weight_block<T>(a, o, g, kStep, block, step_i, step_tap);

@@ -68,12 +68,12 @@ template <class M, class T> bool streams(const Conv2dArgs& a) {
   constexpr int64_t kStep = kLanes * M::kPack;
   if (sizeof(T) * M::kPack != 4 || a.stride_wo % M::kPack || a.C1 % kStep || a.C2 % kStep) return false;
   if (a.kernel == 1 ? a.stride_wi != 1 : a.form == ConvForm::kDirect || !taps_together(a)) return false;
-  return a.N * a.Ho * a.Wo <= min64(kMostStreamed, a.Co);
+  return a.N * a.Ho * a.Wo <= min64(kMostStreamed<M>, a.Co);
 }
 
 template <class M> Plan direct_plan(const Conv2dArgs& a, int64_t& block_groups) {
   const int64_t groups = groups_of<M>(a), taps = a.kernel * a.kernel;
-  block_groups = min64(groups, taps > 1 ? kTapGroups : even_block<M>(groups * kLanes) / kLanes);
+  block_groups = min64(groups, taps > 1 ? kTapGroups<M> : even_block<M>(groups * kLanes) / kLanes);
   const int64_t blocks = ceil_div(groups, block_groups);
   return plan_of<M>(a.N * a.Ho * a.Wo, a.Co, blocks, taps * block_groups * kLanes, groups * kLanes * taps);
 }

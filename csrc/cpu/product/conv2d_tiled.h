@@ -3,10 +3,11 @@
 //   for each band of output rows, or of images:                       # its copy stays in the third-level cache
 //     copy[images, rows, width, words] = the input, its norm applied, zero around it            # all threads
 //     for each task, a range of output channels and one of positions:
-//       pack the columns of the weight  [groups, taps, kLanes, kTile] each     # stays in the second-level cache
-//       for each 32 positions, for each kTile output channels:
-//         sums[32, kTile] = copy[position + tap] * columns, summed over groups and taps         # in tiles
-//         write the pixels among them
+//       for each block of the depth:
+//         pack the columns of the weight  [groups, taps, kLanes, kTile] each     # stays in the second-level cache
+//         for each 32 positions, for each kTile output channels:
+//           sums[32, kTile] += copy[position + tap] * columns, over groups and taps         # in tiles
+//           after the last block: write the pixels among them
 //
 // The order of an output's sum is that of its groups and taps, whatever else is computed.
 #pragma once
@@ -21,6 +22,7 @@ namespace {
 constexpr int64_t kBandFloats = 2 << 20;     // of a copy, unless that is less than kBandPixels
 constexpr int64_t kBandPixels = 4096;        // that share one packing of the weight
 constexpr int64_t kColumnFloats = 256 << 10;  // of packed columns, which stay in a second-level cache of 2 MiB
+constexpr int64_t kTapFloats = 9 * kLanes * kTile;  // of a group's columns
 
 struct TiledPlan {
   int64_t groups, pixel;            // groups of channels; floats from a pixel of the copy to the next
@@ -28,8 +30,10 @@ struct TiledPlan {
   int64_t band, bands;              // output rows of an image in a band; bands of all
   bool by_row;                      // whether a tile's positions are all in one row
   int64_t tiles;                    // of an image's band, 16 positions each
+  int64_t block, blocks;            // groups of a block of the depth
   int64_t columns, column_tasks;    // tiles of columns of a task
-  int64_t range_tasks, threads;
+  int64_t range, range_tasks;       // tiles of positions of a task
+  int64_t threads;
   int64_t floats_copy, scratch;     // of the copy; of a thread
   int64_t floats() const { return floats_copy + threads * scratch + 32; }
 };
@@ -48,13 +52,18 @@ inline TiledPlan tiled_plan(const Conv2dArgs& a, int64_t groups) {
   p.rows = (p.band - 1) * a.stride + 3;
   p.by_row = a.stride > 1 || a.Wo % kTileRows == 0;
   p.tiles = p.by_row ? p.band * ceil_div(a.Wo, kTileRows) : ceil_div((p.band - 1) * p.width + a.Wo, kTileRows);
-  const int64_t all = ceil_div(a.Co, kTile), most = max64(1, kColumnFloats / (groups * 9 * kLanes * kTile));
+  p.blocks = ceil_div(groups * kTapFloats, kColumnFloats);
+  p.block = ceil_div(groups, p.blocks);
+  p.blocks = ceil_div(groups, p.block);
+  const int64_t all = ceil_div(a.Co, kTile), most = max64(1, kColumnFloats / (p.block * kTapFloats));
   p.columns = ceil_div(all, p.threads * ceil_div(all, p.threads * most));
   p.column_tasks = ceil_div(all, p.columns);
   p.range_tasks = p.column_tasks % p.threads == 0 ? 1 : p.threads;
   // what the last tile reads beyond the copy: the sums of those positions are not looked at
   p.floats_copy = (p.images * p.rows * p.width + 2 * kTileRows * a.stride) * p.pixel;
-  p.scratch = p.columns * groups * 9 * kLanes * kTile + kTileRows;
+  p.range = ceil_div(p.images * p.tiles, p.range_tasks);
+  const int64_t sums = p.blocks > 1 ? p.range * kTileRows * p.columns * kTile : 0;
+  p.scratch = p.columns * p.block * kTapFloats + sums + kTileRows;
   return p;
 }
 
@@ -87,32 +96,49 @@ template <class M, class T> struct TiledConv {
     x = p.by_row ? tile % across * kTileRows : tile * kTileRows % p.width;
   }
 
-  void write(int64_t n, int64_t first, int64_t tile, int64_t o, const float* sums) const {
-    int64_t y, x;
-    tile_of(tile, y, x);
-    const int64_t end = min64(p.band, a.Ho - first);
-    const VecF bias[2] = {bias_of<T>(a, n, o), o + kLanes < a.Co ? bias_of<T>(a, n, o + kLanes) : VecF{}};
-    for (int64_t i = 0; i < kTileRows; ++i, ++x, sums += kTile) {
-      if (!p.by_row && x == p.width) ++y, x = 0;
-      if (y >= end) return;
-      if (x >= a.Wo) continue;
-      const int64_t at = (first + y) * a.Wo + x;
-      if (o + kTile <= a.Co) {
-        write_output<T, true>(a, n, at, o, bias[0], load(sums));
-        write_output<T, true>(a, n, at, o + kLanes, bias[1], load(sums + kLanes));
-      } else {
-        write_output<T>(a, n, at, o, bias[0], load(sums));
-        if (o + kLanes < a.Co) write_output<T>(a, n, at, o + kLanes, bias[1], load(sums + kLanes));
-      }
+  // The sums of a tile's 16 positions that are yet to be written, some with each step of the next product.
+  struct Unwritten {
+    const TiledConv& of;
+    int64_t n, first, y, x, o;
+    const float* sums;
+    int left = 0;
+    VecF bias[2];
+
+    void set(int64_t image, int64_t first_row, int64_t tile, int64_t output, const float* from) {
+      const Conv2dArgs& a = of.a;
+      n = image, first = first_row, o = output, sums = from, left = kTileRows;
+      of.tile_of(tile, y, x);
+      bias[0] = bias_of<T>(a, n, o), bias[1] = o + kLanes < a.Co ? bias_of<T>(a, n, o + kLanes) : VecF{};
     }
-  }
+    void step() {
+      const Conv2dArgs& a = of.a;
+      if (!left) return;
+      if (!of.p.by_row && x == of.p.width) ++y, x = 0;
+      if (x < a.Wo && y < min64(of.p.band, a.Ho - first)) {
+        const int64_t at = (first + y) * a.Wo + x;
+        if (o + kTile <= a.Co) {
+          write_output<T, true>(a, n, at, o, bias[0], load(sums));
+          write_output<T, true>(a, n, at, o + kLanes, bias[1], load(sums + kLanes));
+        } else {
+          write_output<T>(a, n, at, o, bias[0], load(sums));
+          if (o + kLanes < a.Co) write_output<T>(a, n, at, o + kLanes, bias[1], load(sums + kLanes));
+        }
+      }
+      ++x, sums += kTile, --left;
+    }
+    void end() {
+      while (left) step();
+    }
+  };
 
   // the sums of two tiles' positions, or of one
   template <bool kSecond>
-  void multiply_two(const float* first, const float* second, const float* columns, float* sums) const {
+  void multiply_two(const float* first, const float* second, const float* columns, int64_t groups, const float* before,
+                    float* sums, Unwritten* unwritten) const {
     const int64_t bytes = 4 * p.pixel * a.stride, row = p.width * p.pixel;
-    zero_tiles<kSecond>();
-    for (int64_t g = 0; g < p.groups; ++g, first += kLanes, second += kLanes) {
+    if (before) load_tiles<kSecond>(before, kTile);
+    else zero_tiles<kSecond>();
+    for (int64_t g = 0; g < groups; ++g, first += kLanes, second += kLanes) {
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i) {
 #pragma GCC unroll 3
@@ -128,9 +154,13 @@ template <class M, class T> struct TiledConv {
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
           }
+          unwritten[0].step();
+          unwritten[1].step();
         }
       }
     }
+    unwritten[0].end();
+    unwritten[1].end();
     store_tiles<kSecond>(sums, kTile);
   }
 
@@ -140,29 +170,43 @@ template <class M, class T> struct TiledConv {
     return pixel(image, y * a.stride, x * a.stride);
   }
 
+  // the columns from o on of the groups [g, g + groups)
+  void pack_columns(int64_t o, int64_t g, int64_t groups, float* to) const {
+    for (int64_t i = 0; i < groups; ++i, to += kTapFloats) {
+      for (int j = 0; j < 2; ++j) source.group_columns(o + j * kLanes, group_of<M>(a, g + i), kLanes, to + j * kLanes);
+    }
+  }
+
   void run_task(int64_t n, int64_t images, int64_t first, int64_t task, float* columns) const {
-    const int64_t o0 = task / p.range_tasks * p.columns * kTile, range = task % p.range_tasks;
-    const int64_t o1 = min64(a.Co, o0 + p.columns * kTile), tile_floats = p.groups * 9 * kLanes * kTile;
-    for (int64_t o = o0; o < o1; o += kTile) {
-      for (int64_t g = 0; g < p.groups; ++g) {
-        float* to = columns + (o - o0) / kTile * tile_floats + g * 9 * kLanes * kTile;
-        for (int j = 0; j < 2; ++j) source.group_columns(o + j * kLanes, group_of<M>(a, g), kLanes, to + j * kLanes);
+    const int64_t o0 = task / p.range_tasks * p.columns * kTile, t0 = task % p.range_tasks * p.range;
+    const int64_t o1 = min64(a.Co, o0 + p.columns * kTile), t1 = min64(images * p.tiles, t0 + p.range);
+    float* sums = columns + p.columns * p.block * kTapFloats;  // of all tiles, if there are several blocks
+    alignas(64) float tiles[2][2 * kTileRows * kTile];
+    Unwritten unwritten[2] = {{*this}, {*this}};
+    int turn = 0;
+    for (int64_t g = 0; g < p.groups; g += p.block) {
+      const int64_t groups = min64(p.block, p.groups - g);
+      const bool last = g + groups == p.groups;
+      for (int64_t o = o0; o < o1; o += kTile) pack_columns(o, g, groups, columns + (o - o0) / kTile * p.block * kTapFloats);
+      float* sum = sums;
+      for (int64_t t = t0; t < t1; t += 2) {
+        const bool two = t + 1 < t1;
+        const float* one = first_of(t / p.tiles, t % p.tiles) + g * kLanes;
+        const float* other = two ? first_of((t + 1) / p.tiles, (t + 1) % p.tiles) + g * kLanes : one;
+        for (int64_t o = o0; o < o1; o += kTile, sum += two ? 2 * kTileRows * kTile : kTileRows * kTile) {
+          const float* packed = columns + (o - o0) / kTile * p.block * kTapFloats;
+          float* to = last ? tiles[turn] : sum;
+          if (two) multiply_two<true>(one, other, packed, groups, g > 0 ? sum : nullptr, to, unwritten);
+          else multiply_two<false>(one, one, packed, groups, g > 0 ? sum : nullptr, to, unwritten);
+          if (!last) continue;
+          unwritten[0].set(n + t / p.tiles, first, t % p.tiles, o, to);
+          if (two) unwritten[1].set(n + (t + 1) / p.tiles, first, (t + 1) % p.tiles, o, to + kTileRows * kTile);
+          turn = 1 - turn;
+        }
       }
     }
-    alignas(64) float sums[2 * kTileRows * kTile];
-    const int64_t all = images * p.tiles, end = (range + 1) * all / p.range_tasks;
-    for (int64_t t = range * all / p.range_tasks; t < end; t += 2) {
-      const int64_t image = t / p.tiles, tile = t % p.tiles, next = t + 1;
-      const float* one = first_of(image, tile);
-      const float* two = next < end ? first_of(next / p.tiles, next % p.tiles) : nullptr;
-      for (int64_t o = o0; o < o1; o += kTile) {
-        const float* packed = columns + (o - o0) / kTile * tile_floats;
-        if (two) multiply_two<true>(one, two, packed, sums);
-        else multiply_two<false>(one, one, packed, sums);
-        write(n + image, first, tile, o, sums);
-        if (two) write(n + next / p.tiles, first, next % p.tiles, o, sums + kTileRows * kTile);
-      }
-    }
+    unwritten[0].end();
+    unwritten[1].end();
   }
 
   // all threads of a parallel region

@@ -95,28 +95,10 @@ struct Keep {
   __attribute__((always_inline)) void operator()(float* to, int, int, VecF y) const { store(to, y); }
 };
 
-#if defined(__AMX_BF16__)
-// The 32 rows of a times b, and finish; see multiply.
-template <class Finish>
-void finish_tiles(const TileRows& a, const float* b, int64_t words, bool add, float* c, int64_t stride_c,
-                  const Finish& finish) {
-  alignas(64) float sums[2 * kTileRows * kTile];
-  multiply_tiles(2 * kTileRows, a, b, kTile, words, add ? c : nullptr, stride_c, sums, kTile);
-  for (int r = 0; r < 2 * kTileRows; ++r) {
-    for (int j = 0; j < 2; ++j) finish(c + r * stride_c + j * kLanes, r, j, load(sums + r * kTile + j * kLanes));
-  }
-}
-#endif
-
 // a b, of a [parts, kRows, kPart] and b [words, kV * kLanes], and c [kR, kV * kLanes] added to it; see Keep.
 template <class M, int kR, int kV, class Finish = Keep>
 void multiply(const float* a, const float* b, int64_t words, bool add, float* c, int64_t stride_c,
               const Finish& finish = {}) {
-#if defined(__AMX_BF16__)
-  if constexpr (M::kTiles) {
-    return finish_tiles({a, kPart, kPanelPart<M>}, b, words, add, c, stride_c, finish);
-  }
-#endif
   VecF sum[kR][kV] = {};
   if (add) {
     for (int r = 0; r < kR; ++r) for (int j = 0; j < kV; ++j) __builtin_prefetch(c + r * stride_c + j * kLanes);
@@ -149,11 +131,6 @@ void multiply(const float* a, const float* b, int64_t words, bool add, float* c,
 template <class M, int kR = M::kRows>
 LDMFAST_INLINE void multiply_rows(int rows, const float* a, const float* b, int64_t words, bool add, float* c,
                                   int64_t stride_c) {
-#if defined(__AMX_BF16__)
-  if constexpr (M::kTiles) {  // c has kRows rows, as a panel has
-    return multiply_tiles(rows, {a, kPart, kPanelPart<M>}, b, kTile, words, add ? c : nullptr, stride_c, c, stride_c);
-  }
-#endif
   if (rows == kR) return multiply<M, kR, 2>(a, b, words, add, c, stride_c);
   if constexpr (kR > 1) multiply_rows<M, kR - 1>(rows, a, b, words, add, c, stride_c);
 }

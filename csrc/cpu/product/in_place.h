@@ -10,9 +10,6 @@ namespace {
 template <class M, int kR, int kV, class Finish = Keep>
 void multiply_in_place(const float* a, int64_t stride_a, const float* b, int64_t words, bool add, float* c,
                        int64_t stride_c, const Finish& finish = {}) {
-#if defined(__AMX_BF16__)
-  if constexpr (M::kTiles) return finish_tiles({a, stride_a, kPart}, b, words, add, c, stride_c, finish);
-#endif
   constexpr int kAbreast = 3;  // rows beside a pointer, reached by the stride and twice the stride
   constexpr int kPointers = (kR + kAbreast - 1) / kAbreast;
   VecF sum[kR][kV] = {};
@@ -47,11 +44,6 @@ void multiply_in_place(const float* a, int64_t stride_a, const float* b, int64_t
 template <class M, int kR = M::kRows>
 LDMFAST_INLINE void multiply_rows_in_place(int rows, const float* a, int64_t stride_a, const float* b, int64_t words,
                                            bool add, float* c, int64_t stride_c) {
-#if defined(__AMX_BF16__)
-  if constexpr (M::kTiles) {  // of whole panels alone
-    return multiply_tiles(rows, {a, stride_a, kPart}, b, kTile, words, add ? c : nullptr, stride_c, c, stride_c);
-  }
-#endif
   if (rows == kR) return multiply_in_place<M, kR, 2>(a, stride_a, b, words, add, c, stride_c);
   if constexpr (kR > 1) multiply_rows_in_place<M, kR - 1>(rows, a, stride_a, b, words, add, c, stride_c);
 }

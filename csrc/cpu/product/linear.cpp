@@ -3,13 +3,17 @@
 //   rows of the product: tokens; columns: output channels; depth: input channels, two a word where M::kPack is 2
 //   up to 4 rows: scalar products instead, without packing; not where exact, for they sum in another order
 //   GEGLU: a tile of columns is kLanes of h beside kLanes of g, so that finish has both
-//   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed
+//   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed; by tiles, whose products take
+//     less time than that of every task's panels: into a copy
 #include "../norm/layer_norm.h"
 #include "epilogue.h"
 #include "streamed.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
+
+void layer_norm(const LayerNormArgs& a);
+
 namespace {
 
 template <class M, class T> struct Linear {
@@ -43,14 +47,15 @@ template <class M, class T> struct Linear {
   // of the first-level cache (64 sets of 8 lines); a copy is by 2 to 5 % faster for 4096 x 320, by 1 to 2 % with AVX2.
   const float* rows_in_place(int64_t m, int64_t i, int64_t& stride) const {
     constexpr bool kWords = kLanes == 16 && sizeof(T) * M::kPack == 4;
-    if (!kWords || a.normalised || a.K <= 320 * M::kPack || a.K % M::kPack || a.stride_x % M::kPack) return nullptr;
-    if (M::kTiles && m + M::kRows > a.M) return nullptr;  // whole panels, or what follows them would be read
-
+    if (!kWords || a.normalised || a.K % M::kPack || a.stride_x % M::kPack) return nullptr;
     stride = a.stride_x / M::kPack;
+    const float* words = (const float*)((const T*)a.x + m * a.stride_x + from(i));
+    if (M::kTiles) return m + M::kRows <= a.M ? words : nullptr;  // a tile reads all of its rows
+    if (a.K <= 320 * M::kPack) return nullptr;
     int64_t sets = 64;
     for (int64_t lines = stride / 16; sets > 1 && lines % 2 == 0; lines /= 2) sets /= 2;
     if (stride % 16 == 0 && ceil_div(M::kRows, sets) > 4) return nullptr;
-    return (const float*)((const T*)a.x + m * a.stride_x + from(i));
+    return words;
   }
   void rows(int64_t m, int count, int64_t i, float* to, int64_t part = kPanelPart<M>) const {
     const T* x = (const T*)a.x + m * a.stride_x + from(i);
@@ -167,12 +172,20 @@ template <class M> Plan linear_plan(const LinearArgs& a) {
 // Whether the weight is words as it stands, and the rows are few beside its own
 template <class M, class T> bool streams(const LinearArgs& a) {
   if (sizeof(T) * M::kPack != 4 || a.K % M::kPack || a.stride_w % M::kPack) return false;
-  return a.M <= min64(kMostStreamed, a.N);
+  return a.M <= min64(kMostStreamed<M>, a.N);
 }
 template <class T> int64_t product_floats(const LinearArgs& a, const Plan& p) {
   using M = typename MathOf<T>::type;
   if (streams<M, T>(a)) return streamed_plan<M>(p).floats();
   return p.split.threads * p.scratch;
+}
+
+template <class M, class T> void run_rows(const LinearArgs& a, const Plan& p, const float* stats) {
+  const Linear<M, T> source{a, p.block_words, stats};
+  if constexpr (sizeof(T) * M::kPack == 4) {
+    if (streams<M, T>(a)) return run_streamed<M>(streamed_plan<M>(p), source, (float*)a.workspace);
+  }
+  run_product<M>(p, source, (float*)a.workspace);
 }
 
 template <class T> void run(const LinearArgs& a) {
@@ -182,22 +195,25 @@ template <class T> void run(const LinearArgs& a) {
     return few_rows(Linear<M, T>{a, 0, nullptr}, p.split.threads);
   }
   float* stats = (float*)a.workspace + product_floats<T>(a, p);
+  if (a.normalised && M::kTiles) {
+    LinearArgs b = a;
+    b.x = stats, b.stride_x = a.K, b.normalised = false;
+    LDMFAST_ISA::layer_norm({a.x, a.stride_x, stats, a.norm_weight, a.norm_bias, a.M, a.K, a.eps, a.dtype});
+    return run_rows<M, T>(b, p, nullptr);
+  }
   if (a.normalised) {
 #pragma omp parallel for num_threads(p.split.threads) if (p.split.threads > 1)
     for (int64_t m = 0; m < a.M; ++m) {
       row_statistics((const T*)a.x + m * a.stride_x, a.K, a.eps, stats[2 * m], stats[2 * m + 1]);
     }
   }
-  const Linear<M, T> source{a, p.block_words, stats};
-  if constexpr (sizeof(T) * M::kPack == 4) {
-    if (streams<M, T>(a)) return run_streamed<M>(streamed_plan<M>(p), source, (float*)a.workspace);
-  }
-  run_product<M>(p, source, (float*)a.workspace);
+  run_rows<M, T>(a, p, stats);
 }
 
 template <class T> size_t floats_of(const LinearArgs& a) {
-  const Plan p = linear_plan<typename MathOf<T>::type>(a);
-  return (size_t)(product_floats<T>(a, p) + (a.normalised ? 2 * a.M : 0));
+  using M = typename MathOf<T>::type;
+  const int64_t norm = M::kTiles ? ceil_div(a.M * a.K, 2) : 2 * a.M;
+  return (size_t)(product_floats<T>(a, linear_plan<M>(a)) + (a.normalised ? norm : 0));
 }
 
 }  // namespace
