@@ -67,6 +67,10 @@ def linear_cases():
     for M in (1, 2, 3, 4):
         yield Case(LI, f"{M}-rows", layer(M, K=75, N=45, activation="silu", output_scale=0.7))
     yield Case(LI, "long-rows", layer(2, 19, K=1300, N=70, activation="gelu"))
+    for M, K in ((145, 1300), (160, 96), (177, 75)):  # panels of 32 rows that end early, read in place or not
+        around = {"activation": "silu", "output_scale": 0.7}
+        yield Case(LI, f"panels-{M}x{K}", layer(M, K=K, N=70, **around))
+        yield Case(LI, f"panels-{M}x{K}-geglu", layer(M, K=K, N=70, activation="geglu", norm=True))
     yield Case(LI, "rows-in-groups", layer(2, 113, K=130, N=260, activation="geglu", norm=True))
     yield Case(LI, "vector", lambda dtype, N=1: ((randn(40, dtype=dtype), randn(24, 40, dtype=dtype)), {}))
     yield Case(LI, "empty", layer(0, 7, K=40, N=24))
@@ -133,6 +137,11 @@ def convolution_cases():
             everything = convolution(40, 35, H, W, C2=24, plain=False, norm="silu", exact=exact)
             yield Case(CV, f"odd-{H}x{W}{name}", convolution(37, 41, H, W, N=2, exact=exact))
             yield Case(CV, f"everything-{H}x{W}{name}", everything)
+    # by tiles: regions of a thread's own, several images a region, blocks of the depth
+    yield Case(CV, "regions-70x150", convolution(40, 35, 70, 150, C2=24, norm="silu", plain=False))
+    yield Case(CV, "regions-stride-2", convolution(33, 35, 150, 130, stride=2, plain=False))
+    yield Case(CV, "images-40x37", convolution(1152, 64, 40, 37, N=3, norm="affine"), big=True)
+    yield Case(CV, "deep-12x13", convolution(1824, 33, 12, 13, C2=3, plain=False))
     for sliced in (False, True):  # a 1x1 with nothing folded into it is a linear layer where pixels lie close
         pixels = convolution(40, 35, 9, 7, N=2, k=1, output_scale=0.7, sliced=sliced)
         yield Case(CV, f"pixels-{'sliced' if sliced else 'dense'}", pixels)

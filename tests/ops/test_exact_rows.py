@@ -77,6 +77,7 @@ CONVOLUTIONS = [  # C1, C2, Co, H, W, kernel, stride, upsample
     (64, 0, 4, 8, 8, 3, 1, 1),
     (20, 0, 12, 1, 1, 3, 1, 1),
     (64, 32, 130, 11, 8, 1, 1, 1),  # few beside the outputs, whose weights are read in place; all samples are not
+    (352, 0, 40, 13, 11, 3, 1, 1),
     (64, 0, 64, 16, 16, 3, 1, 1),  # fast: another of Winograd's forms for another batch
 ]
 

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from ldmfast import ops
 from ldmfast.ops import native
 
 HERE = Path(__file__).parent
@@ -38,3 +40,24 @@ def test_the_numbers_of_an_instruction_set(isa):
     found = ran(isa, "-m", "pytest", "-q", "-k", "cpu and not host", *(str(HERE / name) for name in names))
     assert found.returncode == 0, found.stdout[-4000:]
     assert "passed" in found.stdout.splitlines()[-1]
+
+
+def test_torchs_products_are_what_they_were_between_ours():
+    """oneDNN keeps a thread's tiles (AMX) from one call to the next; ours puts back what it found."""
+    torch.manual_seed(0)
+    x, w = torch.randn(150, 96).bfloat16(), torch.randn(80, 96).bfloat16()
+    odd, other = torch.randn(37, 45).bfloat16(), torch.randn(29, 45).bfloat16()
+    picture, kernel = torch.randn(1, 40, 13, 12).bfloat16(), torch.randn(35, 40, 3, 3).bfloat16()
+    calls = [
+        lambda: ops.linear(x, w, backend="cpu"),
+        lambda: ops.linear(odd, other, backend="cpu"),
+        lambda: ops.conv2d(picture, kernel, padding=1, backend="cpu"),
+        lambda: torch.nn.functional.linear(x, w),
+        lambda: torch.nn.functional.linear(odd, other),
+        lambda: torch.nn.functional.conv2d(picture, kernel, padding=1),
+    ]
+    alone = [[call() for _ in range(3)][-1] for call in calls]
+    for turn in range(len(calls)):
+        for i in range(len(calls)):
+            at = (i * (turn + 1) + turn) % len(calls)
+            assert torch.equal(calls[at](), alone[at]), at
