@@ -88,11 +88,13 @@ def lanes() -> int:
 
 
 @functools.cache
-def tiles() -> int:
-    """Who multiplies 16-bit types by tiles (AMX) on this processor: 0 nobody, 1 oneDNN alone, 2 our kernels, too."""
-    if not torch.cpu._is_amx_tile_supported():
+def tiles(dtype: torch.dtype) -> int:
+    """Who multiplies this type by tiles (AMX) on this processor: 0 nobody, 1 oneDNN alone, 2 our kernels, too."""
+    if dtype is torch.float16:
+        return int(torch.cpu._is_amx_fp16_supported())
+    if dtype is not torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
         return 0
-    return 2 if module("cpu").active_isa() == "amx" else 1
+    return 1 if missing("cpu") or module("cpu").active_isa() != "amx" else 2
 
 
 def place(tensor: torch.Tensor) -> tuple[int, int, Callable[[int], torch.Tensor]]:

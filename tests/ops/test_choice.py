@@ -143,7 +143,7 @@ def test_cudnns_attention_says_what_it_does_not_take(D, S, dtype, mask, sentence
 )
 def test_a_convolution_is_left_to_onednn_where_it_is_faster(shape, named, dtype, lanes, runs, monkeypatch):
     monkeypatch.setattr("ldmfast.ops.native.lanes", lambda: lanes)
-    monkeypatch.setattr("ldmfast.ops.native.tiles", lambda: 0)
+    monkeypatch.setattr("ldmfast.ops.native.tiles", lambda dtype: 0)
     Ci, Co, k = shape
     args = OPS["conv2d"].normalise(x(1, Ci, 32, 32).to(dtype), x(Co, Ci, k, k).to(dtype), **named)
     assert OPS["conv2d"].select(args).name == runs
@@ -154,7 +154,7 @@ def test_a_convolution_is_left_to_onednn_where_it_is_faster(shape, named, dtype,
 @pytest.mark.parametrize(("tiles", "sixteen"), [(1, "torch"), (2, "cpu")])
 def test_sixteen_bits_are_left_to_onednn_where_it_alone_multiplies_by_tiles(tiles, sixteen, monkeypatch):
     monkeypatch.setattr("ldmfast.ops.native.lanes", lambda: 16)
-    monkeypatch.setattr("ldmfast.ops.native.tiles", lambda: tiles)
+    monkeypatch.setattr("ldmfast.ops.native.tiles", lambda dtype: tiles * (dtype is torch.bfloat16))
     for dtype, runs in ((torch.bfloat16, sixteen), (torch.float32, "cpu")):
         args = OPS["conv2d"].normalise(x(1, 64, 32, 32).to(dtype), x(64, 64, 3, 3).to(dtype), padding=1)
         assert OPS["conv2d"].select(args).name == runs
