@@ -1,5 +1,6 @@
 // How many multiply-adds a second this processor makes: independent chains in registers, no memory, every thread.
-// Built by roof.py once for each instruction set; a multiply and an add count as two operations.
+// Built by roof.py once for each instruction set; a multiply and an add count as two operations. Tiles (AMX) are the
+// calling process's when ldmfast's module has asked for them.
 
 #include <immintrin.h>
 
@@ -69,7 +70,42 @@ double operations(long long rounds, float* sink) {
   return static_cast<double>(threads * rounds * kChains * T::kOperations);
 }
 
+#if defined(__AMX_BF16__)
+struct alignas(64) Shapes {
+  unsigned char palette, start, reserved[14];
+  unsigned short bytes[16];
+  unsigned char rows[16];
+};
+
+// four tiles of sums of zeros
+double tile_operations(long long rounds) {
+  long long threads = 0;
+#pragma omp parallel reduction(+ : threads)
+  {
+    threads = 1;
+    Shapes before, shapes = {};
+    shapes.palette = 1;
+    for (int i = 0; i < 8; ++i) shapes.bytes[i] = 64, shapes.rows[i] = 16;
+    _tile_storeconfig(&before);
+    _tile_loadconfig(&shapes);
+    for (long long i = 0; i < rounds; ++i) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    if (before.palette) _tile_loadconfig(&before);
+    else _tile_release();
+  }
+  return static_cast<double>(threads * rounds * 4) * (2 * 16 * 16 * 32);
+}
+#endif
+
 }  // namespace
 
 extern "C" double float32(long long rounds, float* sink) { return operations<Float32>(rounds, sink); }
+#if defined(__AMX_BF16__)
+extern "C" double bfloat16(long long rounds, float*) { return tile_operations(rounds); }
+#else
 extern "C" double bfloat16(long long rounds, float* sink) { return operations<Bfloat16>(rounds, sink); }
+#endif
