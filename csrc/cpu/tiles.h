@@ -155,6 +155,43 @@ LDMFAST_INLINE void multiply_tiles(int rows, const TileRows& a, const float* b, 
   multiply_tiles(rows, a, b, stride_b, words, c, stride_c, to, stride_to, nothing);
 }
 
+// The same with the sums of 1 x 4 tiles in registers: each word of a is loaded once, which may come from memory.
+LDMFAST_INLINE void wide_step(const float* a, int64_t bytes_a, const float* b) {
+  _tile_loadd(4, a, bytes_a);
+  _tile_loadd(6, b, 256);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, b + 16, 256);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(6, b + 32, 256);
+  _tile_dpbf16ps(2, 4, 6);
+  _tile_loadd(7, b + 48, 256);
+  _tile_dpbf16ps(3, 4, 7);
+}
+// c[rows, 64] = or += a b, of b [words, 64] and 16 rows, or fewer, which Tiles::set was told twice.
+void multiply_wide(int rows, const TileRows& a, const float* b, int64_t words, bool add, float* c, int64_t stride_c) {
+  if (add) {
+    _tile_loadd(0, c, 4 * stride_c);
+    _tile_loadd(1, c + 16, 4 * stride_c);
+    _tile_loadd(2, c + 32, 4 * stride_c);
+    _tile_loadd(3, c + 48, 4 * stride_c);
+  } else {
+    zero_tiles<true>();
+  }
+  const int64_t steps = words / 16, bytes_a = 4 * a.stride;
+  for (int64_t s = 0; s < steps; ++s, b += 16 * 64) wide_step(TileRows::step(a, s), bytes_a, b);
+  if (words % 16) {
+    alignas(64) float ends_a[kTileFloats] = {}, ends_b[4 * kTileFloats] = {};
+    const float* from = TileRows::step(a, steps);
+    for (int r = 0; r < rows; ++r) memcpy(ends_a + r * 16, from + r * a.stride, 4 * (words % 16));
+    memcpy(ends_b, b, 256 * (words % 16));
+    wide_step(ends_a, 64, ends_b);
+  }
+  _tile_stored(0, c, 4 * stride_c);
+  _tile_stored(1, c + 16, 4 * stride_c);
+  _tile_stored(2, c + 32, 4 * stride_c);
+  _tile_stored(3, c + 48, 4 * stride_c);
+}
+
 }  // namespace
 }  // namespace LDMFAST_ISA
 }  // namespace ldmfast
