@@ -16,8 +16,8 @@
 
 #include <algorithm>
 
+#include "attention_tiled.h"
 #include "attention_tiles.h"
-#include "transpose.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -66,25 +66,13 @@ Plan plan_of(const AttentionArgs& a, int pack) {
   return p;
 }
 
-// to[depth, kLanes] = the words of kLanes rows; rows from valid on are zero
-template <class M, class T> void interleave(const T* from, int64_t stride, int64_t valid, int64_t D, float* to) {
-  for (int64_t d = 0; d < D; d += kLanes * M::kPack, to += kLanes * kLanes) {
-    VecF words[kLanes];
-#pragma GCC unroll 16
-    for (int row = 0; row < kLanes; ++row) words[row] = row < valid ? M::words(from + row * stride + d, D - d) : VecF{};
-    transpose(words);
-    const int64_t count = min64(kLanes, ceil_div(D - d, M::kPack));
-    for (int64_t i = 0; i < count; ++i) store(to + i * kLanes, words[i]);
-  }
-}
-
 template <class M, class T> void pack_keys(const AttentionArgs& a, const Plan& p, int64_t head, int64_t s) {
   const int64_t n = head / a.H, h = head % a.H;
   const T* k = (const T*)a.k + n * a.stride_kn + h * a.stride_kh + s * a.stride_ks;
   const T* v = (const T*)a.v + n * a.stride_vn + h * a.stride_vh + s * a.stride_vs;
   float* to_k = p.k + (head * p.keys + s) * p.depth;
   for (int i = 0; i < kTile; i += kLanes) {
-    interleave<M, T>(k + i * a.stride_ks, a.stride_ks, a.S - s - i, a.D, to_k + i * p.depth);
+    interleave<M>(k + i * a.stride_ks, a.stride_ks, a.S - s - i, a.D, p.depth, to_k + i * p.depth);
   }
   float* to_v = p.v + head * p.key_words * p.width;  // strips of [key_words, strip]
   for (int64_t at = 0, strip; at < p.width; at += strip) {
@@ -235,11 +223,17 @@ template <class T> void run(const AttentionArgs& a) {
 
 size_t attention_workspace(const AttentionArgs& a) {
   if (a.N * a.L * a.H * a.D == 0) return 0;
+#if defined(__AMX_BF16__)
+  if (a.dtype == DType::kBFloat16) return tiled_plan(a).bytes;
+#endif
   return plan_of(a, a.dtype == DType::kBFloat16 ? MathOf<BFloat16>::type::kPack : 1).bytes;
 }
 
 void attention(const AttentionArgs& a) {
   if (a.N * a.L * a.H * a.D == 0) return;
+#if defined(__AMX_BF16__)
+  if (a.dtype == DType::kBFloat16) return tiled_attention(a);
+#endif
   if (a.dtype == DType::kFloat32) return run<float>(a);
   if (a.dtype == DType::kBFloat16) return run<BFloat16>(a);
   return run<Half>(a);

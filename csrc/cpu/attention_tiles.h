@@ -1,6 +1,7 @@
-// The inner loops of attention.cpp, on operands packed as 32-bit words, and the mask.
+// The inner loops of attention.cpp, on operands packed as 32-bit words, the packing, and the mask.
 #pragma once
 #include "exponential.h"
+#include "transpose.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -72,6 +73,19 @@ template <class T> struct MathOf { using type = Single; };
 #if defined(__AVX512BF16__)
 template <> struct MathOf<BFloat16> { using type = Paired; };
 #endif
+
+// to[depth, kLanes] = the words of kLanes rows of D elements, and zeros; rows from valid on are zero
+template <class M, class T>
+void interleave(const T* from, int64_t stride, int64_t valid, int64_t D, int64_t depth, float* to) {
+  for (int64_t d = 0; d < D; d += kLanes * M::kPack, to += kLanes * kLanes) {
+    VecF words[kLanes];
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) words[row] = row < valid ? M::words(from + row * stride + d, D - d) : VecF{};
+    transpose(words);
+    const int64_t count = min64(kLanes, depth - d / M::kPack);
+    for (int64_t i = 0; i < count; ++i) store(to + i * kLanes, words[i]);
+  }
+}
 
 // s[kRows, kVectors * kLanes] = q k^T, or += it, of q [kRows, kPart] and k [kVectors, depth, kLanes], of which count
 // words are taken. Long sums are made in parts, so that float32 keeps its last bits.
