@@ -11,6 +11,8 @@
 //       sum = sum * decay + weight's sum
 //       o = o * decay + weight v, kRows queries and a strip of V in registers
 //     out = o / sum                                                                         finish()
+//
+// With AMX, bfloat16 goes by tiles: attention_tiled.h.
 #include <float.h>
 #include <omp.h>
 
@@ -231,11 +233,12 @@ size_t attention_workspace(const AttentionArgs& a) {
 
 void attention(const AttentionArgs& a) {
   if (a.N * a.L * a.H * a.D == 0) return;
+  if (a.dtype == DType::kFloat32) return run<float>(a);
 #if defined(__AMX_BF16__)
   if (a.dtype == DType::kBFloat16) return tiled_attention(a);
-#endif
-  if (a.dtype == DType::kFloat32) return run<float>(a);
+#else
   if (a.dtype == DType::kBFloat16) return run<BFloat16>(a);
+#endif
   return run<Half>(a);
 }
 

@@ -1,11 +1,12 @@
 // attention.cpp by tiles (AMX), in bfloat16.
 //
-//   for each head:  pack K as tiles [keys / 16, steps], V as tiles [columns, keys / 32]; a tile has 16 words of 16
-//   for each task of queries of a head, for each block of kTiledKeys keys, for each panel of 32 queries:
-//     scores[32, keys] = q k^T                                                               multiply_block()
-//     maximum, decay, as in attention.cpp                                                    update()
+//   for each head:  pack K as tiles [keys / 16, steps], V and a column of ones as tiles [columns, keys / 32]
+//   for each task of queries of a head, for each unit, a block of keys and a panel of 32 queries:
+//     scores[32, keys] = q k^T                                                               multiply_keys()
+//     maximum; decay and shift of each query, as in attention.cpp                            find_maxima()
 //     weights, in the place of the scores: word i of 32 keys is the pair (i, i + 16)         soften()
-//     o = o * decay + weights v
+//     o = o * decay + weights v                                                              multiply_values()
+//   out = o / the sum of its weights, which the column of ones has made                      finish()
 //
 // A step is 32 elements of the head width, or 32 keys: the words of a tile's row.
 #pragma once
@@ -21,15 +22,15 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-constexpr int64_t kPanel = 2 * kTileRows;    // queries
-constexpr int64_t kTiledKeys = 256;          // most keys between two updates of the maximum; a multiple of 32
+constexpr int64_t kTiledKeys = 128;          // most keys between two updates of the maximum; a multiple of 32
 constexpr int64_t kRow = kTiledKeys + 16;    // words from a row of scores to the next: an odd number of lines
+constexpr int64_t kPanel = 2 * kTileRows;    // queries
 constexpr int64_t kTiledRows = 256;          // most queries of a task, which share a block of K and V in the caches
 constexpr int64_t kTiledFloats = 128 << 10;  // queries and sums of a task
-constexpr int64_t kTiledSerial = 1 << 20;    // products below which waking threads costs more than it gives
+constexpr int64_t kTiledSerial = 1 << 20;    // products and packing below which waking threads costs more
 
 struct TiledPlan {
-  int64_t steps, columns;         // tiles of a query or key; of a row of V
+  int64_t steps, columns;         // tiles of a query or key; of a row of V and a one
   int64_t keys;                   // S, padded to whole steps
   int64_t task_rows, head_tasks;  // queries of a task; tasks of a head
   int64_t threads, scratch;       // floats of scratch per thread
@@ -41,15 +42,14 @@ struct TiledPlan {
 TiledPlan tiled_plan(const AttentionArgs& a) {
   TiledPlan p;
   p.steps = ceil_div(a.D, 32);
-  p.columns = ceil_div(a.D, 16);
+  p.columns = ceil_div(a.D + 1, 16);
   p.keys = ceil_div(a.S, 32) * 32;
-  p.threads = a.N * a.H * a.L * a.S * a.D > kTiledSerial ? max64(1, omp_get_max_threads()) : 1;
+  p.threads = a.N * a.H * (a.L + 16) * a.S * a.D > kTiledSerial ? max64(1, omp_get_max_threads()) : 1;
   const int64_t wanted = ceil_div(a.N * a.H * a.L, 4 * p.threads * kPanel) * kPanel;  // four tasks a thread
   const int64_t fitting = kTiledFloats / (16 * (p.columns + p.steps)) / kPanel * kPanel;
   p.task_rows = max64(kPanel, min64(min64(wanted, fitting), kTiledRows));
   p.head_tasks = ceil_div(a.L, p.task_rows);
-  p.scratch = p.task_rows * (16 * (p.steps + p.columns) + kLanes + 1) + kPanel * kRow;
-  p.scratch = ceil_div(p.scratch, kLanes) * kLanes;
+  p.scratch = ceil_div(p.task_rows * (16 * (p.steps + p.columns) + 1) + 2 * kPanel * kRow, kLanes) * kLanes;
   p.head_k = p.keys * p.steps * 16, p.head_v = p.keys * p.columns * 8;
   const int64_t heads = a.N * a.H;
   p.bytes = (size_t)(heads * (p.head_k + p.head_v) + p.threads * p.scratch) * 4;
@@ -71,45 +71,68 @@ void pack_tiles(const AttentionArgs& a, const TiledPlan& p, int64_t head, int64_
   for (int64_t column = 0; column < p.columns; ++column) {
     float* to = p.v + head * p.head_v + (column * p.keys + s) * 8;
     const int64_t left = a.D - column * 16;
+    const __mmask16 one = left < 16 ? 1u << left : 0;
     for (int64_t i = 0; i < 16; ++i, to += 16) {
       const BFloat16 *first = v + i * a.stride_vs + column * 16, *second = first + 16 * a.stride_vs;
       const bool has_first = s + i < a.S, has_second = s + i + 16 < a.S;
-      store(to, has_first ? Paired::value_words(first, has_second ? second : nullptr, left) : VecF{});
+      const VecF x = has_first ? Paired::value_words(first, has_second ? second : nullptr, left) : VecF{};
+      store(to, (VecF)_mm512_mask_mov_epi32((__m512i)x, one, _mm512_set1_epi32(0x3f803f80)));
     }
   }
 }
 
-// to = a b, or to + a b: kR x kC tiles, summed over steps. A step of a is 16 rows `stride_a` words apart, one of b a
-// tile.
-template <int kR, int kC>
-LDMFAST_INLINE void sum_tiles(const float* a, int64_t step_a, int64_t second_a, int64_t stride_a, const float* b,
-                              int64_t second_b, int64_t steps, bool add, float* to, int64_t stride) {
-  if (add) {
-    _tile_loadd(0, to, 4 * stride);
-    if constexpr (kC == 2) _tile_loadd(1, to + 16, 4 * stride);
-    if constexpr (kR == 2) _tile_loadd(2, to + 16 * stride, 4 * stride);
-    if constexpr (kR == 2 && kC == 2) _tile_loadd(3, to + 16 * stride + 16, 4 * stride);
+// to = a b, or to + a b: 16 or 32 rows and `columns` tiles of columns, summed over `steps` of 16 words
+struct TileProduct {
+  const float* a;  // rows `stride_a` apart, `step_a` to the next step, `second_a` to the second 16 rows
+  int64_t stride_a, step_a, second_a;
+  const float* b;  // steps are dense, `column_b` to the next tile of columns
+  int64_t column_b;
+  int64_t columns, steps;
+  bool add;
+  float* to;
+  int64_t stride;
+};
+
+// of kR x kC tiles, from `column` on
+template <int kR, int kC> LDMFAST_INLINE void sum_tiles(const TileProduct& x, int64_t column) {
+  const float *a = x.a, *b = x.b + column * x.column_b;
+  float *to = x.to + 16 * column, *second = to + 16 * x.stride;
+  const int64_t bytes = 4 * x.stride, bytes_a = 4 * x.stride_a;
+  if (x.add) {
+    _tile_loadd(0, to, bytes);
+    if constexpr (kC == 2) _tile_loadd(1, to + 16, bytes);
+    if constexpr (kR == 2) _tile_loadd(2, second, bytes);
+    if constexpr (kR == 2 && kC == 2) _tile_loadd(3, second + 16, bytes);
   } else {
     zero_tiles<kR == 2>();
   }
-  for (int64_t i = 0; i < steps; ++i, a += step_a, b += kTileFloats) {
+  for (int64_t i = 0; i < x.steps; ++i, a += x.step_a, b += kTileFloats) {
     _tile_loadd(6, b, 64);
-    _tile_loadd(4, a, 4 * stride_a);
+    _tile_loadd(4, a, bytes_a);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kC == 2) {
-      _tile_loadd(7, b + second_b, 64);
+      _tile_loadd(7, b + x.column_b, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (kR == 2) {
-      _tile_loadd(5, a + second_a, 4 * stride_a);
+      _tile_loadd(5, a + x.second_a, bytes_a);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (kC == 2) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, to, 4 * stride);
-  if constexpr (kC == 2) _tile_stored(1, to + 16, 4 * stride);
-  if constexpr (kR == 2) _tile_stored(2, to + 16 * stride, 4 * stride);
-  if constexpr (kR == 2 && kC == 2) _tile_stored(3, to + 16 * stride + 16, 4 * stride);
+  _tile_stored(0, to, bytes);
+  if constexpr (kC == 2) _tile_stored(1, to + 16, bytes);
+  if constexpr (kR == 2) _tile_stored(2, second, bytes);
+  if constexpr (kR == 2 && kC == 2) _tile_stored(3, second + 16, bytes);
+}
+template <int kR> void sum_columns(const TileProduct& x) {
+  int64_t column = 0;
+  for (; column + 2 <= x.columns; column += 2) sum_tiles<kR, 2>(x, column);
+  if (column < x.columns) sum_tiles<kR, 1>(x, column);
+}
+void sum_product(int64_t rows, const TileProduct& x) {
+  if (rows > 16) sum_columns<2>(x);
+  else sum_columns<1>(x);
 }
 
 // 2^t for t of at most 0, plus half a step of bfloat16: cut after the upper 16 bits, it is rounded. 2^t is 2^floor(t)
@@ -143,37 +166,41 @@ LDMFAST_INLINE VecF largest_of_rows(const VecF* rows) {
   return (VecF)_mm512_max_ps(_mm512_shuffle_ps(x[0], x[1], 0x88), _mm512_shuffle_ps(x[0], x[1], 0xdd));
 }
 
-// scores to weights, in their place, for 32 * steps keys of one query; returns their lane sums, of what is stored
-LDMFAST_INLINE VecF soften_row(float* row, int64_t steps, float factor, float shift) {
-  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-  __m512 total = _mm512_setzero_ps();
+// scores to weights, in their place, for 32 * steps keys of one query
+LDMFAST_INLINE void soften_row(float* row, int64_t steps, float factor, float shift) {
   for (int64_t i = 0; i < steps; ++i) {
     const VecU a = (VecU)weight_of(load(row + 32 * i) * factor - shift);
     const VecU b = (VecU)weight_of(load(row + 32 * i + 16) * factor - shift);
-    const __m512i pairs = _mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)(a >> 16), (__m512i)b);
-    _mm512_storeu_si512(row + 16 * i, pairs);
-    total = _mm512_dpbf16_ps(total, (__m512bh)pairs, ones);
+    _mm512_storeu_si512(row + 16 * i, _mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)(a >> 16), (__m512i)b));
   }
-  return (VecF)total;
 }
 
 // A task's state and its one thread's scratch.
 struct TiledTask {
+  // up to 32 queries and a block of keys
+  struct Unit {
+    int64_t r, rows, s, count;        // queries of the task, keys
+    float* scores;                    // [kPanel, kRow], then the weights
+    alignas(64) float shift[kPanel];  // what is subtracted from a score times its factor
+    alignas(64) float decay[kPanel];  // what the sums so far are to be multiplied by
+  };
+
   const AttentionArgs& a;
   const TiledPlan& p;
   const int64_t head, first, rows;  // queries [first, first + rows) of the head
   const int64_t width;              // of a row of sums
-  float *scores, *q, *o;            // [kPanel, kRow], [rows / kPanel, steps, kPanel, 16], [rows, width]
-  float *sum, *maximum;             // [rows, kLanes], [rows]
+  float *scores, *q, *o, *maximum;  // [2, kPanel, kRow], [rows / kPanel, steps, kPanel, 16], [rows, width], [rows]
+  float factor;                     // of a score, in powers of two
 
   TiledTask(const AttentionArgs& a, const TiledPlan& p, int64_t i, float* scratch)
       : a(a), p(p), head(i / p.head_tasks), first(i % p.head_tasks * p.task_rows),
-        rows(min64(p.task_rows, a.L - first)), width(16 * p.columns) {
-    scores = scratch;
-    q = scores + kPanel * kRow;
+        rows(min64(p.task_rows, a.L - first)), width(16 * p.columns), scores(scratch) {
+    q = scores + 2 * kPanel * kRow;
     o = q + p.task_rows * p.steps * 16;
-    sum = o + p.task_rows * width;
-    maximum = sum + p.task_rows * kLanes;
+    maximum = o + p.task_rows * width;
+    // with a scale of 0 the keys that pad a block, whose score is -inf, would become NaN
+    factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e;
+    factor = factor > FLT_MIN ? factor : FLT_MIN;
   }
 
   void begin() {
@@ -181,83 +208,88 @@ struct TiledTask {
                            first * a.stride_ql;
     const VecU flip = splat_u(a.scale < 0 ? Paired::kSign : 0);  // so that factors are positive, and maxima maxima
     for (int64_t r = 0; r < ceil_div(rows, kPanel) * kPanel; ++r) {
-      float* to = q + r / kPanel * p.steps * kPanel * 16 + r % kPanel * 16;
-      for (int64_t step = 0; step < p.steps; ++step, to += kPanel * 16) {
+      float* to = q + r / kPanel * p.steps * 2 * kTileFloats + r % kPanel * 16;
+      for (int64_t step = 0; step < p.steps; ++step, to += 2 * kTileFloats) {
         const VecF x = r < rows ? Paired::words(from + r * a.stride_ql + step * 32, a.D - step * 32) : VecF{};
         store(to, (VecF)((VecU)x ^ flip));
       }
-      store(sum + r * kLanes, VecF{});
       maximum[r] = -kInf;
     }
   }
 
-  // the scores of a panel's 16 or 32 rows and 16-key tiles [0, tiles) of the block
-  template <int kR> void multiply_block(const float* from, const float* k, int64_t tiles) {
-    const int64_t tile = p.steps * kTileFloats;
-    for (int64_t i = 0; i < tiles; i += 2, k += 2 * tile) {
-      float* to = scores + i * 16;
-      if (i + 1 < tiles) sum_tiles<kR, 2>(from, 2 * kTileFloats, kTileFloats, 16, k, tile, p.steps, false, to, kRow);
-      else sum_tiles<kR, 1>(from, 2 * kTileFloats, kTileFloats, 16, k, tile, p.steps, false, to, kRow);
-    }
-  }
-  template <int kR> void multiply_values(float* to, const float* v, int64_t steps, bool add) {
-    const int64_t column = p.keys * 8;
-    for (int64_t i = 0; i < p.columns; i += 2, to += 32, v += 2 * column) {
-      if (i + 1 < p.columns) sum_tiles<kR, 2>(scores, 16, 16 * kRow, kRow, v, column, steps, add, to, width);
-      else sum_tiles<kR, 1>(scores, 16, 16 * kRow, kRow, v, column, steps, add, to, width);
-    }
+  // unit i: its place, and its scores
+  void multiply_keys(int64_t i, Unit& unit) {
+    const int64_t panels = ceil_div(rows, kPanel);
+    unit.r = i % panels * kPanel, unit.rows = min64(kPanel, rows - unit.r);
+    unit.s = i / panels * kTiledKeys, unit.count = min64(kTiledKeys, a.S - unit.s);
+    unit.scores = scores + i % 2 * kPanel * kRow;
+    const float *from = q + unit.r * p.steps * 16, *k = p.k + head * p.head_k + unit.s * p.steps * 16;
+    sum_product(unit.rows, {from, 16, 2 * kTileFloats, kTileFloats, k, p.steps * kTileFloats,
+                            ceil_div(unit.count, 16), p.steps, false, unit.scores, kRow});
   }
 
-  // scores to weights for the 16 queries from r on, whose scores are `score`, and their sums so far times their decay
-  void soften(int64_t r, int64_t s0, int64_t count, float* score) {
-    const int64_t valid = min64(16, rows - r), tiles = ceil_div(count, 16), steps = ceil_div(count, 32);
-    // with a scale of 0 the keys that pad a block, whose score is -inf, would become NaN
-    float factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e;
-    factor = factor > FLT_MIN ? factor : FLT_MIN;
+  // maximum, shift and decay of the 16 queries of the unit from r on
+  void find_maxima(Unit& unit, int64_t r) {
+    const int64_t valid = min64(16, unit.rows - r);
+    float* score = unit.scores + r * kRow;
+    float by = factor;
     if (a.mask) {
-      for (int64_t i = 0; i < valid; ++i) apply_mask(a, head, first + r + i, s0, count, factor, score + i * kRow);
-      factor = 1.0f;
+      for (int64_t i = 0; i < valid; ++i) {
+        apply_mask(a, head, first + unit.r + r + i, unit.s, unit.count, factor, score + i * kRow);
+      }
+      by = 1.0f;
     }
-    for (int64_t s = count; s < 32 * steps; ++s) {
-      for (int64_t i = 0; i < 16; ++i) score[i * kRow + s] = -kInf;
+    const int64_t padded = ceil_div(unit.count, 32) * 32;
+    if (unit.count < padded) {
+      for (int64_t i = 0; i < 16; ++i) {
+        for (int64_t s = unit.count; s < padded; ++s) score[i * kRow + s] = -kInf;
+      }
     }
     VecF largest[16];
-    for (int64_t i = 0; i < 16; ++i) {
-      VecF m0 = splat(-kInf), m1 = m0;
-      for (int64_t s = 0; s < tiles * 16; s += 32) {
-        m0 = vmax(load(score + i * kRow + s), m0);  // the second operand survives where the score is NaN
-        m1 = vmax(load(score + i * kRow + s + 16), m1);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) largest[i] = splat(-kInf);
+    for (int64_t s = 0; s < padded; s += 32) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {  // the second operand survives where the score is NaN
+        largest[i] = vmax(load(score + i * kRow + s), largest[i]);
+        largest[i] = vmax(load(score + i * kRow + s + 16), largest[i]);
       }
-      largest[i] = vmax(m0, m1);
     }
-    const VecF before = load(maximum + r), here = largest_of_rows(largest) * factor;
+    const VecF before = load(maximum + unit.r + r), here = largest_of_rows(largest) * by;
     const VecF now = here > before ? here : before;
     const VecF shift = now == splat(-kInf) ? VecF{} : now;  // no key attended to so far
-    const VecF change = exp2v<Accuracy::kFull>(before - shift);
-    store(maximum + r, now);
-    float shifts[16], changes[16];
-    store(shifts, shift);
-    store(changes, change);
-    for (int64_t i = 0; i < valid; ++i) {
-      float* total = sum + (r + i) * kLanes;
-      store(total, load(total) * changes[i] + soften_row(score + i * kRow, steps, factor, shifts[i]));
-      if (s0 == 0 || changes[i] == 1.0f) continue;
-      float* row = o + (r + i) * width;
-      for (int64_t d = 0; d < width; d += kLanes) store(row + d, load(row + d) * changes[i]);
-    }
+    store(maximum + unit.r + r, now);
+    store(unit.shift + r, shift);
+    store(unit.decay + r, exp2v<Accuracy::kFull>(before - shift));
   }
 
-  template <int kR> void block(int64_t r, int64_t s0) {
-    const int64_t count = min64(kTiledKeys, a.S - s0);
-    multiply_block<kR>(q + r * p.steps * 16, p.k + head * p.head_k + s0 * p.steps * 16, ceil_div(count, 16));
-    for (int i = 0; i < kR; ++i) soften(r + 16 * i, s0, count, scores + 16 * i * kRow);
-    multiply_values<kR>(o + r * width, p.v + head * p.head_v + s0 * 8, ceil_div(count, 32), s0 > 0);
+  // scores to weights
+  void soften(Unit& unit) {
+    const int64_t steps = ceil_div(unit.count, 32);
+    const float by = a.mask ? 1.0f : factor;
+    for (int64_t i = 0; i < unit.rows; ++i) soften_row(unit.scores + i * kRow, steps, by, unit.shift[i]);
+  }
+
+  void multiply_values(const Unit& unit) {
+    float* to = o + unit.r * width;
+    for (int64_t r = 0; unit.s > 0 && r < unit.rows; r += 16) decay_sums(unit.decay + r, to + r * width);
+    sum_product(unit.rows, {unit.scores, kRow, 16, 16 * kRow, p.v + head * p.head_v + unit.s * 8, p.keys * 8,
+                            p.columns, ceil_div(unit.count, 32), unit.s > 0, to, width});
+  }
+
+  // the sums of 16 queries
+  void decay_sums(const float* decay, float* to) {
+    uint32_t changed = _mm512_cmp_ps_mask(_mm512_load_ps(decay), _mm512_set1_ps(1.0f), _CMP_NEQ_UQ);
+    for (; changed; changed &= changed - 1) {
+      const int i = __builtin_ctz(changed);
+      for (int64_t d = 0; d < width; d += kLanes) store(to + i * width + d, load(to + i * width + d) * decay[i]);
+    }
   }
 
   void finish() {
     for (int64_t r = 0; r < rows; ++r) {
       BFloat16* out = (BFloat16*)a.out + (((head / a.H) * a.L + first + r) * a.H + head % a.H) * a.D;
-      const float total = reduce_add(load(sum + r * kLanes)), inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      const float total = o[r * width + a.D], inverse = total == 0.0f ? 0.0f : 1.0f / total;
       for (int64_t d = 0; d < a.D; d += kLanes) {
         const VecF x = load(o + r * width + d) * inverse;
         if (a.D - d >= kLanes) store(out + d, x);
@@ -268,11 +300,18 @@ struct TiledTask {
 
   void run() {
     begin();
-    for (int64_t s = 0; s < a.S; s += kTiledKeys) {
-      for (int64_t r = 0; r < rows; r += kPanel) {
-        if (rows - r > kTileRows) block<2>(r, s);
-        else block<1>(r, s);
-      }
+    // Two units in turn: what one reads was stored a while before, and the reductions of its maxima are not waited for.
+    const int64_t count = ceil_div(rows, kPanel) * ceil_div(a.S, kTiledKeys);
+    Unit units[2];
+    multiply_keys(0, units[0]);
+    if (count > 1) multiply_keys(1, units[1]);
+    for (int64_t r = 0; r < units[0].rows; r += 16) find_maxima(units[0], r);
+    for (int64_t i = 0; i < count; ++i) {
+      Unit &unit = units[i % 2], &next = units[(i + 1) % 2];
+      soften(unit);
+      for (int64_t r = 0; i + 1 < count && r < next.rows; r += 16) find_maxima(next, r);
+      multiply_values(unit);
+      if (i + 2 < count) multiply_keys(i + 2, unit);
     }
     finish();
   }

@@ -108,7 +108,7 @@ def test_cpu_samples_of_a_convolution(C1, C2, Co, H, W, k, stride, upsample, dty
 
 @dtypes
 @pytest.mark.parametrize(
-    "L, S, H, D", [(1, 1, 1, 8), (7, 5, 3, 40), (64, 77, 2, 64), (130, 300, 2, 80), (9, 16, 1, 300)]
+    "L, S, H, D", [(1, 1, 1, 8), (7, 5, 3, 40), (64, 77, 2, 64), (130, 300, 2, 80), (97, 145, 1, 33), (9, 16, 1, 300)]
 )
 def test_cpu_samples_of_attention(L, S, H, D, dtype):
     q, k, v = (randn(N, n, H, D, dtype=dtype) for n in (L, S, S))

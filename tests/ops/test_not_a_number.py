@@ -11,7 +11,7 @@ from ldmfast.ops.registry import BACKWARD_OPS, OPS
 
 LABELS = {
     "group_norm_silu": ("everything-contiguous", "everything-channels_last"),
-    "attention": ("mask-additive", "mask-keys", "self-67x40"),
+    "attention": ("mask-additive", "mask-keys", "self-67x40", "blocks-97x300x40"),
     "timestep_mlp": ("odd",),
     "ddim_step": ("clip", "noise"),
 }
@@ -32,7 +32,9 @@ def lost(reference, ours):
     return bool((reference.isnan() & ~ours.isnan()).any())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 @pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda case: f"{case.op}-{case.label}")
 def test_a_nan_stays(case, backend, dtype):
