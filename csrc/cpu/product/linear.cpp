@@ -99,7 +99,7 @@ template <class M, class T> struct Linear {
     const VecF h = a.bias ? load_upto<kFull>(bias, a.N - n) : VecF{};
     const VecF g = a.bias ? load_upto<kFull>(bias + a.N, a.N - n) : VecF{};
     for (int r = 0; r < count; ++r, sums += stride) {
-      write<kFull>(m + r, n, (load(sums) + h) * gelu(load(sums + kLanes) + g));
+      write<kFull>(m + r, n, (load(sums) + h) * gelu<AccuracyOf<T>::value>(load(sums + kLanes) + g));
     }
   }
   template <bool kFull, class Act>
@@ -112,7 +112,7 @@ template <class M, class T> struct Linear {
   }
   template <bool kFull> void finish(int64_t m, int count, int64_t n, const float* sums, int64_t stride) const {
     const int64_t end = min64(a.N, n + kTile);
-    const auto gelu_of = [](VecF y) { return gelu(y); };
+    const auto gelu_of = [](VecF y) { return gelu<AccuracyOf<T>::value>(y); };
     const auto silu_of = [](VecF y) { return silu<AccuracyOf<T>::value>(y); };
     switch (a.activation) {
       case Activation::kGeglu: return finish_gated<kFull>(m, count, n / 2, sums, stride);
