@@ -50,7 +50,7 @@ def conv2d(
                   and a shift for each channel of each sample; both or neither
     norm_silu     SiLU after norm_scale and norm_shift
     exact         leaves Winograd's forms out. They are exact but for rounding: F(4x4, 3x3) in float32 arithmetic,
-                  below 1e-6; where the processor multiplies bfloat16 (AVX512-BF16), F(2x2, 3x3) in that, whose
+                  below 1e-6; where the processor multiplies bfloat16 (AVX512-BF16, not AMX), F(2x2, 3x3) in that, whose
                   transformed operands are rounded: 3.3e-3 to 4.6e-3 against 1.7e-3 to 2.2e-3 of direct.
                   ldmfast.numerics("exact") does so everywhere
     returns       [N, Co, Ho, Wo] dtype of x, channels_last, dense; sums are float32
