@@ -117,6 +117,9 @@ def _cases():
     ):  # 65 keys: the last block is padded
         yield Case(AT, name, heads(1, 33, 65, 2, 40, scale=scale))
     yield Case(AT, "peaked", heads(1, 33, 130, 2, 64, spread=12.0))
+    for L, S, D in ((33, 300, 40), (47, 24, 32), (16, 1, 32), (130, 77, 64)):  # each query needs its own maximum
+        yield Case(AT, f"sharp-{L}x{S}x{D}", heads(2, L, S, 2, D, spread=300.0))
+    yield Case(AT, "sharp-additive", heads(2, 35, 77, 2, 40, mask="additive", spread=300.0))
     for mask in ("keys", "dead", "additive", "bias", "causal"):
         yield Case(AT, f"mask-{mask}", heads(2, 35, 77, 2, 40, mask=mask))
     # several blocks of keys, whose maxima differ; panels and tiles with 16 rows or keys, and one more or fewer
