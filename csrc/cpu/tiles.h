@@ -67,8 +67,8 @@ struct TileRows {
   LDMFAST_INLINE const float* step(const TileRows& a, int64_t s) { return a.first + s / 2 * a.part + s % 2 * 16; }
 };
 
-// What a processor does between two steps: its vectors wait for nothing while its tiles multiply. begin: before the first
-// of so many steps; step: after each; end: what is left.
+// What a processor does between two steps, whose vectors are idle while its tiles multiply. begin: before the first of
+// so many steps; step: after each; end: what is left.
 struct Nothing {
   LDMFAST_INLINE void begin(int64_t) {}
   LDMFAST_INLINE void step() {}

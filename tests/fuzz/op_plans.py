@@ -42,7 +42,7 @@ def _attention():
         "dims": st.integers(1, 4),  # of the mask: leading ones of size 1 may be left out
         "dead": st.booleans(),
         "scale": few(None, 0.5, 0.0, -1.0, 3.0),
-        "spread": few(1.0, 12.0, 1e-3),
+        "spread": few(1.0, 12.0, 1e-3, 300.0),
     }
 
 

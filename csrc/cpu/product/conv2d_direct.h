@@ -11,7 +11,8 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-template <class M> constexpr int64_t kTapGroups = M::kTiles ? 8 : 2;  // groups of channels of a block, where a kernel has 9 taps
+// Groups of channels of a block, where a kernel has 9 taps
+template <class M> constexpr int64_t kTapGroups = M::kTiles ? 8 : 2;
 
 template <class M, class T> struct DirectConv {
   static constexpr int64_t kStep = kLanes * M::kPack;

@@ -3,8 +3,8 @@
 //   rows of the product: tokens; columns: output channels; depth: input channels, two a word where M::kPack is 2
 //   up to 4 rows: scalar products instead, without packing; not where exact, for they sum in another order
 //   GEGLU: a tile of columns is kLanes of h beside kLanes of g, so that finish has both
-//   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed; by tiles, whose products take
-//     less time than that of every task's panels: into a copy
+//   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed; by tiles into a copy, for
+//     each task's panels would take more time than its products
 #include "../norm/layer_norm.h"
 #include "epilogue.h"
 #include "streamed.h"

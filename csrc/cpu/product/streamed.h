@@ -19,7 +19,8 @@ namespace {
 // Tokens, beyond which the weight is better packed. On one thread of Zen 5, K = N = 1280 in bfloat16, a cold weight,
 // the time packed over the time here: 1.82 of 16 tokens, 1.28 of 64, 1.14 of 128, 1.01 of 256; of 1024 at most 0.84 to 0.92.
 template <class M> constexpr int64_t kMostStreamed = M::kTiles ? 128 : 256;
-template <class M> constexpr int kMostVectors = M::kTiles ? 4 : kLanes == 16 ? 5 : 3;  // of tokens whose sums are in registers
+template <class M>
+constexpr int kMostVectors = M::kTiles ? 4 : kLanes == 16 ? 5 : 3;  // of tokens whose sums are in registers
 constexpr int streamed_rows(int vectors) {          // rows of the weight likewise
   return kLanes == 16 ? (vectors <= 2 ? 14 : vectors == 3 ? 9 : vectors == 4 ? 6 : 5) : 12 / vectors;
 }
@@ -42,7 +43,8 @@ template <class M> StreamedPlan streamed_plan(const Plan& p) {
   StreamedPlan s = {};
   s.M = p.M, s.N = p.N, s.blocks = p.blocks, s.block_words = p.block_words, s.threads = p.split.threads;
   const int64_t vectors = ceil_div(p.M, kLanes);
-  s.groups = ceil_div(vectors, kMostVectors<M>), s.vectors = M::kTiles ? (vectors > 2 ? 4 : 2) : ceil_div(vectors, s.groups);
+  s.groups = ceil_div(vectors, kMostVectors<M>);
+  s.vectors = M::kTiles ? (vectors > 2 ? 4 : 2) : ceil_div(vectors, s.groups);
   const int64_t tiles = ceil_div(p.N, kTile), wanted = ceil_div(tiles, 4 * s.threads);
   s.columns = max64(1, min64(wanted, kRangeColumns / kTile)) * kTile;
   s.column_tasks = ceil_div(p.N, s.columns);
