@@ -1,6 +1,6 @@
 """Random calls whose tensors end where an unreadable page begins, each compared with the reference in float64.
 
-python tests/ops/page_ends.py SEED COUNT     on the CPU kernels of LDMFAST_CPU_ISA, or the best ones
+python tests/fuzz/page_ends.py SEED COUNT     on the CPU kernels of LDMFAST_CPU_ISA, or the best ones
 
 A kernel that reads beyond the end of a tensor is killed here. Sanitizers do not see what a tile (AMX) or a vector
 of an intrinsic loads.
