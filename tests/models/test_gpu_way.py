@@ -175,6 +175,9 @@ def answers(stock, arguments, dtype):
 def test_the_numbers_are_stocks(family, dtype, backend):
     torch.manual_seed(0)
     stock = tiny.unet(family)
-    ours, theirs, exact = answers(stock, tiny.inputs(stock, size=(9, 12)), dtype)
-    budget = 1e-5 if dtype is torch.float32 else 1.1 * tiny.error(theirs, exact)
-    assert tiny.error(ours, exact) <= budget
+    errors, theirs = [], []
+    for _ in range(1 if dtype is torch.float32 else 4):  # of one picture, stock's own error in 16 bits is some luck
+        got, wanted, exact = answers(copy.deepcopy(stock), tiny.inputs(stock, size=(9, 12)), dtype)
+        errors.append(tiny.error(got, exact))
+        theirs.append(tiny.error(wanted, exact))
+    assert sum(errors) <= (1e-5 if dtype is torch.float32 else 1.1 * sum(theirs))

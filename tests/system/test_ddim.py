@@ -48,8 +48,10 @@ def test_equals_stock(prediction, eta, config):
         for name in ("prev_sample", "pred_original_sample"):
             wanted, got = answers[0][name], answers[1][name]
             assert torch.isfinite(got).all()
-            # at alpha 0 and eta 1 stock takes the root of a negative rounding error
-            assert far(got, wanted) <= 1e-6 or (wanted.isnan().all() and "zero" in str(config)), (name, t)
+            # at alpha 0 and eta 1 stock takes the root of a rounding error of 1: of either sign, by the processor
+            root = "rescale_betas_zero_snr" in config and eta == 1.0 and name == "prev_sample"
+            near = torch.finfo(torch.float32).eps ** 0.5 if root else 1e-6
+            assert far(got, wanted) <= near or (root and wanted.isnan().all()), (name, t)
 
 
 def test_a_whole_loop_equals_stock():
