@@ -16,4 +16,4 @@ ldmfast data objects "$RUN/pairs" --alone 0.3 --seed 7  # seven in ten have two 
 ldmfast train denoiser --data "$RUN/pairs" --autoencoder "$RUN/autoencoder" --output "$RUN/further" \
     --recipe emoji320 --first-weights "$RUN/denoiser/pipeline" --steps 12000 --learning-rate 7e-4 --plain-captions 0.15
 rm -r "$RUN/further/pipeline/vae" && cp -r "$RUN/decoder/vae" "$RUN/further/pipeline/vae"
-ldmfast evaluate --model "$RUN/further/pipeline" --guidance 5 --data "$RUN/pictures" --output "$RUN/metrics.json"
+ldmfast evaluate --model "$RUN/further/pipeline" --guidance 4 --data "$RUN/pictures" --output "$RUN/metrics.json"
