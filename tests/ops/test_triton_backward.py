@@ -27,6 +27,7 @@ interpreted = pytest.mark.skipif(
 )
 compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler")
 FLOOR = {torch.float32: 1e-6, torch.float16: 2.5e-4}
+NEGLIGIBLE = 0.01  # a gradient smaller than this share of the largest one is held to that share's size
 
 
 def exactly(args):
@@ -34,10 +35,15 @@ def exactly(args):
 
 
 def check(found, reference, exact, dtype):
-    """Each output is at most twice as far from the float64 gradient as the reference is, and a floor."""
+    """Each output is at most twice as far from the float64 gradient as the reference is, and a floor.
+
+    A gradient that is zero but for roundings (of a query with one key) is held to the largest of the others.
+    """
+    largest = max(value.norm().item() for value in exact)
     for y, same, true in zip(found, reference, exact, strict=True):
         assert torch.isfinite(y).all(), "not every output was written"
-        errors = [((value.double() - true).norm() / true.norm().clamp_min(1e-30)).item() for value in (y, same)]
+        norm = max(true.norm().item(), NEGLIGIBLE * largest) or 1.0
+        errors = [(value.double() - true).norm().item() / norm for value in (y, same)]
         assert errors[0] <= 2 * errors[1] + FLOOR[dtype], errors
 
 
