@@ -14,12 +14,8 @@ namespace {
 //   void finish(row, rows, column, sums, stride_sums)     writes a tile
 //   bool straight(row, column), Straight<T> to(row, column)    whether and how a whole tile is written from the registers
 template <class M, class Source> void run_task(const Plan& p, const Source& source, int64_t task, float* scratch) {
+  const auto [m0, m1, n0, n1, panel, columns, sums] = Task<M>(p, task, scratch);
   const Split& s = p.split;
-  const int64_t m0 = task % s.row_tasks * s.rows, m1 = min64(p.M, m0 + s.rows);
-  const int64_t n0 = task / s.row_tasks * s.columns, n1 = min64(p.N, n0 + s.columns);
-  float* panel = aligned(scratch);
-  float* columns = panel + ceil_div(p.block_words, kPart) * kPanelPart<M>;
-  float* sums = columns + p.block_words * s.columns;
   for (int64_t block = 0; block < p.blocks; ++block) {
     const int64_t words = source.words(block);
     for (int64_t n = n0; n < n1; n += kTile) source.columns(n, block, columns + (n - n0) * words);

@@ -70,6 +70,21 @@ template <class M> LDMFAST_INLINE int64_t even_block(int64_t words) {
 
 LDMFAST_INLINE float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) / 64 * 64); }
 
+// The rows and columns of a task, and its thread's scratch.
+template <class M> struct Task {
+  int64_t m0, m1, n0, n1;
+  float *panel, *columns, *sums;  // sums: of the whole task, if there are several blocks
+
+  Task(const Plan& p, int64_t i, float* scratch) {
+    const Split& s = p.split;
+    m0 = i % s.row_tasks * s.rows, m1 = min64(p.M, m0 + s.rows);
+    n0 = i / s.row_tasks * s.columns, n1 = min64(p.N, n0 + s.columns);
+    panel = aligned(scratch);
+    columns = panel + ceil_div(p.block_words, kPart) * kPanelPart<M>;
+    sums = columns + p.block_words * s.columns;
+  }
+};
+
 }  // namespace
 }  // namespace LDMFAST_ISA
 }  // namespace ldmfast

@@ -40,12 +40,8 @@ template <class Source> struct Unwritten {
 // run_task by tiles
 template <class M, class Source>
 void run_task_by_tiles(const Plan& p, const Source& source, int64_t task, float* scratch) {
+  const auto [m0, m1, n0, n1, panel, columns, sums] = Task<M>(p, task, scratch);
   const Split& s = p.split;
-  const int64_t m0 = task % s.row_tasks * s.rows, m1 = min64(p.M, m0 + s.rows);
-  const int64_t n0 = task / s.row_tasks * s.columns, n1 = min64(p.N, n0 + s.columns);
-  float* panel = aligned(scratch);
-  float* columns = panel + ceil_div(p.block_words, kPart) * kPanelPart<M>;
-  float* sums = columns + p.block_words * s.columns;
   alignas(64) float tiles[2][M::kRows * kTile];
   Unwritten<Source> unwritten(source);
   int turn = 0;
