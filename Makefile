@@ -24,8 +24,9 @@ export LDMFAST_CUDA ?= $(if $(DRIVER),ON,OFF)
 
 SOURCES := $(shell find csrc -type f) CMakeLists.txt
 
-# Nine in ten of the files are never imported: what is, Python compiles then.
-PIP := $(BIN)/python -m pip install -q --no-compile
+# Nine in ten of the files are never imported: what is, Python compiles then, once. Where it may not keep what it compiles,
+# as in many containers, pip does it here: or every start of every process would.
+PIP := $(BIN)/python -m pip install -q $(if $(PYTHONDONTWRITEBYTECODE),--compile,--no-compile)
 BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
 
 # $(call step,what,command): a line that says what is done, and how many seconds it took; the log only if it fails
