@@ -246,7 +246,8 @@ def _sizes(x, weight, bias, x2, add, residual, norm_scale, norm_shift, norm_silu
     N, Co, Ho, Wo = _size(x, weight, stride, padding, upsample)
     sizes = {"k": weight.shape[2], "stride": stride, "Ci": weight.shape[1], "Co": Co, "pixels": N * Ho * Wo}
     folded = sum(tensor is not None for tensor in (x2, add, residual, norm_scale)) + (upsample > 1)
-    return sizes | {"lanes": native.lanes(), "tiles": native.tiles(x.dtype), "folded": folded}
+    how = {"lanes": native.lanes(), "pairs": native.pairs(), "tiles": native.tiles(x.dtype)}
+    return sizes | how | {"folded": folded}
 
 
 speeds.register(op, _sizes)

@@ -195,6 +195,7 @@ def _sizes(x, weight, bias, residual, activation, output_scale, norm_weight, nor
         "K": weight.shape[1],
         "C": weight.shape[0],
         "lanes": 0 if native.missing("cpu") else native.lanes(),
+        "pairs": native.pairs(),
         "tiles": native.tiles(x.dtype),
         "folded": folded,
     }

@@ -88,6 +88,19 @@ def lanes() -> int:
 
 
 @functools.cache
+def pairs() -> int:
+    """1 where our kernels multiply pairs of bfloat16 (AVX512-BF16), at twice float32's rate; else 0: they widen it."""
+    return int(not missing("cpu") and module("cpu").active_isa() == "avx512_bf16")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32: Intel's do so by tiles alone (dispatch.cpp)."""
+    if tiles(torch.bfloat16):
+        return True
+    return bool(pairs()) if not missing("cpu") else torch.cpu._is_avx512_bf16_supported()
+
+
+@functools.cache
 def tiles(dtype: torch.dtype) -> int:
     """Who multiplies this type by tiles (AMX) on this processor: 0 nobody, 1 oneDNN alone, 2 our kernels, too."""
     if dtype is torch.float16:

@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from ldmfast.ops import native
+
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 KNOWN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 RANKS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -51,10 +53,10 @@ def automatic_precision(cpu):
     cpu  whether the run is on the processor
     """
     if cpu:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        multiplied = native.multiplies_bfloat16()
     else:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
+        multiplied = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if multiplied else "fp32"
 
 
 def refuse_a_lone_process():

@@ -129,7 +129,7 @@ def test_cudnns_attention_says_what_it_does_not_take(D, S, dtype, mask, sentence
         ((64, 64, 3), {"padding": 1}, torch.bfloat16, 16, "cpu"),
         ((64, 64, 1), {}, torch.float32, 8, "torch"),
         ((64, 64, 1), {}, torch.bfloat16, 16, "torch"),
-        ((64, 64, 1), {}, torch.bfloat16, 8, "cpu"),  # oneDNN has no bfloat16 there
+        ((64, 64, 1), {}, torch.bfloat16, 8, "cpu"),  # both widen it
         ((64, 64, 1), {}, torch.float16, 16, "cpu"),
         ((64, 64, 1), {"stride": 2}, torch.float32, 16, "cpu"),  # 16x16: laying the weight out costs oneDNN more
         ((64, 64, 1), {"upsample": 2}, torch.float32, 16, "cpu"),  # the enlarged picture is not written
@@ -143,12 +143,22 @@ def test_cudnns_attention_says_what_it_does_not_take(D, S, dtype, mask, sentence
 )
 def test_a_convolution_is_left_to_onednn_where_it_is_faster(shape, named, dtype, lanes, runs, monkeypatch):
     monkeypatch.setattr("ldmfast.ops.native.lanes", lambda: lanes)
+    monkeypatch.setattr("ldmfast.ops.native.pairs", lambda: int(lanes == 16))
     monkeypatch.setattr("ldmfast.ops.native.tiles", lambda dtype: 0)
     Ci, Co, k = shape
     args = OPS["conv2d"].normalise(x(1, Ci, 32, 32).to(dtype), x(Co, Ci, k, k).to(dtype), **named)
     assert OPS["conv2d"].select(args).name == runs
     said = ops.explain(cv, *args[:2], **named)
     assert ("slower here: torch is faster (measured: Zen 4" in said) == (runs == "torch")
+
+
+@pytest.mark.parametrize(("pairs", "runs"), [(1, "torch"), (0, "cpu")])
+def test_bfloat16_is_left_to_onednn_where_pairs_are_fast(pairs, runs, monkeypatch):
+    monkeypatch.setattr("ldmfast.ops.native.lanes", lambda: 16)
+    monkeypatch.setattr("ldmfast.ops.native.pairs", lambda: pairs)
+    monkeypatch.setattr("ldmfast.ops.native.tiles", lambda dtype: 0)
+    args = OPS["conv2d"].normalise(x(1, 64, 32, 32).bfloat16(), x(64, 64, 1, 1).bfloat16())
+    assert OPS["conv2d"].select(args).name == runs
 
 
 @pytest.mark.parametrize(("tiles", "sixteen"), [(1, "torch"), (2, "cpu")])

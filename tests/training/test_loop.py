@@ -93,10 +93,10 @@ def test_the_forward_runs_in_the_precision_asked_for(precision, tmp_path):
     assert all(p.dtype is torch.float32 for p in run.model.parameters())
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_a_run_is_in_bfloat16_where_the_processor_multiplies_it(native, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_a_run_is_in_bfloat16_where_the_processor_multiplies_it(multiplied, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldmfast.ops.native.pairs", lambda: int(multiplied))
+    monkeypatch.setattr("ldmfast.ops.native.tiles", lambda dtype: 0)
     seen = []
 
     def watched(step):
@@ -104,7 +104,7 @@ def test_a_run_is_in_bfloat16_where_the_processor_multiplies_it(native, tmp_path
 
     automatic = dataclasses.replace(CONFIG, precision="auto", device="cpu", steps=1)
     bare(automatic, tmp_path / "run.pt", watched)
-    assert seen == [native]
+    assert seen == [multiplied]
 
 
 def test_a_run_goes_on_in_another_precision(tmp_path):
