@@ -22,12 +22,17 @@ template <class V> LDMFAST_INLINE V load_as(const float* p) {
   memcpy(&x, p, sizeof x);
   return x;
 }
-template <class V> LDMFAST_INLINE V broadcast(const float* p) {
-  typedef uint32_t Bits __attribute__((vector_size(sizeof(V))));
+LDMFAST_INLINE VecF broadcast(const float* p) {
   uint32_t bits;
   memcpy(&bits, p, 4);
-  return (V)(bits - Bits{});
+  return (VecF)splat_u(bits);
 }
+#if defined(__AVX512F__)
+// A second broadcast of the same word would go through a general register, and both then through the port of shuffles.
+LDMFAST_INLINE VecHalf lower_half(VecF x) { return (VecHalf)_mm512_castps512_ps256((__m512)x); }
+#else
+VecHalf lower_half(VecF);
+#endif
 
 // Packed operands are 32-bit words, held in float: one float32, or two neighbours in bfloat16.
 struct Single {
@@ -98,7 +103,7 @@ void multiply_keys(const float* q, const float* k, int64_t depth, int64_t count,
     for (int j = 0; j < kVectors; ++j) x[j] = load(k + (j * depth + d) * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const VecF w = broadcast<VecF>(q + r * kPart + d);
+      const VecF w = broadcast(q + r * kPart + d);
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sum[r][j] = M::dot(sum[r][j], w, x[j]);
     }
@@ -134,9 +139,10 @@ void multiply_values(const float* p, const float* v, int64_t words, int64_t widt
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const float* weight = p + r * kKeys / M::kPack;
+      const VecF y = broadcast(weight);
 #pragma GCC unroll 3
-      for (int j = 0; j < kVectors; ++j) sum[r][j] = M::dot(sum[r][j], broadcast<VecF>(weight), x[j]);
-      if (kTail) tail[r] = M::dot(tail[r], broadcast<VecHalf>(weight), last);
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = M::dot(sum[r][j], y, x[j]);
+      if constexpr (kTail) tail[r] = M::dot(tail[r], lower_half(y), last);
     }
   }
 #pragma GCC unroll 8
