@@ -62,6 +62,7 @@ class PictureLossConfig(RunConfig):
 
     batch: int = again(RunConfig, "batch", 8, "pictures a step")
     ssim_weight: float = option(0.2, "weight of 1 - SSIM", least=0)
+    gradient_weight: float = option(0.0, "weight of the distance of edges' strengths, for crisp ones", least=0)
     perceptual: str = option("none", "perceptual distance in the loss; auto is the best that is installed", PERCEPTUAL)
     perceptual_weight: float = option(1.0, "weight of the perceptual distance", least=0)
     lpips: str = option("", "weights of LPIPS-VGG: VGG16's file and the heads' file, with a comma between them")

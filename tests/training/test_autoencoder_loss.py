@@ -71,6 +71,21 @@ class Distance(torch.nn.Module):
         return (x - y).square().mean(dim=(1, 2, 3))
 
 
+def test_the_gradient_loss_sees_how_strong_edges_are_and_not_where_they_lie():
+    """An edge of height 2 is one difference of 2 in each row of a window of 8x8: its strength is sqrt(4 / 8)."""
+    at = torch.arange(16.0).expand(1, 3, 16, 16)
+    sharp, aside, soft = ((at - edge).mul(slope).clamp(-1, 1) for edge, slope in ((5.5, 9), (6.5, 9), (5.5, 0.5)))
+    strengths = autoencoder_loss.gradient_strengths(sharp)
+    assert strengths.shape == (1, 6, 2, 2) and (strengths[:, :3] == 1e-2).all()
+    torch.testing.assert_close(strengths[:, 3:], torch.full((1, 3, 2, 2), math.sqrt(4 / 8 + 1e-4)))
+    assert autoencoder_loss.gradient_loss(sharp, sharp) == 0 == autoencoder_loss.gradient_loss(sharp, sharp.flip(1))
+    moved, blurred = (autoencoder_loss.gradient_loss(sharp, y) for y in (aside, soft))
+    assert moved == 0 and blurred > 0.1
+    both = dict(ssim_weight=0.0, gradient_weight=0.7)
+    expected = (sharp - soft).abs().mean() + 0.7 * blurred
+    torch.testing.assert_close(autoencoder_loss.reconstruction_loss(sharp, soft, **both), expected)
+
+
 def test_the_loss_of_a_kl_model_is_the_sum_of_its_terms():
     s = stage(kl_weight=0.1, ssim_weight=0.5, logvar="learned", perceptual_weight=2.0)
     s.__dict__["perceptual"] = Distance()

@@ -1,6 +1,6 @@
 """The loss of stage 1, with everything in it that learns or counts beside the model.
 
-    (L1 + ssim + perceptual) / exp(logvar) + logvar  +  KL or codebook term  +  adaptive weight * adversarial term
+    (L1 + ssim + gradients + perceptual) / exp(logvar) + logvar + KL or codebook term + adaptive weight * adversarial
 
 Every term is a mean over elements. Rombach et al. sum over a picture instead; that scales the whole loss by the number
 of its values, which Adam does not see, and the weight of the KL term by latent elements / picture elements: their 1e-6
@@ -21,11 +21,29 @@ from ldmfast.training.run import Phase
 from ldmfast.training.step import mixed
 
 
-def reconstruction_loss(pictures, decoded, *, ssim_weight):
-    """Scalar: L1 + ssim_weight * (1 - SSIM)."""
+def gradient_strengths(pictures, window=8):
+    """Root mean square of the differences of neighbouring pixels, in windows that overlap by half: [N, 6, h, w].
+
+    pictures  [N, 3, H, W], no smaller than the window; the strengths down and across are channels of their own
+    """
+    down, across = pictures.diff(dim=2)[..., :-1], pictures.diff(dim=3)[:, :, :-1]
+    energies = F.avg_pool2d(torch.cat([down, across], dim=1).square(), min(window, *down.shape[2:]), window // 2)
+    return (energies + 1e-4).sqrt()  # a flat window's gradient is finite
+
+
+def gradient_loss(pictures, decoded):
+    """Scalar: mean distance of the `gradient_strengths`. An edge that L1 leaves soft, for it may lie a pixel aside, is
+    as strong as the picture's wherever it is drawn.   After Abrahamyan et al. 2022, who compare variances."""
+    return F.l1_loss(gradient_strengths(decoded.float()), gradient_strengths(pictures))
+
+
+def reconstruction_loss(pictures, decoded, *, ssim_weight, gradient_weight=0.0):
+    """Scalar: L1 + ssim_weight * (1 - SSIM) + gradient_weight * gradient_loss."""
     loss = F.l1_loss(decoded.float(), pictures)
     if ssim_weight:
         loss = loss + ssim_weight * (1 - ssim(decoded, pictures)).mean()
+    if gradient_weight:
+        loss = loss + gradient_weight * gradient_loss(pictures, decoded)
     return loss
 
 
@@ -119,7 +137,9 @@ class PictureLoss(nn.Module):
 
     def _reconstruction(self, pictures, decoded, step):
         c = self.config
-        reconstruction = reconstruction_loss(pictures, decoded, ssim_weight=c.ssim_weight)
+        reconstruction = reconstruction_loss(
+            pictures, decoded, ssim_weight=c.ssim_weight, gradient_weight=c.gradient_weight
+        )
         if self.perceptual is not None:
             distance = self.perceptual.to(pictures.device)(pictures, decoded).mean()
             step.log(self.perceptual.name, distance)
