@@ -118,6 +118,21 @@ def test_the_command_lists_what_ran():
     assert done.returncode == 0 and "3 calls (ddim_step 3), 0 fail" in done.stdout, done.stdout + done.stderr
 
 
+def test_the_command_goes_on_where_it_ended(tmp_path):
+    """What failed or was not reached runs again; each call is in the log when it has ended."""
+    log = tmp_path / "races.tsv"
+    command = [sys.executable, str(Path(__file__).parent), "races", "--only", "geglu", "--jobs", "2", "--log", str(log)]
+    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = log.read_text().splitlines(keepends=True)
+    assert f"{len(lines)} calls (geglu {len(lines)}), 0 fail" in first
+    assert len(lines) > 3 and all(line.endswith(" s\tpasses\n") for line in lines)
+    log.write_text("".join(lines[2:-1]) + lines[-1].replace("passes", "race: a write and a read"))
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"{len(lines)} calls (geglu {len(lines)}), 0 fail" in again
+    added = log.read_text().splitlines(keepends=True)[len(lines) - 2 :]
+    assert {line.split("\t")[0] for line in added} == {line.split("\t")[0] for line in (*lines[:2], lines[-1])}
+
+
 def test_settings_are_put_back(monkeypatch):
     monkeypatch.delenv("LDMFAST_CUDA_HOST_SEED", raising=False)
     with settings_of(SEED="1"), settings_of(SEED=None):
