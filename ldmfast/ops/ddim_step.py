@@ -10,7 +10,7 @@ import torch
 from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors, short
 from ldmfast.ops.ddim_coefficients import NAME, PREDICTIONS, coefficient_table, coefficients_of, number_on_host
-from ldmfast.ops.dispatcher import vmapped
+from ldmfast.ops.dispatcher import Values, vmapped
 from ldmfast.ops.operator import Op
 
 
@@ -62,6 +62,14 @@ def ddim_step(
     return op(*_arguments(*given, table, row, weights, history), backend)
 
 
+_NONE = Values()
+
+
+def _in_the_table() -> tuple:
+    """The coefficients where a table has them: of the kind that Op would make of them, but where that is traced."""
+    return () if torch.compiler.is_compiling() else _NONE
+
+
 def _arguments(
     sample,
     model_output,
@@ -82,7 +90,7 @@ def _arguments(
     else:
         if alpha_t is not None or alpha_prev is not None:
             raise ValueError(f"{NAME}: alphas are given beside a table, expected one of them")
-        coefficients, table = ((), table) if isinstance(table, torch.Tensor) else (table, None)
+        coefficients, table = (_in_the_table(), table) if isinstance(table, torch.Tensor) else (table, None)
         if noise is None and coefficients and any(coefficients[6:]):
             raise ValueError(
                 f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {coefficients[6]}"
@@ -114,7 +122,7 @@ def _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise):
     table = coefficient_table(sample, alpha_t, alpha_prev, sigma, prediction)
     if noise is None and host[2] != 0:
         raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is a tensor")
-    return (), table
+    return _in_the_table(), table
 
 
 def check(
