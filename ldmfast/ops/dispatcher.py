@@ -123,32 +123,30 @@ class SeenCalls:
     def __init__(self, numbers: int | None) -> None:
         self.numbers = numbers
 
-    def plan(self, noted: dict[tuple, list], args: tuple, setting: tuple) -> Callable | None:
-        """The plan that was noted for such a call under this setting, or None."""
+    def look(self, noted: dict[tuple, list], args: tuple, setting: tuple) -> tuple[tuple | None, Callable | None]:
+        """(what such a call is noted under, the plan that was noted for it), each None where there is none."""
         kind = type(args[0])
-        if (kind is Tensor or kind is Parameter) and not _watched():
-            key = self._key(args, setting)
-            for others, picked, same, tensors, plan in noted.get(key, ()):
-                if picked(args) == others and same(*tensors(args)):
-                    return plan
-        return None
+        if (kind is not Tensor and kind is not Parameter) or _watched():
+            return None, None
+        count = 0 if self.numbers is None else len(args[self.numbers])
+        key = args[0].shape, _grad_enabled(), count, setting, *map(type, args)
+        for others, picked, same, tensors, plan in noted.get(key, ()):
+            if picked(args) == others and same(*tensors(args)):
+                return key, plan
+        return key, None
 
-    def note(self, noted: dict[tuple, list], args: tuple, setting: tuple, plan: Callable) -> None:
-        """Of a call with a signature, of which no argument is a meta tensor."""
+    def note(self, noted: dict[tuple, list], key: tuple, args: tuple, plan: Callable) -> None:
+        """Of a call that has a signature, and no meta tensor."""
         places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
         tensors = _tuple_of(places)
         sizes, strides = ([list(of(value)) for value in tensors(args)] for of in (Tensor.size, Tensor.stride))
         same = _compared(*tensors(args), dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         others = [i for i in range(len(args)) if i not in places and i != self.numbers]
         picked = _read(others, [i for i in others if _by_letter(args[i])])
-        found = noted.setdefault(self._key(args, setting), [])
+        found = noted.setdefault(key, [])
         if len(found) >= ALIKE:
             found.clear()
         found.append((picked(args), picked, same, tensors, plan))
-
-    def _key(self, args: tuple, setting: tuple) -> tuple:
-        count = 0 if self.numbers is None else len(args[self.numbers])
-        return args[0].shape, _grad_enabled(), count, setting, *map(type, args)
 
 
 ALIKE = 16  # noted calls that differ in the values of what is no tensor, or in the others' sizes

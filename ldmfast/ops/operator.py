@@ -95,16 +95,16 @@ class Op(Choice):
             return self._operator(*args)
         if self._numbers is not None and type(args[self._numbers]) is not Values:
             args = (*args[: self._numbers], Values(args[self._numbers]), *args[self._numbers + 1 :])
-        setting = chosen_backend(), exact()
+        setting, key = (chosen_backend(), exact()), None
         if "run" not in self.__dict__:
-            plan = self._seen.plan(self.plans.noted, args, setting)
+            key, plan = self._seen.look(self.plans.noted, args, setting)
             if plan is not None:
                 return plan(args)
         seen = signature(args)
-        if seen is not None:
+        if key is not None and seen is not None:
             plan = self.plans.get((seen, *setting))
-            if plan is not None and "run" not in self.__dict__:
-                self._seen.note(self.plans.noted, args, setting, plan)
+            if plan is not None:
+                self._seen.note(self.plans.noted, key, args, plan)
                 return plan(args)
         self.require_tensors(args)
         if seen is not None:
