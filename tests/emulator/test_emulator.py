@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from cases import CASES, SMALL
 from emulated import BACKEND, NO_CLUSTERS, SLABS, Call, calls, failure, settings_of
-from mutations import SOURCES, Site, sites
+from mutations import SOURCES, WAIT, Site, sites
 
 from ldmfast.ops import native
 from ldmfast.ops.registry import OPS
@@ -81,6 +82,21 @@ def test_a_peer_that_exits_too_soon_is_noticed():
     call = named("C320-8x8-channels_last", "group_norm_silu")
     assert "block" in (failure(call, RACES="1", **last.setting) or "")
     assert failure(call, RACES="1") is None
+
+
+def test_every_kernel_waits_for_those_before():
+    """Once, since it may begin before they have ended; one that does not is noticed where global memory is read."""
+    found = {}
+    for path in sorted(SOURCES.rglob("*.cu*")):
+        for kernel in re.findall(r"^__global__.*?^}", path.read_text(), re.DOTALL | re.MULTILINE):
+            found[path.name, re.search(r"(\w+)\(const __grid_constant__", kernel)[1]] = kernel.count(f"{WAIT}();")
+    assert len(found) > 20 and set(found.values()) == {1}
+    call = named("odd", "geglu")
+    (site,) = [site for site in sites() if site.file.name == "geglu.cu"]
+    assert failure(call, RACES="1") is None
+    without = failure(call, RACES="1", **site.setting)
+    assert "race: a read of global memory" in without and "does not wait for the kernels before" in without
+    assert failure(call, **site.setting) is None
 
 
 def test_every_primitive_is_a_mutant():
