@@ -25,7 +25,8 @@ _profiling = torch.autograd._profiler_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 _WHOLE = frozenset({int, bool, str})
-_compared = torch._C._dynamo.guards.TensorGuards  # what torch.compile asks whether tensors are as they were
+# what torch.compile asks whether tensors are as they were; without it every call has its signature taken
+_compared = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
 
 @torch.compiler.assume_constant_result  # traced frames are guarded on both levels
@@ -126,7 +127,7 @@ class SeenCalls:
     def look(self, noted: dict[tuple, list], args: tuple, setting: tuple) -> tuple[tuple | None, Callable | None]:
         """(what such a call is noted under, the plan that was noted for it), each None where there is none."""
         kind = type(args[0])
-        if (kind is not Tensor and kind is not Parameter) or _watched():
+        if (kind is not Tensor and kind is not Parameter) or _compared is None or _watched():
             return None, None
         count = 0 if self.numbers is None else len(args[self.numbers])
         key = args[0].shape, _grad_enabled(), count, setting, *map(type, args)

@@ -101,10 +101,11 @@ class Op(Choice):
             if plan is not None:
                 return plan(args)
         seen = signature(args)
-        if key is not None and seen is not None:
+        if seen is not None and "run" not in self.__dict__:
             plan = self.plans.get((seen, *setting))
             if plan is not None:
-                self._seen.note(self.plans.noted, key, args, plan)
+                if key is not None:
+                    self._seen.note(self.plans.noted, key, args, plan)
                 return plan(args)
         self.require_tensors(args)
         if seen is not None:

@@ -1,6 +1,6 @@
 """`python tests/emulator races|seeds|mutations`: what takes too long for the suite, on every case but the big ones.
 
-races      every kernel under race detection
+races      every kernel under race detection; 20 minutes of one core
 seeds      random orders of blocks, warps and lanes, approximate functions 2 ulp off: --seeds of them
 mutations  each barrier, wait and commit removed in turn: a table of what notices. --json writes it
 

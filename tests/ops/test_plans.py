@@ -185,6 +185,15 @@ def test_a_list_and_a_nan_are_compared_as_they_are_written():
     assert sum("cpu" in entry[0] for found in OPS["ddim_step"].plans.noted.values() for entry in found) == 5
 
 
+def test_without_pytorchs_comparison_every_call_has_its_signature_taken(monkeypatch):
+    """It is no public part of PyTorch."""
+    monkeypatch.setattr(dispatcher, "_compared", None)
+    x, row = torch.randn(5, 8), torch.randn(8)
+    for _ in range(4):
+        assert torch.equal(ops.layer_norm(x, row, None), OPS["layer_norm"].run(x, row, None, 1e-5, None))
+    assert len(OPS["layer_norm"].plans) == 1 and noted("layer_norm") == 0
+
+
 def test_what_is_noted_keeps_no_tensor_and_is_bounded(monkeypatch):
     monkeypatch.setattr(dispatcher, "ALIKE", 3)
     x, row = torch.randn(5, 8), torch.randn(8)
