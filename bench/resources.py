@@ -10,6 +10,7 @@ takes. Exits with 1 if anything spills.
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import inspect
 import io
 import json
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -199,6 +201,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the table here as well")
     parser.add_argument("--only", choices=("triton", "cuda"), help="half of the table")
     arguments = parser.parse_args()
+    start = time.perf_counter()
+    by = "nvcc" if arguments.only == "cuda" else f"Triton {importlib.metadata.version('triton')}"
     usages = [] if arguments.only == "cuda" else all_triton_usage(arguments.arch)
     usages += [] if arguments.only == "triton" else cuda_usage(arguments.arch)
     print(f"{'arch':5} {'registers':>9} {'shared':>7} {'spill':>6}  kernel: configuration")
@@ -206,8 +210,9 @@ def main() -> int:
         print(f"sm_{usage.arch:<2} {usage.registers:9} {usage.shared:7} {usage.spill:6}  {usage.kernel}: {usage.label}")
     spilling = sum(usage.spill > 0 for usage in usages)
     print(
-        f"{len(usages)} kernels compiled, {spilling} spill; at most {max(u.registers for u in usages)} registers, "
-        f"{max(u.shared for u in usages)} bytes of shared memory (CUDA: what is static)"
+        f"{by}, {time.perf_counter() - start:.0f} s: {len(usages)} kernels compiled, {spilling} spill; at most "
+        f"{max(u.registers for u in usages)} registers, {max(u.shared for u in usages)} bytes of shared memory "
+        "(CUDA: what is static)"
     )
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(usage) for usage in usages], indent=1) + "\n")

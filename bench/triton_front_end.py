@@ -1,9 +1,10 @@
 """Every launch that tests/cases.py makes through Triton's front end, which needs no GPU: python to Triton's own IR.
 
-    python bench/triton_front_end.py            about a minute
+    python bench/triton_front_end.py
 
-Each case as it is and with a batch of one: Triton makes an int argument that is 1 a constant, which has fewer methods
-than a variable, so that a kernel can fail to compile at one shape only. Its interpreter does not see that.
+Each case as it is and with a batch of one, two and three; some pictures have one pixel. Triton makes an int argument
+that is 1 a constant, which has fewer methods than a variable, so that a kernel can fail to compile at one shape only.
+Its interpreter does not see that.
 Exits with 1 if a launch fails.
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]  # a bare checkout works too
 
 import torch  # noqa: E402
+import triton  # noqa: E402
 from cases import CASES, DTYPES, backward_inputs, tuples  # noqa: E402
 from resources import Launch, distinct, recorded, specialise  # noqa: E402
 
@@ -29,8 +32,8 @@ def launches(cases=CASES, dtypes=DTYPES) -> list[Launch]:
     found = []
     for case in cases:
         for dtype in dtypes:
-            for batch in ({}, {"N": 1}):
-                label = f"{case.op} {case.label} {dtype} {'batch of one' if batch else ''}"
+            for batch in ({}, {"N": 1}, {"N": 2}, {"N": 3}):
+                label = f"{case.op} {case.label} {dtype} {batch or ''}"
                 with torch.device("meta"):  # of no memory
                     args, kwargs = case.make(dtype, **batch)
                     arguments = OPS[case.op].normalise(*args, **kwargs)
@@ -42,10 +45,10 @@ def launches(cases=CASES, dtypes=DTYPES) -> list[Launch]:
 
 
 def _record(op, arguments, label, found) -> None:
-    triton = op.backends.get("triton")
-    if triton and not any(condition(*arguments) for condition in triton.conditions if condition is not refuse):
+    backend = op.backends.get("triton")
+    if backend and not any(condition(*arguments) for condition in backend.conditions if condition is not refuse):
         with recorded(importlib.import_module(f"ldmfast.kernels.{op.name}"), label, found):
-            triton.run(*arguments)
+            backend.run(*arguments)
 
 
 def representatives(launches: list[Launch]) -> list[Launch]:
@@ -75,6 +78,7 @@ def lower(launch: Launch, arch: int = 90) -> None:
 
 
 def main() -> int:
+    start = time.perf_counter()
     found, failed = launches(), 0
     for launch in found:
         try:
@@ -82,7 +86,9 @@ def main() -> int:
         except Exception as error:  # whatever the front end raises is what is looked for
             failed += 1
             print(f"{launch.kernel.fn.__name__} at {launch.label}: {str(error).strip().splitlines()[-1]}", flush=True)
-    print(f"{len(found)} launches, {failed} that Triton's front end refuses")
+    kernels = len({launch.kernel.fn.__name__ for launch in found})
+    seconds = time.perf_counter() - start
+    print(f"Triton {triton.__version__}: {len(found)} launches of {kernels} kernels, {failed} refused; {seconds:.0f} s")
     return 1 if failed else 0
 
 

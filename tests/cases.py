@@ -125,6 +125,7 @@ def _cases():
     # several blocks of keys, whose maxima differ; panels and tiles with 16 rows or keys, and one more or fewer
     for L, S, D in ((97, 300, 40), (49, 145, 33), (47, 144, 96), (16, 272, 15), (15, 129, 16), (129, 257, 17)):
         yield Case(AT, f"blocks-{L}x{S}x{D}", heads(1, L, S, 2, D, spread=4.0))
+    yield Case(AT, "shared-queries-520x20x16", heads(1, 520, 20, 1, 16))  # by two blocks, in the gradient of CUDA C++
     yield Case(AT, "blocks-causal", heads(1, 300, 300, 2, 40, mask="causal"))
     yield Case(AT, "blocks-additive", heads(2, 70, 300, 2, 48, mask="additive"))
     yield Case(AT, "blocks-scale-negative", heads(1, 33, 290, 2, 40, scale=-0.5))

@@ -25,7 +25,9 @@ ITEM = 2  # bytes of float16
 
 
 def floor_us(row: dict, about: dict) -> float:
-    """Microseconds that the device's rates allow."""
+    """Microseconds that the device's rates allow; an example's shape does not say all, so its row has the sizes."""
+    if "bytes" in row:
+        return 1e6 * max(row.get("flop", 0) / about["flop_per_second"], row["bytes"] / about["bytes_per_second"])
     sizes = [int(n) for part in row["shape"].split() for n in part.split("x") if n.isdigit()]
     if row["op"] == "attention":
         N, L, S, H, D = sizes

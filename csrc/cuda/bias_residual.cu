@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(kThreads) bias_residual_kernel(const __grid_co
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
   const int64_t total = a.N * a.C * a.P;
   if (i >= total) return;
+  wait_for_previous_kernel();
   float y[V], residual[V];
   load_vector(static_cast<const T*>(a.x) + i, y);
   if (a.residual) load_vector(static_cast<const T*>(a.residual) + i, residual);

@@ -58,6 +58,13 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
+// Until the kernels before have ended and what they wrote is seen: launch.cuh may let this one begin sooner. Each thread
+// calls it before it reads or writes global memory; the parameters are there from the start.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // threadIdx.x, read again: what is derived from it is not kept in registers across a loop
 __device__ __forceinline__ unsigned fresh_thread_index() {
   unsigned i;

@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads) ddim_step_kernel(const __grid_consta
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
   const int64_t total = a.N * a.M;
   if (i >= total) return;
+  wait_for_previous_kernel();
   float sample[V], model[V], noise[V], prev[V], x0[V];
   load_vector(static_cast<const T*>(a.sample) + i, sample);
   load_vector(static_cast<const T*>(a.model_output) + i, model);

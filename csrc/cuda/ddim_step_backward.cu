@@ -30,6 +30,7 @@ __device__ __forceinline__ void clamp_gradient(const DdimStepBackwardArgs& a, co
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) ddim_step_backward_kernel(const __grid_constant__ DdimStepBackwardArgs a) {
+  wait_for_previous_kernel();
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
   const int64_t total = a.N * a.M;
   if (i >= total) return;

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kThreads) geglu_kernel(const __grid_constant__
   const int64_t m = narrow ? uint32_t(i) / uint32_t(vectors) : i / vectors;
   const int64_t f = (i - m * vectors) * V;
   const T* x = static_cast<const T*>(a.x) + m * a.stride_x + f;
+  wait_for_previous_kernel();
   float h[V], g[V];
   load_vector(x, h);
   load_vector(x + a.F, g);

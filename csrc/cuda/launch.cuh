@@ -72,6 +72,17 @@ class DeviceGuard {
   int before_ = 0, wanted_;
 };
 
+// LDMFAST_CUDA_OVERLAP=1: a kernel's blocks may be placed while the kernel before ends, and wait there
+// (wait_for_previous_kernel). Off until a GPU has measured it; CUDA graphs know it since driver 12.3.
+inline bool overlapping() {
+  static const bool on = [] {
+    const char* asked = std::getenv("LDMFAST_CUDA_OVERLAP");
+    int driver = 0;
+    return asked && std::string(asked) == "1" && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+  }();
+  return on;
+}
+
 // cluster: that many consecutive blocks share their shared memory (sm_90 and above)
 template <auto KERNEL, typename Params>
 void launch(const char* op, const Params& params, Blocks blocks, int threads, size_t shared, const Launch& where,
@@ -88,10 +99,18 @@ void launch(const char* op, const Params& params, Blocks blocks, int threads, si
       raised.fetch_or(bit, std::memory_order_relaxed);
     }
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (overlapping() && device_of(op, where).major >= 9) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim.x = static_cast<unsigned>(blocks.x);
   config.gridDim.y = static_cast<unsigned>(blocks.y);
@@ -99,8 +118,8 @@ void launch(const char* op, const Params& params, Blocks blocks, int threads, si
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(where.stream);
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(op, cudaLaunchKernelEx(&config, KERNEL, params));
 }
 #endif

@@ -26,6 +26,7 @@ residual_layer_norm_kernel(const __grid_constant__ ResidualLayerNormArgs a) {
   const T* x = static_cast<const T*>(a.x) + m * a.stride_x;
   const T* residual = static_cast<const T*>(a.residual) + m * a.stride_residual;
   T* sum = static_cast<T*>(a.sum) + m * a.K;
+  wait_for_previous_kernel();
   float kept[KEPT ? KEPT : 1][V];
   // visits each vector of the lane: visit(k, s), s the sum from k on
   const auto each = [&](auto&& visit) {

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kThreads, 1) timestep_mlp_kernel(const __grid_
   const int samples = static_cast<int>(p.a.N - n0 < kSamples ? p.a.N - n0 : kSamples);
   float* input = reinterpret_cast<float*>(shared_memory());   // [kSamples, chunk]
   float sum[kSamples] = {};
+  wait_for_previous_kernel();
   for (int64_t k0 = 0; k0 < p.inputs; k0 += p.chunk) {
     const int width = static_cast<int>(p.inputs - k0 < p.chunk ? p.inputs - k0 : p.chunk);
     const T* weight = static_cast<const T*>(p.weight) + (row < p.outputs ? row : 0) * p.inputs + k0;

@@ -21,6 +21,7 @@ struct Params {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) sinusoid_kernel(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= p.a.N * p.a.dim) return;
   const int64_t n = at / p.a.dim, i = at % p.a.dim, half = p.a.dim / 2;
@@ -32,6 +33,7 @@ __global__ void __launch_bounds__(kThreads) sinusoid_kernel(const __grid_constan
 // a warp a feature
 template <typename T>
 __global__ void __launch_bounds__(kThreads) hidden_kernel(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
   const int64_t f = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, n0 = int64_t(blockIdx.y) * kSamples;
   if (f >= p.a.F) return;
   const int lane = threadIdx.x % 32, samples = static_cast<int>(p.a.N - n0 < kSamples ? p.a.N - n0 : kSamples);
@@ -53,6 +55,7 @@ __global__ void __launch_bounds__(kThreads) hidden_kernel(const __grid_constant_
 // gradient = (dout w2) silu'(hidden); hidden = silu(hidden). A block: kAcross features, E over the rest of the threads
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gradient_kernel(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
   constexpr int kDown = kThreads / kAcross;
   float* parts = reinterpret_cast<float*>(shared_memory());   // [kSamples, kDown, kAcross]
   const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
@@ -80,6 +83,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const __grid_constan
 // dweight [R, C] = left^T right, dbias [R] = sum of left; SECOND: of w2 and b2, whose left side is dout
 template <typename T, bool SECOND>
 __global__ void __launch_bounds__(kThreads) outer_kernel(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
   const TimestepMlpBackwardArgs& a = p.a;
   const int64_t R = SECOND ? a.E : a.F, C = SECOND ? a.F : a.dim;
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;

@@ -10,7 +10,7 @@ import torch
 from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_shape, require_tensors, short
 from ldmfast.ops.ddim_coefficients import NAME, PREDICTIONS, coefficient_table, coefficients_of, number_on_host
-from ldmfast.ops.dispatcher import vmapped
+from ldmfast.ops.dispatcher import Values, vmapped
 from ldmfast.ops.operator import Op
 
 
@@ -58,8 +58,17 @@ def ddim_step(
     Traffic: 4 * sample bytes, 5 with guidance, 1 more for each of `history`.
     Source: Song et al. 2021 (arXiv 2010.02502), equation 12; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
-    given = sample, model_output, alpha_t, alpha_prev, guidance, sigma, noise, prediction, clip
-    return op(*_arguments(*given, table, row, weights, history), backend)
+    alphas = alpha_t, alpha_prev, guidance, sigma
+    given = _arguments(sample, model_output, *alphas, noise, prediction, clip, table, row, weights, history)
+    return op(*given, backend)
+
+
+_NONE = Values()
+
+
+def _in_the_table() -> tuple:
+    """The coefficients where a table has them: of the kind that Op would make of them, but where that is traced."""
+    return () if torch.compiler.is_compiling() else _NONE
 
 
 def _arguments(
@@ -82,7 +91,7 @@ def _arguments(
     else:
         if alpha_t is not None or alpha_prev is not None:
             raise ValueError(f"{NAME}: alphas are given beside a table, expected one of them")
-        coefficients, table = ((), table) if isinstance(table, torch.Tensor) else (table, None)
+        coefficients, table = (_in_the_table(), table) if isinstance(table, torch.Tensor) else (table, None)
         if noise is None and coefficients and any(coefficients[6:]):
             raise ValueError(
                 f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {coefficients[6]}"
@@ -102,11 +111,9 @@ def _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise):
         raise ValueError(f"{NAME}: prediction is {prediction!r}, expected {', '.join(PREDICTIONS)}")
     if alpha_t is None or alpha_prev is None:
         raise ValueError(f"{NAME}: alpha_t or alpha_prev is None, expected both, or a table")
-    if type(alpha_t) is type(alpha_prev) is type(sigma) is float:
-        host = [alpha_t, alpha_prev, sigma]
-    else:
-        host = [number_on_host(value) for value in (alpha_t, alpha_prev, sigma)]
-    if None not in host:
+    floats = type(alpha_t) is type(alpha_prev) is type(sigma) is float
+    host = (alpha_t, alpha_prev, sigma) if floats else [number_on_host(v) for v in (alpha_t, alpha_prev, sigma)]
+    if floats or None not in host:
         if host[2] and noise is None:
             raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {host[2]}")
         return coefficients_of(*host, prediction), None
@@ -114,7 +121,7 @@ def _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise):
     table = coefficient_table(sample, alpha_t, alpha_prev, sigma, prediction)
     if noise is None and host[2] != 0:
         raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is a tensor")
-    return (), table
+    return _in_the_table(), table
 
 
 def check(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from math import copysign
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,8 @@ _profiling = torch.autograd._profiler_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 _WHOLE = frozenset({int, bool, str})
+# what torch.compile asks whether tensors are as they were; without it every call has its signature taken
+_compared = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
 
 @torch.compiler.assume_constant_result  # traced frames are guarded on both levels
@@ -51,6 +56,19 @@ class Values(tuple):
     __slots__ = ()
 
 
+def _watched() -> Any:
+    """Whether PyTorch's dispatcher is needed in this thread, whatever the arguments are."""
+    return (
+        (_dispatch_modes() and _dispatch_modes() > modes.count)  # those of `exact` have nothing to do with our ops
+        or _function_mode()
+        or _functorch_level()  # counted from 1
+        or _tracing()
+        or forward_ad._current_level >= 0
+        or _profiling()
+        or _autocast()
+    )
+
+
 def signature(args: tuple) -> tuple | None:
     """All that check, choice and kernel may ask of the arguments but the addresses: equal ones take the same way.
 
@@ -60,15 +78,7 @@ def signature(args: tuple) -> tuple | None:
     not needed, but a tensor has no strides, or a value is of no kind that an op takes. Not for a frame that
     torch.compile traces.
     """
-    if (
-        (_dispatch_modes() and _dispatch_modes() > modes.count)  # those of `exact` have nothing to do with our ops
-        or _function_mode()
-        or _functorch_level()  # counted from 1
-        or _tracing()
-        or forward_ad._current_level >= 0
-        or _profiling()
-        or _autocast()
-    ):
+    if _watched():
         return None
     grad, found = _grad_enabled(), []
     for value in args:
@@ -99,6 +109,69 @@ def signature(args: tuple) -> tuple | None:
 
 def _exactly(value):
     return type(value), value or repr(value)
+
+
+class SeenCalls:
+    """The plans of calls that have come before, found in less than half of the time that a `signature` takes.
+
+    What is compared: the kinds of all arguments, the values of those that are no tensors, and, by PyTorch in one call,
+    each tensor's type, dispatch keys (what the thread adds or leaves out among them), dtype, device, sizes, strides and
+    whether it requires a gradient. A call is noted once it has come twice with the same signature.
+
+    numbers  the place of the argument that is always `Values`, if there is one
+    """
+
+    def __init__(self, numbers: int | None) -> None:
+        self.numbers = numbers
+
+    def look(self, noted: dict[tuple, list], args: tuple, setting: tuple) -> tuple[tuple | None, Callable | None]:
+        """(what such a call is noted under, the plan that was noted for it), each None where there is none."""
+        kind = type(args[0])
+        if (kind is not Tensor and kind is not Parameter) or _compared is None or _watched():
+            return None, None
+        count = 0 if self.numbers is None else len(args[self.numbers])
+        key = args[0].shape, _grad_enabled(), count, setting, *map(type, args)
+        for others, picked, same, tensors, plan in noted.get(key, ()):
+            if picked(args) == others and same(*tensors(args)):
+                return key, plan
+        return key, None
+
+    def note(self, noted: dict[tuple, list], key: tuple, args: tuple, plan: Callable) -> None:
+        """Of a call that has a signature, and no meta tensor."""
+        places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+        tensors = _tuple_of(places)
+        sizes, strides = ([list(of(value)) for value in tensors(args)] for of in (Tensor.size, Tensor.stride))
+        same = _compared(*tensors(args), dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        others = [i for i in range(len(args)) if i not in places and i != self.numbers]
+        picked = _read(others, [i for i in others if _by_letter(args[i])])
+        found = noted.setdefault(key, [])
+        if len(found) >= ALIKE:
+            found.clear()
+        found.append((picked(args), picked, same, tensors, plan))
+
+
+ALIKE = 16  # noted calls that differ in the values of what is no tensor, or in the others' sizes
+
+
+def _by_letter(value: Any) -> bool:
+    """Whether == is too little or too much: 0.0 is -0.0, NaN is not NaN, and [1] is [True]."""
+    return isinstance(value, (list, tuple)) or value != value or (type(value) is float and value == 0)
+
+
+def _read(places: list[int], by_letter: list[int]) -> Callable[[tuple], tuple]:
+    """What takes the values at these places, some of them as they are written."""
+    if not by_letter:
+        return _tuple_of(places)
+    plain, written = _tuple_of([i for i in places if i not in by_letter]), _tuple_of(by_letter)
+    return lambda args: (*plain(args), *map(repr, written(args)))
+
+
+def _tuple_of(places: list[int]) -> Callable[[tuple], tuple]:
+    """What takes the values at these places, as a tuple also of one."""
+    if len(places) == 1:
+        (place,) = places
+        return lambda args: (args[place],)
+    return operator.itemgetter(*places)
 
 
 def dispatcher_needed(args: tuple) -> bool:

@@ -11,6 +11,7 @@ has a pointer, a code of DTYPES where it has a DType. A field that is missing or
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -128,8 +129,31 @@ def _allocator(device: torch.device) -> Callable[[int], torch.Tensor]:
 
 
 _HOST = (-1, 0, _allocator(torch.device("cpu")))
-# the stream's address without an object about it: 0.1 us; a build of torch without CUDA has no such function
+# the stream's address without an object about it: 0.1 us; a build of torch without CUDA has no such functions
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+current_device = getattr(torch._C, "_cuda_getDevice", None)
+
+
+def there(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Context in which the tensor's device is the current one. The launcher's own way back, cudaSetDevice, would make a
+    context of hundreds of MB on the device that is current now, were there none yet; PyTorch's does not.
+    """
+    if tensor.is_cuda and current_device() != tensor.device.index:
+        return torch.cuda.device(tensor.device.index)
+    return contextlib.nullcontext()
+
+
+def _on(index: int, prepared: Callable) -> Callable:
+    """A prepared launch on a GPU, made `there`."""
+
+    def launch(*args):
+        if current_device() == index:
+            prepared(*args)
+        else:
+            with torch.cuda.device(index):
+                prepared(*args)
+
+    return launch
 
 
 def register(op: Choice, function: Callable, lead: int = 0, modules: Iterable[str] = MODULES) -> None:
@@ -148,10 +172,8 @@ def register(op: Choice, function: Callable, lead: int = 0, modules: Iterable[st
     for name in modules:
 
         def run(*args, _name=name):
-            if args[0].is_cuda and args[0].device.index != torch.cuda.current_device():
-                with torch.cuda.device(args[0].device):  # which makes no context on the other, as cudaSetDevice does
-                    return function(module(_name), *args)
-            return function(module(_name), *args)
+            with there(args[0]):
+                return function(module(_name), *args)
 
         backend = op.backend(name, devices={DEVICES[name]})(run)
         backend.refuses(lambda *args, _name=name: missing(_name) or lacks(_name, op.name))
@@ -182,7 +204,8 @@ def _planned(name: str, function: Callable, args: tuple) -> tuple[Any, Callable 
     argument an address is of.
     """
     watched = _Watched(module(name))
-    result = function(watched, *args)
+    with there(args[0]):
+        result = function(watched, *args)
     outputs = result if isinstance(result, tuple) else (result,)
     if len(watched.calls) != 1 or not all(map(_is_fresh, outputs)):
         return result, None
@@ -206,17 +229,18 @@ def _again(
     taken = operator.itemgetter(*places)
     index, _, allocate = place(args[0])
     stream_of = raw_stream if args[0].is_cuda else lambda index: 0
+    launch = _on(index, prepared) if args[0].is_cuda else prepared
     makers = [maker_of(output, args) for output in outputs]
     ((like, make), *_) = makers
 
     def one(args):
         out = make(args[like])
-        prepared(taken((*args, out, *constants)), index, stream_of(index), allocate)
+        launch(taken((*args, out, *constants)), index, stream_of(index), allocate)
         return out
 
     def all_of_them(args):
         made = tuple([make(args[like]) for like, make in makers])
-        prepared(taken((*args, *made, *constants)), index, stream_of(index), allocate)
+        launch(taken((*args, *made, *constants)), index, stream_of(index), allocate)
         return made
 
     return all_of_them if several else one

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ldmfast.ops.checks import require_tensors
 from ldmfast.ops.contract.stock_ops import fixed_order
 from ldmfast.ops.contract.switch import exact
-from ldmfast.ops.dispatcher import Values, dispatcher_needed, signature, transformed
+from ldmfast.ops.dispatcher import SeenCalls, Values, dispatcher_needed, signature, transformed
 from ldmfast.ops.registry import BACKWARD_OPS, OPS, Backend, Choice, chosen_backend
 
 PLANS = 1024  # of an op; one more, and they are made anew
@@ -61,6 +61,7 @@ class Op(Choice):
         super().__init__(name)
         self.check, self.fake, self.normalise, self.example = check, fake, normalise, example
         self._autocast, self._numbers = autocast, numbers
+        self._seen = SeenCalls(numbers)
         self._gradient: Callable | None = None
         self._keeps_output = False
         names = schema.partition("->")[0].strip(" ()").split(", ")  # `Tensor? mask`: mask may be None
@@ -94,10 +95,17 @@ class Op(Choice):
             return self._operator(*args)
         if self._numbers is not None and type(args[self._numbers]) is not Values:
             args = (*args[: self._numbers], Values(args[self._numbers]), *args[self._numbers + 1 :])
+        setting, key = (chosen_backend(), exact()), None
+        if "run" not in self.__dict__:
+            key, plan = self._seen.look(self.plans.noted, args, setting)
+            if plan is not None:
+                return plan(args)
         seen = signature(args)
-        if seen is not None:
-            plan = self.plans.get((seen, chosen_backend(), exact()))
-            if plan is not None and "run" not in self.__dict__:
+        if seen is not None and "run" not in self.__dict__:
+            plan = self.plans.get((seen, *setting))
+            if plan is not None:
+                if key is not None:
+                    self._seen.note(self.plans.noted, key, args, plan)
                 return plan(args)
         self.require_tensors(args)
         if seen is not None:

@@ -140,13 +140,25 @@ def _first_sentence(conditions: list[Callable], args: Sequence) -> str | None:
     return None
 
 
+class Plans(dict[tuple, Callable]):
+    """How calls are made, by what operator.py sees of them; in `noted` once more, by what is found sooner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: dict[tuple, list] = {}
+
+    def clear(self) -> None:
+        super().clear()
+        self.noted.clear()
+
+
 class Choice:
     """An op's backends, and the choice between them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.backends: dict[str, Backend] = {}
-        self.plans: dict[tuple, Callable] = {}  # of calls, by what operator.py sees of them
+        self.plans = Plans()
         self.sizes: Callable[..., dict[str, int]] | None = None  # of args, that times depend on (speeds.py)
         self.lead = 0  # the argument whose dtype and device the times are of
         self.origin: Callable[[Sequence], str] | None = None  # where the choice for args comes from

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ldmfast.ops.native import there
 from ldmfast.ops.registry import Backend, Choice
 
 
@@ -22,7 +23,8 @@ def register(op: Choice, function: Callable) -> Backend:
     """
 
     def run(*args):
-        return function(launcher(op.name), *args)
+        with there(args[0]):  # Triton launches on the current device, wherever the tensors are
+            return function(launcher(op.name), *args)
 
     backend = op.backend("triton", devices={"cuda", "cpu"})(run)
     backend.refuses(refuse)

@@ -27,7 +27,7 @@ from triton.compiler import CompiledKernel
 
 from ldmfast.kernels.launch_kernel import watched
 from ldmfast.ops.dispatcher import Values
-from ldmfast.ops.native import is_constant, maker_of, raw_stream
+from ldmfast.ops.native import current_device, is_constant, maker_of, raw_stream
 
 _address = torch.Tensor.data_ptr
 _aten = torch.ops.aten
@@ -134,7 +134,7 @@ def _plan(watch: _Watch, args: tuple, outputs: tuple, several: bool) -> Callable
         key = bits & 15 and tuple([address & 15 == 0 for address in addresses])
         numbers = map(float, args[at]) if given else ()
         binaries = kept.get(key)
-        if binaries is None or _asked_otherwise() or index is not None and index != _current_device():
+        if binaries is None or _asked_otherwise() or index is not None and index != current_device():
             launches.through_triton(key, tensors, numbers)
         else:
             values = (*addresses, *numbers, *constant)
@@ -212,10 +212,6 @@ class _Launches:
                     kept.append((binary.run, *sizes, binary.function, binary.packed_metadata, arranged))
         if len(kept) == len(self.launches) and not _asked_otherwise():
             self.binaries[key] = kept
-
-
-# of a build of torch with CUDA
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def _is_binary(value: Any) -> bool:

@@ -16,11 +16,13 @@ import torch
 from ldmfast.commands import bench_files
 from ldmfast.commands.measuring import classes, clock, rows
 from ldmfast.files import read_json
+from ldmfast.ops.registry import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench" / "gpu"))
+sys.path[:0] = [str(ROOT / "bench" / "gpu"), str(ROOT / "bench" / "checks")]
 
 import clocks  # noqa: E402
+import launches as launch_counts  # noqa: E402
 import op_table  # noqa: E402
 import predicted  # noqa: E402
 import record  # noqa: E402
@@ -214,9 +216,16 @@ def test_modules_of_another_python_are_not_taken(tmp_path):
 def test_predictions_are_marked_lie_above_their_floors_and_are_of_rows_that_are_measured(tmp_path):
     about = read_json(predicted.PREDICTED)
     shapes = {(case.op, case.shape) for case in op_table.LARGE}
+    sizes = {}
+    for name in {row["op"] for row in about["rows"] if row["shape"].endswith("example")}:
+        timed = next(op_table.example(OPS[name], torch.float16, "cpu"))
+        sizes[name, timed.about["shape"]] = timed.size
     for row in about["rows"]:
-        assert (row["op"].removesuffix("_backward"), row["shape"]) in shapes
+        key = row["op"].removesuffix("_backward"), row["shape"]
+        assert key in shapes or sizes[key] == row["bytes"]
         assert predicted.floor_us(row, about) < row["us"][0] <= row["us"][1] and row["why"]
+    launches = sum(counted.total() for counted in (launch_counts.counted_call(), launch_counts.counted_update()))
+    assert f"With {launches} launches" in about["steps"][0]["why"]
     lines = predicted.table(None)
     assert "none of these times was measured" in lines[0] and sum("not yet" in line for line in lines) == len(
         [*about["rows"], *about["steps"]]

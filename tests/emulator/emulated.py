@@ -36,13 +36,16 @@ class Call:
 
     def __str__(self) -> str:
         named = "".join(f" {name}={value}" for name, value in self.settings)
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.case.op}{'_backward' if self.backward else ''} {self.case.label} {dtype}{named}"
+        return f"{self.op} {self.case.label} {str(self.dtype).removeprefix('torch.')}{named}"
+
+    @property
+    def op(self) -> str:
+        return self.case.op + "_backward" * self.backward
 
 
 def calls(case: Case, dtypes=DTYPES, gradient: bool = True) -> Iterator[Call]:
     """The op's and its gradient's, in each dtype that the emulated kernels take."""
-    return (call for call in _named(case, dtypes, gradient) if _refused(call) is None)
+    return (call for call in _named(case, dtypes, gradient) if refused(call) is None)
 
 
 def _named(case: Case, dtypes, gradient: bool) -> Iterator[Call]:
@@ -52,24 +55,24 @@ def _named(case: Case, dtypes, gradient: bool) -> Iterator[Call]:
 
 
 def every_call(only: Sequence[str] = ("",)) -> Iterator[Call]:
-    """All cases but the big ones; GroupNorm on a chip without clusters, too, and with several slabs a block.
+    """All cases but the big ones, refused ones too; GroupNorm also on a chip without clusters and with several slabs.
 
-    only  calls with one of these in their names; no other is made, which takes longer than to run it
+    only  calls with one of these in their names
     """
     for case in CASES:
         for call in _named(case, DTYPES, True) if not case.big else ():
             ways = [()]
             if case.op == "group_norm_silu":
                 ways += [SLABS] if call.backward else [NO_CLUSTERS, SLABS]
-            wanted = [c for c in (replace(call, settings=way) for way in ways) if any(part in str(c) for part in only)]
-            if wanted and _refused(call) is None:
-                yield from wanted
+            yield from (
+                c for c in (replace(call, settings=way) for way in ways) if any(part in str(c) for part in only)
+            )
 
 
 def failure(call: Call, **settings: str | None) -> str | None:
     """What is wrong with the call under the settings: the emulator's error, or an error above the budget; or None."""
     arguments, exact, budgets = _prepared(replace(call, settings=()))
-    op = BACKWARD_OPS[f"{call.case.op}_backward"] if call.backward else OPS[call.case.op]
+    op = BACKWARD_OPS[call.op] if call.backward else OPS[call.op]
     with settings_of(**dict(call.settings), **settings):
         try:
             outputs = tuples(op.backends[BACKEND].run(*arguments))
@@ -132,13 +135,14 @@ def _error(y, true) -> float:
     return relative_error(y, true) if y.numel() else 0.0
 
 
-def _refused(call: Call) -> str | None:
+def refused(call: Call) -> str | None:
+    """Why no emulated kernel takes the call, or None."""
     name = call.case.op
-    op = BACKWARD_OPS.get(f"{name}_backward") if call.backward else OPS[name]
+    op = BACKWARD_OPS.get(call.op) if call.backward else OPS[name]
     if op is None or BACKEND not in op.backends:
         return "it has no such kernel"
     if call.backward and name == "ddim_step":
         args, kwargs = call.case.make(call.dtype)
         if kwargs.get("row") is not None or kwargs.get("weights"):
             return "autograd reads the table's rows first, and takes the formula beside a history"
-    return op.backends[BACKEND].refusal(_prepared(call)[0])
+    return op.backends[BACKEND].refusal(_prepared(replace(call, settings=()))[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from cases import CASES, SMALL
 from emulated import BACKEND, NO_CLUSTERS, SLABS, Call, calls, failure, settings_of
-from mutations import SOURCES, Site, sites
+from mutations import SOURCES, WAIT, Site, sites
 
 from ldmfast.ops import native
 from ldmfast.ops.registry import OPS
@@ -83,6 +84,21 @@ def test_a_peer_that_exits_too_soon_is_noticed():
     assert failure(call, RACES="1") is None
 
 
+def test_every_kernel_waits_for_those_before():
+    """Once, since it may begin before they have ended; one that does not is noticed where global memory is read."""
+    found = {}
+    for path in sorted(SOURCES.rglob("*.cu*")):
+        for kernel in re.findall(r"^__global__.*?^}", path.read_text(), re.DOTALL | re.MULTILINE):
+            found[path.name, re.search(r"(\w+)\(const __grid_constant__", kernel)[1]] = kernel.count(f"{WAIT}();")
+    assert len(found) > 20 and set(found.values()) == {1}
+    call = named("odd", "geglu")
+    (site,) = [site for site in sites() if site.file.name == "geglu.cu"]
+    assert failure(call, RACES="1") is None
+    without = failure(call, RACES="1", **site.setting)
+    assert "race: a read of global memory" in without and "does not wait for the kernels before" in without
+    assert failure(call, **site.setting) is None
+
+
 def test_every_primitive_is_a_mutant():
     """Of each kernel that has one: a barrier that the pattern does not see would never be removed."""
     found = {(site.file.name, site.line) for site in sites()}
@@ -116,6 +132,21 @@ def test_the_command_lists_what_ran():
     command = [sys.executable, str(Path(__file__).parent), "races", "--only", "ddim_step odd"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "3 calls (ddim_step 3), 0 fail" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_command_goes_on_where_it_ended(tmp_path):
+    """What failed or was not reached runs again; each call is in the log when it has ended."""
+    log = tmp_path / "races.tsv"
+    command = [sys.executable, str(Path(__file__).parent), "races", "--only", "geglu", "--jobs", "2", "--log", str(log)]
+    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = log.read_text().splitlines(keepends=True)
+    assert f"{len(lines)} calls (geglu {len(lines)}), 0 fail" in first
+    assert len(lines) > 3 and all(line.endswith(" s\tpasses\n") for line in lines)
+    log.write_text("".join(lines[2:-1]) + lines[-1].replace("passes", "race: a write and a read"))
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"{len(lines)} calls (geglu {len(lines)}), 0 fail" in again
+    added = log.read_text().splitlines(keepends=True)[len(lines) - 2 :]
+    assert {line.split("\t")[0] for line in added} == {line.split("\t")[0] for line in (*lines[:2], lines[-1])}
 
 
 def test_settings_are_put_back(monkeypatch):

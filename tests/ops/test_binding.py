@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import shutil
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldmfast.ops import native
+from ldmfast.ops import native, triton_backend
 from ldmfast.ops.registry import BACKWARD_OPS, OPS
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -205,3 +206,41 @@ def test_a_gpu_or_driver_that_is_too_old_is_refused(monkeypatch, capability, ver
     monkeypatch.setattr(native, "module", lambda backend: SimpleNamespace(versions=lambda: versions))
     found = native.unsupported.__wrapped__(0)
     assert found is None if sentence is None else found.startswith(sentence)
+
+
+@pytest.mark.parametrize("index, entered", [(0, []), (1, [1])])
+def test_a_launch_is_made_where_its_tensors_are(monkeypatch, index, entered):
+    """Beside a current device 0: cudaSetDevice's way back to it would make a context there."""
+    seen = []
+
+    @contextlib.contextmanager
+    def device(index):
+        seen.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(native, "current_device", lambda: 0)
+    with native.there(SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))):
+        assert seen == entered
+    native._on(index, lambda *args: seen.append(args))("values", index)
+    assert seen == [*entered, *entered, ("values", index)]
+
+
+@pytest.mark.parametrize("module, backend", [(native, "cpu"), (native, "cuda-host"), (triton_backend, "triton")])
+def test_every_way_to_a_kernel_asks_where_its_tensors_are(monkeypatch, module, backend):
+    """The first call, of which the plan is made, and a call through the operator."""
+    op, seen = OPS["timestep_mlp"], []
+
+    class Asked(Exception):
+        pass
+
+    def there(tensor):
+        seen.append(tensor)
+        raise Asked
+
+    monkeypatch.setattr(module, "there", there)
+    args = op.example(torch.float32, "cpu")
+    for call in (op.backends[backend].first, lambda args: op.backends[backend].run(*args)):
+        with pytest.raises(Asked):
+            call(args)
+    assert len(seen) == 2 and all(tensor is args[0] for tensor in seen)

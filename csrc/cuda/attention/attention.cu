@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) attention_kernel(const _
   const T* const q_head = static_cast<const T*>(a.q) + n * a.stride_qn + h * a.stride_qh;
   const T* const k_head = static_cast<const T*>(a.k) + n * a.stride_kn + h * a.stride_kh;
   const T* const v_head = static_cast<const T*>(a.v) + n * a.stride_vn + h * a.stride_vh;
+  wait_for_previous_kernel();
   load_tile<C, C::kQueries>(q, q_head, a.stride_ql, first, L, D, p.wide_q);
   if (S > 0) {
     load_tile<C, C::KEYS>(k, k_head, a.stride_ks, 0, S, D, p.wide_k);

@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kBackwardThreads, C::kBlocks) rows_kernel(cons
   const Head<C> head(p);
   const int L = static_cast<int>(a.L), S = static_cast<int>(a.S), D = static_cast<int>(a.D);
   const int first = blockIdx.x * C::kOwn, lane = threadIdx.x % 32, row = first + threadIdx.x / 32 * 16;
+  wait_for_previous_kernel();
   fetch<C, C::kOwn>(tiles.first, head.q, a.stride_ql, first, L, D, p.wide_q);
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};   // of this lane's columns
   Own<C> q;
@@ -125,6 +126,7 @@ __global__ void __launch_bounds__(kBackwardThreads, C::kBlocks) keys_kernel(cons
   // a share of the queries: whole tiles
   const int share = (L + p.splits * C::kTile - 1) / (p.splits * C::kTile) * C::kTile;
   const int from = split * share < L ? split * share : L, to = L - from < share ? L : from + share;
+  wait_for_previous_kernel();
   fetch<C, C::kOwn>(tiles.first, head.k, a.stride_ks, first, S, D, p.wide_k);
   fetch<C, C::kOwn>(tiles.second, head.v, a.stride_vs, first, S, D, p.wide_v);
   const float* rows = rows_of(p, head.n, head.h);
@@ -177,6 +179,7 @@ __global__ void __launch_bounds__(kBackwardThreads, C::kBlocks) keys_kernel(cons
 // dk and dv from the shares of the queries
 template <typename T>
 __global__ void __launch_bounds__(kBackwardThreads) combine_kernel(const __grid_constant__ BackwardParams p) {
+  wait_for_previous_kernel();
   const AttentionArgs& a = p.a;
   const int64_t size = a.N * a.H * a.S * a.D, i = int64_t(blockIdx.x) * kBackwardThreads + threadIdx.x;
   if (i >= size) return;
@@ -200,6 +203,7 @@ __global__ void __launch_bounds__(kBackwardThreads, C::kBlocks)
   const Head<C> head(p);
   const int L = static_cast<int>(a.L), S = static_cast<int>(a.S), D = static_cast<int>(a.D);
   const int first = blockIdx.x * C::kOwn, lane = threadIdx.x % 32, row = first + threadIdx.x / 32 * 16;
+  wait_for_previous_kernel();
   fetch<C, C::kOwn>(tiles.first, head.q, a.stride_ql, first, L, D, p.wide_q);
   fetch<C, C::kOwn>(tiles.second, head.dout, head.stride_dense, first, L, D, p.wide_out);
   float of_row[2][3];

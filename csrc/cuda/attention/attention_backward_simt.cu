@@ -48,6 +48,7 @@ constexpr size_t kShared = sizeof(float) * ((kRows + kKeys) * (kDepth + kPad) + 
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) rows_simt_kernel(const __grid_constant__ BackwardParams p) {
+  wait_for_previous_kernel();
   const AttentionArgs& a = p.a;
   const Work<T> w(p);
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
@@ -138,6 +139,7 @@ __device__ __forceinline__ void write(const Work<T>& w, const AttentionArgs& a, 
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) keys_simt_kernel(const __grid_constant__ BackwardParams p) {
+  wait_for_previous_kernel();
   const AttentionArgs& a = p.a;
   const Work<T> w(p);
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
@@ -163,6 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1) keys_simt_kernel(const __grid_con
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) queries_simt_kernel(const __grid_constant__ BackwardParams p) {
+  wait_for_previous_kernel();
   const AttentionArgs& a = p.a;
   const Work<T> w(p);
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;

@@ -12,6 +12,7 @@ using namespace simt;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) attention_simt_kernel(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
   const AttentionArgs& a = p.a;
   float* q = reinterpret_cast<float*>(shared_memory());   // [64, kDepth + kPad]
   float* k = q + kRows * (kDepth + kPad);                 // [64, kDepth + kPad]

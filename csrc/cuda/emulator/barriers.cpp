@@ -61,6 +61,10 @@ void cluster_wait(Site site) {
   t.cluster_waits = t.cluster_arrivals;
 }
 
+void wait_for_previous_kernel(Site site) {
+  if (!machine()->skip.is(site)) self().waited = true;
+}
+
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what) {
   const Block& b = *self().block;
   const auto* c = static_cast<const unsigned char*>(p);

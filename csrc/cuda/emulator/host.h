@@ -8,7 +8,8 @@
 //   LDMFAST_CUDA_HOST_SEED=N    blocks, warps after each barrier and lanes after each collective in a random order of
 //                               their own; approximate functions are off by up to 2 ulp, sums of mma are truncated.
 //                               Without it: ascending, and descending in every other cluster
-//   LDMFAST_CUDA_HOST_RACES=1   two accesses of which one writes, without a barrier between them, throw (races.cpp)
+//   LDMFAST_CUDA_HOST_RACES=1   two accesses of which one writes, without a barrier between them, throw (races.cpp); so
+//                               does an access of global memory before wait_for_previous_kernel
 //   LDMFAST_CUDA_HOST_SKIP=F:L  the barrier, wait or commit in line L of file F does nothing: tests/emulator
 //   LDMFAST_CUDA_HOST_RELAX=F:L the cluster_arrive there releases no writes
 //   LDMFAST_CUDA_HOST_ARCH=80   a chip without clusters (launch.cuh)
@@ -67,7 +68,7 @@ struct Thread {
   uint64_t generation = 0, cluster_ticket = 0;
   uint32_t epoch = 0, warp_epoch = 0;             // barriers of the block, and of the warp, that it has passed
   uint32_t cluster_arrivals = 0, cluster_waits = 0;
-  bool done = false;
+  bool done = false, waited = false;              // for the kernels before
   dim3 index;
   std::vector<Copy> copies;
   std::vector<size_t> groups;          // how many copies each committed group holds, oldest first
@@ -87,6 +88,7 @@ Thread& self() __attribute__((const));
 
 [[noreturn]] void fail(const std::string& what);
 void check_alignment(const void* p, size_t bytes);
+void wait_for_previous_kernel(Site site);
 void synchronise_block(Site site);
 void synchronise_warp(Site site);
 void cluster_arrive(Site site, bool relaxed);

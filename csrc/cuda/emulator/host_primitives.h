@@ -57,6 +57,7 @@ template <int BYTES> void check_aligned(const void* p) { host::check_alignment(p
 // the place in the source from which a primitive is called
 #define LDMFAST_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
+inline void wait_for_previous_kernel(LDMFAST_SITE) { host::wait_for_previous_kernel({file, line}); }
 inline void __syncthreads(LDMFAST_SITE) { host::synchronise_block({file, line}); }
 inline void __syncwarp(LDMFAST_SITE) { host::synchronise_warp({file, line}); }
 inline float shuffle_xor(float v, int mask, LDMFAST_SITE) { return host::shuffle_xor(v, mask, {file, line}); }

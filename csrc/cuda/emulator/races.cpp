@@ -179,6 +179,9 @@ void traced(const void* p, size_t bytes, bool write, const void* pc, bool collec
     return;
   }
   if (within(p, m.shared.data(), m.shared.size())) stop("an access outside shared memory at " + place(pc));
+  if (!t.waited)
+    stop("race: " + std::string(write ? "a write" : "a read") + " of global memory (" + who(mine) + ", " + place(pc) +
+         ") that does not wait for the kernels before");
   uintptr_t at = reinterpret_cast<uintptr_t>(p) / kCell;
   for (const uintptr_t end = at + cells_of(p, bytes); at < end; ++at)
     touch(line_of(at / (kLine / kCell))[at % (kLine / kCell)], mine, t, write);

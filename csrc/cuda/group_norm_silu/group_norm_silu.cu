@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
   Storage<T> s(p);
   const Place w = locate(p);
   const Slab<V, CL> slab(p, w, w.begin);
+  wait_for_previous_kernel();
   stage(p, w, slab, s);
   load_coefficients(p, w, slab, s);
   reset(w, s);
@@ -40,6 +41,7 @@ template <typename T, int V, bool CL>
 __global__ void __launch_bounds__(kThreads, 2) apply_kernel(const __grid_constant__ Params p) {
   Storage<T> s(p);
   const Place w = locate(p);
+  wait_for_previous_kernel();
   finish(p, w, s, p.tiles * p.slices, [&](int g, int i) {
     const float* from = moments_of(p, w, g) + i * 4;
     return Moments{from[0], from[1], from[2], from[3]};

@@ -12,6 +12,7 @@ namespace group_norm_backward {
 
 // a warp a group
 __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
   const int64_t group = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (group >= p.a.N * p.a.groups) return;
   group_norm::Moments m = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -32,6 +33,7 @@ __device__ __forceinline__ float* part_of(const Params& p, int q, int64_t n, int
 
 template <typename T, int V, bool CL>
 __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
   const Place<V, CL> w(p);
   float sum[3][V] = {};
   if (w.active) {
@@ -73,6 +75,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
 
 // a block a group: the channels' sums; in the end that of dx = rstd * (gain * g - mean_d - xhat * mean_dx)
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
   const GroupNormSiluBackwardArgs& a = p.a;
   float* warp_sums = reinterpret_cast<float*>(shared_memory());   // [2, kWarps]
   const int64_t width = p.group_channels, n = blockIdx.x / unsigned(a.groups), group = blockIdx.x % unsigned(a.groups);
@@ -112,6 +115,7 @@ template <typename T, int V, bool CL>
 __global__ void __launch_bounds__(kThreads, 2) apply_kernel(const __grid_constant__ Params p) {
   const Place<V, CL> w(p);
   if (!w.active) return;
+  wait_for_previous_kernel();
   Channel channel[CL ? V : 1];
   w.channels(p, channel);
   float mean_d[CL ? V : 1], mean_dx[CL ? V : 1];

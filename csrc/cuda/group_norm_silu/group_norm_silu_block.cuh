@@ -127,6 +127,7 @@ template <typename T, int V, bool CL>
 __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(const __grid_constant__ Params p) {
   Storage<T> s(p);
   const Place w = locate(p);
+  wait_for_previous_kernel();
   reset(w, s);
   for (int at = w.begin; at < w.end; at += p.slab_extent) {
     const Slab<V, CL> slab(p, w, at);
