@@ -91,6 +91,8 @@ def norm_cases():
         yield Case(GN, f"off-centre-{name}", group_norm(320, 8, 8, layout=layout, mean=300.0))
         yield Case(GN, f"off-centre-large-{name}", group_norm(320, 64, 64, layout=layout, mean=300.0), big=True)
         yield Case(GN, f"outlier-{name}", group_norm(320, 12, 13, layout=layout, outlier=1000.0))
+        far = group_norm(32, 48, 48, N=1, layout=layout, mean=3.0, outlier=100.0)  # one channel a group
+        yield Case(GN, f"first-pixel-{name}", far)
         yield Case(GN, f"add-{name}", group_norm(640, 5, 5, layout=layout, add=True))
         yield Case(GN, f"modulated-{name}", group_norm(320, 6, 7, layout=layout, modulate=True))
         yield Case(GN, f"everything-{name}", group_norm(96, 9, 5, layout=layout, add=True, modulate=True, eps=1e-6))

@@ -88,7 +88,7 @@ def dropout(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """m(x), x [N, C, H, W]; where m drops values, x lies as in a stock U-Net: random numbers fall as memory goes.
 
     So the same seed drops the same values. (In stock's UNet2DModel an attention's output is channels_last, and so is
-    what comes after it: there the numbers fall otherwise.)
+    what comes after it: one that drops values goes through stock's forward.)
     """
     return m(x) if plain(m) else from_stock(m(x.contiguous()))
 

@@ -6,7 +6,9 @@
     --files N [--kind NAME ...]    damaged files, N in all
     --replay '{"plan": {...}}'     a finding of the log, once more; with its "isa" as LDMFAST_CPU_ISA
 
-Each finding is a line of JSON, printed and added to the log: {"kind", "seed", "isa", "plan", "what"}.
+Each finding is a line of JSON, printed and added to the log: {"kind", "seed", "isa", "plan", "what"}. What was checked
+stands beside it, a line for each part of a search; with --resume, what stands there counts, and is not searched again.
+    --counts                       how much that is: plans, calls and findings of each kind
 """
 
 from __future__ import annotations
@@ -28,11 +30,25 @@ ROOMS = ("op", "network", "file")
 PART = 250  # plans of one search; a failure ends a search, so what lies behind it is another's to find
 
 
-def searched(kind: str, count: int, seed: int, log: Path) -> int:
+def tally(log: Path) -> Path:
+    return log.with_name(f"{log.stem}_counts.jsonl")
+
+
+def parts(log: Path) -> list[dict]:
+    """What was searched so far: {"kind", "isa", "seed", "plans", "calls", "findings"} of each part."""
+    if not tally(log).exists():
+        return []
+    return [json.loads(line) for line in tally(log).read_text(encoding="utf-8").splitlines()]
+
+
+def searched(kind: str, count: int, seed: int, log: Path, resume: bool = False) -> int:
     """Searches a kind in parts; returns how many findings were written to the log."""
     strategy, check = kinds()[kind]
     checked = calls = findings = 0
     seen, start, isa = set(), time.monotonic(), os.environ.get("LDMFAST_CPU_ISA", "best")
+    for part in parts(log) if resume else ():
+        if (part["kind"], part["isa"]) == (kind, isa):
+            checked, calls, seed = checked + part["plans"], calls + part["calls"], max(seed, part["seed"] + 1)
     while checked < count:
         found = search(strategy, check, min(PART, count - checked), seed)
         checked, calls = checked + max(1, found.checked), calls + found.calls
@@ -44,10 +60,22 @@ def searched(kind: str, count: int, seed: int, log: Path) -> int:
                 print(line, flush=True)
                 with log.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
+        part = {"kind": kind, "isa": isa, "seed": seed, "plans": max(1, found.checked), "calls": found.calls}
+        with tally(log).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**part, "findings": len(found.findings)}) + "\n")
         seed += 1
     seconds = time.monotonic() - start
     print(f"{kind} ({isa}): {checked} plans, {calls} calls, {findings} findings, {seconds:.0f} s", flush=True)
     return findings
+
+
+def counts(log: Path) -> str:
+    """A line for each kind: how much of it was searched so far."""
+    sums: dict[str, list[int]] = {}
+    for part in parts(log):
+        total = sums.setdefault(part["kind"], [0, 0, 0])
+        total[:] = [a + part[name] for a, name in zip(total, ("plans", "calls", "findings"), strict=True)]
+    return "\n".join(f"{kind}: {p} plans, {c} calls, {f} findings" for kind, (p, c, f) in sums.items())
 
 
 def instruction_sets() -> list[str]:
@@ -70,6 +98,7 @@ def on_each_instruction_set(given, chosen: list[str]) -> bool:
     for i, isa in enumerate(sets):
         command = [sys.executable, __file__, "--calls", str(given.calls // len(sets)), "--op", *chosen]
         command += ["--seed", str(given.seed + 1000000 * i), "--log", str(given.log)]
+        command += ["--resume"] * given.resume
         failed |= bool(subprocess.run(command, env={**os.environ, "LDMFAST_CPU_ISA": isa}, check=False).returncode)
     return failed
 
@@ -84,11 +113,16 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "fuzz.jsonl")
     parser.add_argument("--replay", metavar="JSON")
+    parser.add_argument("--resume", action="store_true", help="go on from what the log counts")
+    parser.add_argument("--counts", action="store_true", help="print what the log counts, and end")
     return parser
 
 
 def main() -> int:
     given = options().parse_args()
+    if given.counts:
+        print(counts(given.log))
+        return 0
     prepare(setattr)
     if given.replay:
         finding = json.loads(given.replay)
@@ -101,12 +135,12 @@ def main() -> int:
     if given.calls and "LDMFAST_CPU_ISA" not in os.environ:
         failed |= on_each_instruction_set(given, ops)
     elif given.calls:
-        failed |= any([searched(f"op {name}", given.calls, given.seed, given.log) for name in ops])
+        failed |= any([searched(f"op {name}", given.calls, given.seed, given.log, given.resume) for name in ops])
     for room, count in (("network", given.networks), ("file", given.files)):
         names = given.kind or every[room]
         if count:
             each = -(-count // len(names))
-            failed |= any([searched(f"{room} {name}", each, given.seed, given.log) for name in names])
+            failed |= any([searched(f"{room} {name}", each, given.seed, given.log, given.resume) for name in names])
     return int(failed)
 
 

@@ -8,10 +8,12 @@ import functools
 import pytest
 import tiny
 import torch
+from diffusers import UNet2DModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ldmfast.models.unet import UNet
+from ldmfast.models.unet2d import UNet2D
 
 
 def step(model, arguments) -> list[torch.Tensor]:
@@ -40,6 +42,29 @@ def test_the_same_seed_drops_the_same_values(recomputed):
         stock.enable_gradient_checkpointing()
         ours.enable_gradient_checkpointing()
     assert_steps_are_equal(stock, ours, tiny.inputs(stock))
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_an_unconditional_network_drops_the_same_values(attention):
+    down, up = ("AttnDownBlock2D", "AttnUpBlock2D") if attention else ("DownBlock2D", "UpBlock2D")
+    torch.manual_seed(0)
+    stock = UNet2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", down),
+        up_block_types=(up, "UpBlock2D"),
+        add_attention=attention,
+        norm_num_groups=8,
+        dropout=0.3,
+    )
+    ours = UNet2D.from_unet(copy.deepcopy(stock))
+    arguments = {"sample": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([3, 700])}
+    assert_steps_are_equal(stock, ours, arguments)
+    assert bool(ours.train().stock_reason()) == attention
+    assert ours.eval().stock_reason() is None
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])

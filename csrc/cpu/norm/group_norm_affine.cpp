@@ -6,7 +6,7 @@
 //   for n, channel: merge its chunks; for n, group: merge its channels, which may lie in both; all in double
 //     norm_scale[c], norm_shift[c] for its channels
 //
-// Chunks take the first of their own pixels as pivot and are merged in double, so that a picture that comes in strips
+// Chunks take one of their own pixels as pivot and are merged in double, so that a picture that comes in strips
 // of whole chunks has the same moments, to the last bit of float32.
 #include "group_norm_silu_channels_last.h"
 
@@ -45,7 +45,8 @@ template <class T> void merge_channel(const Part& p, int64_t n, int64_t c, Momen
   const T* x = (const T*)g.x + n * g.stride_xn + c;
   const auto pixels = [&](int64_t i) { return (double)min64(kPixels, g.P - i * kPixels); };
   const auto mean_of = [&](int64_t i) {
-    const double pivot = kPivot<T> ? (double)to_float(x[i * kPixels * g.stride_xp]) : 0.0;
+    const T* chunk = x + i * kPixels * g.stride_xp;
+    const double pivot = kPivot<T> ? (double)value(pivot_of(chunk, (int64_t)pixels(i), g.stride_xp)) : 0.0;
     return pivot + sums[i * 2 * g.C] / pixels(i);
   };
   double total = 0, squares = 0;

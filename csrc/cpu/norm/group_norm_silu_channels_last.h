@@ -44,13 +44,29 @@ Plan plan_of(const GroupNormSiluArgs& g) {
   return plan;
 }
 
-// The first pixel's value is subtracted from float32, whose sums would else lose what the mean is larger than the rest.
+// A pixel's value is subtracted from float32, whose sums would else lose what the mean is larger than the rest: of the
+// first, the middle and the last, the one between, since a pixel far from all others would cost the same digits.
 template <class T> constexpr bool kPivot = sizeof(T) == 4;
+
+template <class T> struct Pivot {
+  const T* first;        // [C] of the first pixel
+  int64_t middle, last;  // elements from there to the same channels of the others
+  Pivot at(int64_t c) const { return {first + c, middle, last}; }
+};
+template <class T> Pivot<T> pivot_of(const T* x, int64_t pixels, int64_t stride) {
+  return {x, pixels / 2 * stride, (pixels - 1) * stride};
+}
+template <class T> float value(const Pivot<T>& p) {
+  const float a = to_float(p.first[0]), b = to_float(p.first[p.middle]), c = to_float(p.first[p.last]);
+  const float low = a < b ? a : b, high = a > b ? a : b;
+  return low > c ? low : high < c ? high : c;
+}
+LDMFAST_INLINE VecF between(VecF a, VecF b, VecF c) { return vmax(vmin(a, b), vmin(vmax(a, b), c)); }
 
 // Sums of kPairs * kPair channels over a chunk's pixels: of x - pivot, and of squares about the chunk's mean.
 // ahead: elements from here to the block that is summed next, which no prefetcher of the processor finds
 template <class T, int kPairs>
-LDMFAST_INLINE void block_sums(const T* x, const T* pivot, int64_t pixels, int64_t stride, int64_t ahead, float* sum,
+LDMFAST_INLINE void block_sums(const T* x, const Pivot<T>& pivot, int64_t pixels, int64_t stride, int64_t ahead, float* sum,
                                float* square) {
   constexpr int kVectors = 2 * kPairs;
   VecF m[kVectors] = {}, s[kVectors] = {}, q[kVectors] = {}, v[kVectors];
@@ -63,7 +79,13 @@ LDMFAST_INLINE void block_sums(const T* x, const T* pivot, int64_t pixels, int64
     if (kPairs * kPair * sizeof(T) > 64) __builtin_prefetch(from + ahead + 64 / sizeof(T), 0, 2);
   };
   if (kPivot<T>) {
-    for (int j = 0; j < kVectors; j += 2) load_pair(pivot + j * kLanes, m[j], m[j + 1]);
+    VecF b[kVectors], c[kVectors];
+    for (int j = 0; j < kVectors; j += 2) {
+      load_pair(pivot.first + j * kLanes, m[j], m[j + 1]);
+      load_pair(pivot.first + pivot.middle + j * kLanes, b[j], b[j + 1]);
+      load_pair(pivot.first + pivot.last + j * kLanes, c[j], c[j + 1]);
+    }
+    for (int j = 0; j < kVectors; ++j) m[j] = between(m[j], b[j], c[j]);
     for (int64_t p = 0; p < pixels; ++p) {
       read(x + p * stride);
 #pragma GCC unroll 4
@@ -102,10 +124,11 @@ LDMFAST_INLINE void block_sums(const T* x, const T* pivot, int64_t pixels, int64
 }
 
 template <class T>
-void channel_sums(const T* x, const T* pivot, int64_t pixels, int64_t stride, float* sum, float* square) {
+void channel_sums(const T* x, const Pivot<T>& pivot, int64_t pixels, int64_t stride, float* sum, float* square) {
+  const float about = kPivot<T> ? value(pivot) : 0.0f;
   float s = 0, q = 0;
-  for (int64_t p = 0; p < pixels; ++p) s += to_float(x[p * stride]) - (kPivot<T> ? to_float(*pivot) : 0.0f);
-  const float mean = (kPivot<T> ? to_float(*pivot) : 0.0f) + s / (float)pixels;
+  for (int64_t p = 0; p < pixels; ++p) s += to_float(x[p * stride]) - about;
+  const float mean = about + s / (float)pixels;
   for (int64_t p = 0; p < pixels; ++p) q += (to_float(x[p * stride]) - mean) * (to_float(x[p * stride]) - mean);
   *sum = s;
   *square = q;
@@ -117,17 +140,17 @@ void slab_sums(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t 
   const int64_t first = chunk * kPixels, pixels = min64(kPixels, g.P - first), end = min64(g.C, (slab + 1) * kSlab);
   const T* sample = (const T*)g.x + n * g.stride_xn;
   const T* x = sample + first * g.stride_xp;   // [pixels, C]
-  const T* pivot = own_pivot ? x : sample;     // [C]
+  const Pivot<T> pivot = own_pivot ? pivot_of(x, pixels, g.stride_xp) : pivot_of(sample, g.P, g.stride_xp);
   float *sum = plan.sums + (n * plan.chunks + chunk) * 2 * g.C, *square = sum + g.C;
   int64_t c = slab * kSlab;
   for (; c + 2 * kPair <= end; c += 2 * kPair) {
     const int64_t ahead = c + 2 * kPair < g.C ? 2 * kPair : kPixels * g.stride_xp - c;
-    block_sums<T, 2>(x + c, pivot + c, pixels, g.stride_xp, ahead, sum + c, square + c);
+    block_sums<T, 2>(x + c, pivot.at(c), pixels, g.stride_xp, ahead, sum + c, square + c);
   }
   for (; c + kPair <= end; c += kPair) {
-    block_sums<T, 1>(x + c, pivot + c, pixels, g.stride_xp, kPair, sum + c, square + c);
+    block_sums<T, 1>(x + c, pivot.at(c), pixels, g.stride_xp, kPair, sum + c, square + c);
   }
-  for (; c < end; ++c) channel_sums(x + c, pivot + c, pixels, g.stride_xp, sum + c, square + c);
+  for (; c < end; ++c) channel_sums(x + c, pivot.at(c), pixels, g.stride_xp, sum + c, square + c);
 }
 
 // The sums of all chunks into those of chunk 0, for kLanes channels from c on.
@@ -150,11 +173,11 @@ template <class T, bool kSilu>
 void merge_channels(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t group) {
   const int64_t D = g.C / g.groups;
   const float *sum = plan.sums + n * plan.chunks * 2 * g.C, *square = sum + g.C;
-  const T* pivot = (const T*)g.x + n * g.stride_xn;
+  const Pivot<T> pivot = pivot_of((const T*)g.x + n * g.stride_xn, g.P, g.stride_xp);
   Moments all{};
   for (int64_t c = group * D; c < (group + 1) * D; ++c) {
     const int64_t at = slot<T>(c, g.C);
-    const double offset = (double)added(g, n, c) + (kPivot<T> ? (double)to_float(pivot[c]) : 0.0);
+    const double offset = (double)added(g, n, c) + (kPivot<T> ? (double)value(pivot.at(c)) : 0.0);
     all.merge((double)g.P, sum[at] / (double)g.P + offset, square[at]);
   }
   const double scale = rstd(all, g.eps);
