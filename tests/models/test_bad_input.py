@@ -91,14 +91,6 @@ REFUSED = {
         lambda: call(**adapters((8, 8, 8))),
         r"residuals\[0\] has shape .*; expected \(2, 16, 8, 8\)",
     ),
-    ("adapter", "UNet, surplus"): (
-        lambda: call(**adapters((16, 8, 8), (32, 4, 4), (32, 4, 4), (32, 4, 4))),
-        "has 4 tensors; this UNet takes 2, and one for the mid block",
-    ),
-    ("adapter", "UNet, mid"): (
-        lambda: call(**adapters((16, 8, 8), (32, 4, 4), (32, 2, 2))),
-        r"residuals\[2\] has shape \(2, 32, 2, 2\); expected \(2, 32, 4, 4\)",
-    ),
     ("adapter", "UNet, the older way"): (
         lambda: call(down_block_additional_residuals=[torch.zeros(2, 5, 8, 8)]),
         r"down_block_additional_residuals\[0\] has shape",

@@ -188,6 +188,28 @@ def test_t2i_adapter_residuals(family):
     assert len(lists[0]) == len(lists[1]) == 0
 
 
+@pytest.mark.parametrize("further", [[1], [2], [1, 2], [2, 1]])
+def test_residuals_of_more_levels_than_the_network_has(further):
+    """The first one after the last level's is the mid block's, if it has its shape; T2I-Adapter's light ones have not.
+
+    further  how many times less than a side of the last level's
+    """
+    stock, ours = pair()
+    arguments = tiny.inputs(stock)
+    channels, side = stock.config.block_out_channels, arguments["sample"].shape[-1]
+    residuals = [torch.randn(2, c, side >> i, side >> i) for i, c in enumerate(channels)]
+    least = residuals[-1].shape[-1]
+    residuals += [torch.randn(2, channels[-1], least // times, least // times) for times in further]
+    lists = [list(residuals), list(residuals)]
+    with torch.no_grad():
+        wanted, got, plain = (
+            model(**arguments, down_intrablock_additional_residuals=left).sample
+            for model, left in ((stock, lists[0]), (ours, lists[1]), (stock, residuals[: len(channels)]))
+        )
+    assert tiny.error(got, wanted) <= CLOSE and len(lists[0]) == len(lists[1])
+    assert (tiny.error(plain, wanted) > 0.01) == (further[0] == 1)
+
+
 def test_autocast():
     stock, ours = pair()
     arguments = tiny.inputs(stock)

@@ -60,15 +60,15 @@ def check_residuals(
 
 
 def _check_adapters(name: str, *, adapters, places: list[Shape], last: Shape, sample: torch.Tensor) -> None:
-    """One for each level, at most, and one more for the mid block (T2I-Adapter-XL's), of its very shape."""
+    """One for each level, at most. Of more, the first is the mid block's if it has its very shape (T2I-Adapter-XL's);
+    others are not used, here as in the parent: the light adapter of a shallow U-Net has more levels than it."""
     if not isinstance(adapters, (list, tuple)):
         raise ValueError(f"{name} must be a list of tensors; got {type(adapters).__name__}")
-    if len(adapters) > len(places) + 1:
-        raise ValueError(
-            f"{name} has {len(adapters)} tensors; this UNet takes {len(places)}, and one for the mid block"
-        )
-    for i, (residual, wanted) in enumerate(zip(adapters, [*places, last], strict=False)):
-        _check(f"{name}[{i}]", residual, wanted, sample, exactly=i == len(places))
+    for i, (residual, wanted) in enumerate(zip(adapters, places, strict=False)):
+        _check(f"{name}[{i}]", residual, wanted, sample)
+    after = adapters[len(places) : len(places) + 1]
+    if after and getattr(after[0], "shape", None) == last:
+        _check(f"{name}[{len(places)}]", after[0], last, sample)
 
 
 def _check_count(controls, skips: int) -> None:
@@ -76,10 +76,10 @@ def _check_count(controls, skips: int) -> None:
         raise ValueError(f"{_CONTROLS} has {len(controls)} tensors; this UNet has {skips} skips")
 
 
-def _check(name: str, residual, wanted: Shape, sample: torch.Tensor, exactly: bool = False) -> None:
+def _check(name: str, residual, wanted: Shape, sample: torch.Tensor) -> None:
     if not isinstance(residual, torch.Tensor):
         raise ValueError(f"{name} must be a tensor {wanted}; got {type(residual).__name__}")
-    if not (tuple(residual.shape) == wanted if exactly else _fits(residual.shape, wanted)):
+    if not _fits(residual.shape, wanted):
         raise ValueError(f"{name} has shape {tuple(residual.shape)}; expected {wanted}")
     kind, given = sample.dtype, residual.dtype
     if torch.promote_types(kind, given) != kind and not torch.is_autocast_enabled(sample.device.type):
