@@ -26,7 +26,7 @@ constexpr int64_t kSerial = 8 * 1024;  // elements below which waking threads co
 // ---- contiguous: the lanes are pixels of one channel ----
 
 template <class T> void row_moments(const T* x, int64_t count, float* mean, float* squares) {
-  const float pivot = to_float(x[0]);
+  const float pivot = value(pivot_of(x, count, 1));
   double centre = 0, total = 0;
   for (int64_t i = 0; i < count; i += kRun) {
     const int64_t end = min64(count, i + kRun);

@@ -1,6 +1,7 @@
 // What both layouts of group_norm_silu_backward.cpp share, and the channels_last one.
 #pragma once
 #include "../exponential.h"
+#include "pivot.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -111,10 +112,13 @@ template <class T> struct Pixels {
 
 // The chunk's moments join those of `before` pixels: mean, relative to the pivot, and squares about it.
 template <class T, int kCount>
-void moments(const Pixels<T>& at, const T* pivot, int64_t before, int64_t n, float* mean, float* squares) {
+void moments(const Pixels<T>& at, const Pivot<T>& pivot, int64_t before, int64_t n, float* mean, float* squares) {
   VecF p[kCount], s[kCount] = {}, q[kCount] = {};
 #pragma GCC unroll 2
-  for (int j = 0; j < kCount; ++j) p[j] = read(pivot + j * kLanes, n);
+  for (int j = 0; j < kCount; ++j) {
+    const T* first = pivot.first + j * kLanes;
+    p[j] = between(read(first, n), read(first + pivot.middle, n), read(first + pivot.last, n));
+  }
   for (int64_t i = 0; i < at.pixels; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kCount; ++j) {
@@ -217,13 +221,13 @@ template <class T, class Step> LDMFAST_INLINE void over_chunks(const Sample& s, 
 
 template <class T, bool kSilu> void channels_last_task(const Sample& s, int64_t first, int64_t end) {
   const int64_t D = s.a.C / s.a.groups, from = first * D, to = end * D;
-  const T* pivot = (const T*)s.a.x + s.n * s.a.stride_xn;  // the first pixel: what is subtracted first loses nothing
+  const Pivot<T> pivot = pivot_of((const T*)s.a.x + s.n * s.a.stride_xn, s.a.P, s.a.stride_xp);
   float *mean = s.row(kMean), *squares = s.row(kSlope);
   over_chunks<T>(s, from, to, [&](const Pixels<T>& at, int64_t p, int64_t c, int64_t n, bool strip) {
-    if (strip) moments<T, kStrip>(at, pivot + c, p, kStrip * kLanes, mean + c, squares + c);
-    else moments<T, 1>(at, pivot + c, p, n, mean + c, squares + c);
+    if (strip) moments<T, kStrip>(at, pivot.at(c), p, kStrip * kLanes, mean + c, squares + c);
+    else moments<T, 1>(at, pivot.at(c), p, n, mean + c, squares + c);
   });
-  for (int64_t c = from; c < to; ++c) mean[c] += to_float(pivot[c]);
+  for (int64_t c = from; c < to; ++c) mean[c] += value(pivot.at(c));
   for (int64_t group = first; group < end; ++group) finish_moments(s, group);
   over_chunks<T>(s, from, to, [&](const Pixels<T>& at, int64_t, int64_t c, int64_t n, bool strip) {
     if (strip) sums<T, kSilu, kStrip>(at, s, c, kStrip * kLanes);

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "group_norm_silu_common.h"
+#include "pivot.h"
 
 namespace ldmfast {
 namespace LDMFAST_ISA {
@@ -44,30 +45,14 @@ Plan plan_of(const GroupNormSiluArgs& g) {
   return plan;
 }
 
-// A pixel's value is subtracted from float32, whose sums would else lose what the mean is larger than the rest: of the
-// first, the middle and the last, the one between, since a pixel far from all others would cost the same digits.
+// float32's sums are about a pivot
 template <class T> constexpr bool kPivot = sizeof(T) == 4;
-
-template <class T> struct Pivot {
-  const T* first;        // [C] of the first pixel
-  int64_t middle, last;  // elements from there to the same channels of the others
-  Pivot at(int64_t c) const { return {first + c, middle, last}; }
-};
-template <class T> Pivot<T> pivot_of(const T* x, int64_t pixels, int64_t stride) {
-  return {x, pixels / 2 * stride, (pixels - 1) * stride};
-}
-template <class T> float value(const Pivot<T>& p) {
-  const float a = to_float(p.first[0]), b = to_float(p.first[p.middle]), c = to_float(p.first[p.last]);
-  const float low = a < b ? a : b, high = a > b ? a : b;
-  return low > c ? low : high < c ? high : c;
-}
-LDMFAST_INLINE VecF between(VecF a, VecF b, VecF c) { return vmax(vmin(a, b), vmin(vmax(a, b), c)); }
 
 // Sums of kPairs * kPair channels over a chunk's pixels: of x - pivot, and of squares about the chunk's mean.
 // ahead: elements from here to the block that is summed next, which no prefetcher of the processor finds
 template <class T, int kPairs>
-LDMFAST_INLINE void block_sums(const T* x, const Pivot<T>& pivot, int64_t pixels, int64_t stride, int64_t ahead, float* sum,
-                               float* square) {
+LDMFAST_INLINE void block_sums(const T* x, const Pivot<T>& pivot, int64_t pixels, int64_t stride, int64_t ahead,
+                               float* sum, float* square) {
   constexpr int kVectors = 2 * kPairs;
   VecF m[kVectors] = {}, s[kVectors] = {}, q[kVectors] = {}, v[kVectors];
   const auto read = [&](const T* from) {
