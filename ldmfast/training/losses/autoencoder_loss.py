@@ -24,7 +24,7 @@ from ldmfast.training.step import mixed
 def gradient_strengths(pictures, window=8):
     """Root mean square of the differences of neighbouring pixels, in windows that overlap by half: [N, 6, h, w].
 
-    pictures  [N, 3, H, W], no smaller than the window; the strengths down and across are channels of their own
+    pictures  [N, 3, H, W]; one smaller than a window is one. Strengths down and across are channels of their own
     """
     down, across = pictures.diff(dim=2)[..., :-1], pictures.diff(dim=3)[:, :, :-1]
     energies = F.avg_pool2d(torch.cat([down, across], dim=1).square(), min(window, *down.shape[2:]), window // 2)
