@@ -49,8 +49,8 @@ def test_random_configurations(network):
 
 
 def other_instruction_sets():
-    """Those older than the one of every other test, which is the best that this processor has."""
-    compiled, active = native.module("cpu").compiled_isas().split(), native.module("cpu").active_isa()  # the best first
+    """Those older than the one of every other test, which is the fastest that this processor has."""
+    compiled, active = native.module("cpu").compiled_isas().split(), native.module("cpu").active_isa()
     return compiled[compiled.index(active) + 1 :]
 
 

@@ -17,7 +17,7 @@ ldmfast train denoiser --data "$RUN/pairs" --autoencoder "$RUN/autoencoder" --ou
     --recipe emoji320 --first-weights "$RUN/denoiser/pipeline" --steps 12000 --learning-rate 7e-4 --plain-captions 0.15
 # Crisp edges: how strong the gradients are counts more and more, in place of a discriminator; 6000 pictures will do.
 mkdir "$RUN/few" && head -6000 "$RUN/pictures/metadata.jsonl" >"$RUN/few/metadata.jsonl"
-(cd "$RUN/pictures" && ls | head -6000 | xargs ln -t ../few)
+(cd "$RUN/pictures" && ls | sed -n 1,6000p | xargs ln -t ../few)
 crisp() { ldmfast train decoder --recipe emoji320 --data "$RUN/few" --adversarial 0 --warmup 20 "$@"; }
 back=(--denoiser "$RUN/further/pipeline" --denoised-share 0.3 --ema 0.99 --schedule cosine)
 crisp --autoencoder "$RUN/decoder" --output "$RUN/crisp1" --gradient-weight 1 --steps 300 --ema 0.98
