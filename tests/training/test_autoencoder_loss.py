@@ -76,8 +76,8 @@ def test_the_gradient_loss_sees_how_strong_edges_are_and_not_where_they_lie():
     at = torch.arange(16.0).expand(1, 3, 16, 16)
     sharp, aside, soft = ((at - edge).mul(slope).clamp(-1, 1) for edge, slope in ((5.5, 9), (6.5, 9), (5.5, 0.5)))
     strengths = autoencoder_loss.gradient_strengths(sharp)
-    assert strengths.shape == (1, 6, 2, 2) and (strengths[:, :3] == 1e-2).all()
-    torch.testing.assert_close(strengths[:, 3:], torch.full((1, 3, 2, 2), math.sqrt(4 / 8 + 1e-4)))
+    assert strengths.shape == (1, 6, 2, 2) and (strengths[:, :3] == 1e-3).all()
+    torch.testing.assert_close(strengths[:, 3:], torch.full((1, 3, 2, 2), math.sqrt(4 / 8 + 1e-6)))
     assert autoencoder_loss.gradient_loss(sharp, sharp) == 0 == autoencoder_loss.gradient_loss(sharp, sharp.flip(1))
     moved, blurred = (autoencoder_loss.gradient_loss(sharp, y) for y in (aside, soft))
     assert moved == 0 and blurred > 0.1
