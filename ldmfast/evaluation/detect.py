@@ -1,8 +1,9 @@
 """Which objects a composed picture shows, and where: greedy template matching, which knows nothing of what was asked.
 
-The ground is the one of the palette that most pixels are nearest to. Then, at half resolution, every object in every
-size at every place is tried: how much less is the squared error against the picture with the template there than with
-the bare ground? The best one is taken, its pixels count no more, and so on while the gain is worth it.
+At half resolution, the ground is the one of the palette that most pixels of the frame are nearest to (a large object
+covers more than half of a picture, but little of its frame). Then every object in every size at every place is tried:
+how much less is the squared error against the picture with the template there than with the bare ground? The best one
+is taken, its pixels count no more, and so on while the gain is worth it.
 """
 
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ class Detector:
         """picture  uint8 [size, size, 3] or PIL -> Found, with at most `most` objects."""
         x = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
         x = F.avg_pool2d(x, HALF)[0]
-        distance = (x[None] - self.grounds[:, :, None, None]).square().sum(dim=1)
-        ground = distance.argmin(dim=0).flatten().bincount(minlength=len(self.grounds)).argmax()
+        frame = torch.cat([x[:, 0], x[:, -1], x[:, 1:-1, 0], x[:, 1:-1, -1]], dim=1)
+        distance = (frame[None] - self.grounds[:, :, None]).square().sum(dim=1)
+        ground = distance.argmin(dim=0).bincount(minlength=len(self.grounds)).argmax()
         bare = self.grounds[ground][:, None, None]
         free = torch.ones(1, *x.shape[1:])
         label = torch.full(x.shape[1:], int(ground), dtype=torch.int64)

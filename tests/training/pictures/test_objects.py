@@ -16,7 +16,7 @@ from ldmfast.conditioning.text import TextEncoder
 from ldmfast.data import emoji, emoji_words, objects, vocabulary
 from ldmfast.diffusion.schedule import make_scheduler
 from ldmfast.evaluation import object_samples
-from ldmfast.evaluation.detect import Found
+from ldmfast.evaluation.detect import Detector, Found
 from ldmfast.pipeline import LatentDiffusionPipeline
 from ldmfast.training import train_denoiser
 from ldmfast.training.config import DenoiserConfig
@@ -206,6 +206,16 @@ def test_the_scores_count_what_was_asked_for():
     }
     found, rows = [seen("dog", "cat"), seen("cat"), seen("pig")], [row("cat", "dog")] * 3
     assert object_samples.pair_score(found, rows) == {"both": round(1 / 3, 4), "one": round(2 / 3, 4), "ground": 1.0}
+
+
+def test_the_ground_is_read_off_the_frame(cutouts, collection):
+    folder, rows = collection
+    read = Detector(cutouts, 64, names=objects.names_of(cutouts), grounds=objects.GROUNDS, sides=[32])
+    seen = [read(Image.open(folder / row["file_name"]), most=0).ground for row in rows]
+    assert seen == [row["ground"] for row in rows]
+    covered = np.full((64, 64, 3), objects.GROUNDS["green"], dtype=np.uint8)
+    covered[6:58, 6:58] = objects.GROUNDS["white"]  # most of the picture
+    assert read(covered, most=0).ground == "green"
 
 
 def test_gradient_energy_and_spread():
