@@ -2,7 +2,7 @@
 // Source: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, algorithm 1 (the blocking).
 //
 //   for each head, each kTile keys:  pack K by columns, V by strips (32-bit words: one float, or two bfloat16)
-//   for each head, each task of up to kTaskRows queries:
+//   for each head, each task of up to kTaskRows queries:     (by_head: a thread packs a head and does all its tasks)
 //     q = its queries; o = 0, sum = 0, maximum = -inf for each of them                      begin()
 //     for each block of keys, for each panel of queries:                                    block()
 //       scores = q k^T, kRows queries and kTile keys in registers                           multiply()
@@ -30,6 +30,9 @@ constexpr int64_t kTaskRows = 64 / kRows * kRows;  // queries of one task, which
 constexpr int64_t kBlockBytes = (kLanes == 16 ? 36 : 128) * 1024;
 constexpr int64_t kSerial = 256 * 1024;     // products below which waking threads costs more than it gives
 constexpr int64_t kTaskFloats = 64 * 1024;  // queries and sums of one task
+// Of these or fewer, each word of a packed K and V is used so seldom that fetching it from another core's cache shows,
+// most where the cores share none (64 x 64, 8 heads of 160, two Zen 4 cores of one CCD and of two: 240 and 460 us).
+constexpr int64_t kFewQueries = 1024;
 
 struct Plan {
   int64_t depth, parts;           // words of a query or key; kPart words each
@@ -39,6 +42,7 @@ struct Plan {
   int64_t task_rows, head_tasks;  // queries of a task; tasks of a head
   int64_t panel;                  // queries that take a block of keys together: where a key is long, all of a task
   int64_t threads, scratch;       // floats of scratch per thread
+  bool by_head;                   // a thread takes whole heads, and packs their K and V where it packed the last ones
   size_t bytes;
   float *k, *v, *thread;
 };
@@ -54,13 +58,17 @@ Plan plan_of(const AttentionArgs& a, int pack) {
   const int64_t fit = kBlockBytes / (4 * (p.depth + p.width / pack)) / kTile * kTile;
   p.block = p.parts > 1 ? kKeys / 2 : max64(kTile, min64(kKeys, fit));
   p.threads = a.N * a.H * a.L * a.S * a.D > kSerial ? max64(1, omp_get_max_threads()) : 1;
-  const int64_t wanted = ceil_div(a.N * a.H * a.L, 4 * p.threads * kRows) * kRows;  // four tasks a thread
+  const int64_t heads = a.N * a.H, turns = ceil_div(heads, p.threads) * p.threads;
+  p.by_head = p.threads == 1 || (a.L <= kFewQueries && (turns == heads || 16 * heads >= 15 * turns));
+  const int64_t share = p.by_head ? a.L : ceil_div(heads * a.L, 4 * p.threads);  // four tasks a thread
+  const int64_t wanted = ceil_div(share, kRows) * kRows;
   const int64_t fitting = kTaskFloats / (p.width + p.parts * kPart) / kRows * kRows;
   p.task_rows = max64(kRows, min64(min64(wanted, fitting), kTaskRows));
   p.head_tasks = ceil_div(a.L, p.task_rows);
   p.panel = p.parts > 1 ? p.task_rows : kRows;
   p.scratch = p.task_rows * (p.parts * kPart + p.width + kLanes + 1) + 2 * p.panel * kKeys + kLanes;
-  const int64_t k_words = a.N * a.H * p.keys * p.depth, v_words = a.N * a.H * p.key_words * p.width;
+  const int64_t packed = p.by_head ? p.threads : heads;  // heads
+  const int64_t k_words = packed * p.keys * p.depth, v_words = packed * p.key_words * p.width;
   p.bytes = (size_t)(k_words + v_words + p.threads * p.scratch) * 4;
   p.k = (float*)a.workspace;
   p.v = p.k + k_words;
@@ -68,15 +76,17 @@ Plan plan_of(const AttentionArgs& a, int pack) {
   return p;
 }
 
-template <class M, class T> void pack_keys(const AttentionArgs& a, const Plan& p, int64_t head, int64_t s) {
+// kTile keys of a head from s on; slot: which packed K and V
+template <class M, class T>
+void pack_keys(const AttentionArgs& a, const Plan& p, int64_t head, int64_t slot, int64_t s) {
   const int64_t n = head / a.H, h = head % a.H;
   const T* k = (const T*)a.k + n * a.stride_kn + h * a.stride_kh + s * a.stride_ks;
   const T* v = (const T*)a.v + n * a.stride_vn + h * a.stride_vh + s * a.stride_vs;
-  float* to_k = p.k + (head * p.keys + s) * p.depth;
+  float* to_k = p.k + (slot * p.keys + s) * p.depth;
   for (int i = 0; i < kTile; i += kLanes) {
     interleave<M>(k + i * a.stride_ks, a.stride_ks, a.S - s - i, a.D, p.depth, to_k + i * p.depth);
   }
-  float* to_v = p.v + head * p.key_words * p.width;  // strips of [key_words, strip]
+  float* to_v = p.v + slot * p.key_words * p.width;  // strips of [key_words, strip]
   for (int64_t at = 0, strip; at < p.width; at += strip) {
     strip = strip_width(p.width - at);
     float* to = to_v + at * p.key_words + s / M::kPack * strip;
@@ -95,13 +105,12 @@ template <class M, class T> void pack_keys(const AttentionArgs& a, const Plan& p
 template <class M, class T> struct Task {
   const AttentionArgs& a;
   const Plan& p;
-  const int64_t head, first, rows;  // queries [first, first + rows) of the head
+  const int64_t head, slot, first, rows;  // queries [first, first + rows) of the head, whose K and V are in the slot
   float *q, *sum, *maximum, *o;     // [rows / kRows, parts, kRows, kPart], [rows, kLanes], [rows], [rows, width]
   float *scores, *weight;           // [panel, kKeys] each
 
-  Task(const AttentionArgs& a, const Plan& p, int64_t i, float* scratch)
-      : a(a), p(p), head(i / p.head_tasks), first(i % p.head_tasks * p.task_rows),
-        rows(min64(p.task_rows, a.L - first)) {
+  Task(const AttentionArgs& a, const Plan& p, int64_t head, int64_t slot, int64_t i, float* scratch)
+      : a(a), p(p), head(head), slot(slot), first(i * p.task_rows), rows(min64(p.task_rows, a.L - first)) {
     scores = scratch;
     weight = scores + p.panel * kKeys;
     q = weight + p.panel * kKeys;
@@ -130,8 +139,12 @@ template <class M, class T> struct Task {
     for (int64_t s = 0; s < count; s += kTile) {
       for (int64_t part = 0; part < p.parts; ++part) {
         const int64_t words = min64(kPart, p.depth - part * kPart);
-        const float* k = p.k + (head * p.keys + s0 + s) * p.depth + part * kPart * kLanes;
+        const float* k = p.k + (slot * p.keys + s0 + s) * p.depth + part * kPart * kLanes;
+        const float* next = part + 1 < p.parts ? k + kPart * kLanes : k + p.depth * kTile - part * kPart * kLanes;
         for (int64_t r = r0; r < end; r += kRows) {
+          if (p.parts > 1) {
+            for (int j = 0; j < 2; ++j) fetch(next + j * p.depth * kLanes, kPart * kLanes, r - r0, end - r0);
+          }
           const float* from = q + (r * p.parts + part * kRows) * kPart;
           float* to = scores + (r - r0) * kKeys + s;
           if (count - s > kLanes) multiply_keys<M, 2>(from, k, p.depth, words, part > 0, to);
@@ -178,8 +191,11 @@ template <class M, class T> struct Task {
     }
     for (int64_t d = 0, strip; d < p.width; d += strip) {
       strip = strip_width(p.width - d);
-      const float* v = p.v + head * p.key_words * p.width + d * p.key_words + s0 / M::kPack * strip;
+      const float* v = p.v + slot * p.key_words * p.width + d * p.key_words + s0 / M::kPack * strip;
+      const bool more = d + strip < p.width;
+      const float* next = more ? v + strip * p.key_words : p.k + (slot * p.keys + s0 + count) * p.depth;
       for (int64_t r = r0; r < end; r += kRows) {
+        if (p.parts > 1) fetch(next, ceil_div(count, M::kPack) * strip, r - r0, end - r0);
         multiply_strip<M>(strip, weight + (r - r0) * kKeys / M::kPack, v, ceil_div(count, M::kPack), p.width,
                           decay + r - r0, o + r * p.width + d);
       }
@@ -213,11 +229,24 @@ template <class T> void run(const AttentionArgs& a) {
   const int64_t heads = a.N * a.H, key_tiles = p.keys / kTile;
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < heads * key_tiles; ++i) pack_keys<M, T>(a, p, i / key_tiles, i % key_tiles * kTile);
-    float* scratch = p.thread + omp_get_thread_num() * p.scratch;
+    const int64_t thread = omp_get_thread_num();
+    float* scratch = p.thread + thread * p.scratch;
+    if (p.by_head) {
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t i = 0; i < heads * p.head_tasks; ++i) Task<M, T>(a, p, i, scratch).run();
+      for (int64_t head = 0; head < heads; ++head) {
+        for (int64_t tile = 0; tile < key_tiles; ++tile) pack_keys<M, T>(a, p, head, thread, tile * kTile);
+        for (int64_t i = 0; i < p.head_tasks; ++i) Task<M, T>(a, p, head, thread, i, scratch).run();
+      }
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < heads * key_tiles; ++i) {
+        pack_keys<M, T>(a, p, i / key_tiles, i / key_tiles, i % key_tiles * kTile);
+      }
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t i = 0; i < heads * p.head_tasks; ++i) {
+        Task<M, T>(a, p, i / p.head_tasks, i / p.head_tasks, i % p.head_tasks, scratch).run();
+      }
+    }
   }
 }
 

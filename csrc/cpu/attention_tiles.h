@@ -34,6 +34,13 @@ LDMFAST_INLINE VecHalf lower_half(VecF x) { return (VecHalf)_mm512_castps512_ps2
 VecHalf lower_half(VecF);
 #endif
 
+// Of `floats` from `from` on, the share that is to come while rows [row, row + kRows) of `rows` are multiplied: what the
+// next rows need is then in the first-level cache. Keys and values that one task takes once come from the third.
+LDMFAST_INLINE void fetch(const float* from, int64_t floats, int64_t row, int64_t rows) {
+  const int64_t end = (row + kRows) * floats / rows;
+  for (int64_t i = row * floats / rows / 16 * 16; i < end; i += 16) __builtin_prefetch(from + i);
+}
+
 // Packed operands are 32-bit words, held in float: one float32, or two neighbours in bfloat16.
 struct Single {
   static constexpr int kPack = 1;
