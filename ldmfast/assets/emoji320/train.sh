@@ -24,5 +24,8 @@ crisp --autoencoder "$RUN/decoder" --output "$RUN/crisp1" --gradient-weight 1 --
 crisp --autoencoder "$RUN/crisp1" --output "$RUN/crisp2" --gradient-weight 8 --steps 200 --ema 0.97
 crisp --autoencoder "$RUN/crisp2" --output "$RUN/crisp3" --gradient-weight 16 --steps 700 --learning-rate 5e-4 "${back[@]}"
 crisp --autoencoder "$RUN/crisp3" --output "$RUN/crisp4" --gradient-weight 40 --steps 800 --learning-rate 7e-4 "${back[@]}"
-rm -r "$RUN/further/pipeline/vae" && cp -r "$RUN/crisp4/vae" "$RUN/further/pipeline/vae"
+back=(--denoiser "$RUN/further/pipeline" --denoised-share 0.2 --ema 0.99 --schedule cosine)
+crisp --autoencoder "$RUN/crisp4" --output "$RUN/crisp5" --gradient-weight 100 --steps 500 --learning-rate 6e-4 "${back[@]}"
+crisp --autoencoder "$RUN/crisp5" --output "$RUN/crisp6" --gradient-weight 200 --steps 600 --learning-rate 7e-4 "${back[@]}"
+rm -r "$RUN/further/pipeline/vae" && cp -r "$RUN/crisp6/vae" "$RUN/further/pipeline/vae"
 ldmfast evaluate --model "$RUN/further/pipeline" --guidance 4 --data "$RUN/pictures" --output "$RUN/metrics.json"
