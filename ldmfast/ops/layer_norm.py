@@ -85,7 +85,19 @@ layer_norm.op = op
 
 @op.backend("torch")
 def _reference(x, weight, bias, eps):
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
+    return layer_norm_formula(x, weight, bias, eps).contiguous()
+
+
+def layer_norm_formula(x, weight, bias, eps):
+    """torch's LayerNorm of x [..., K]; where its gradient will be asked for, one whose sums are in float32.
+
+    On the CPU torch adds up the gradients of a 16-bit weight and bias in their own type: over 4096 rows, bfloat16's
+    were 5 % off.
+    """
+    if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        parameters = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+        return F.layer_norm(x.float(), x.shape[-1:], *parameters, eps).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _native(extension, x, weight, bias, eps):

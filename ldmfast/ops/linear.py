@@ -9,6 +9,7 @@ from ldmfast.ops import native, speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_layer_norm, require_shape
 from ldmfast.ops.contract.switch import exact
 from ldmfast.ops.gradients.products import linear_gradients
+from ldmfast.ops.layer_norm import layer_norm_formula
 from ldmfast.ops.operator import Op
 
 NAME = "linear"
@@ -121,7 +122,7 @@ def _activate(y, activation):
 
 @op.backend("torch")
 def _reference(x, weight, bias, residual, activation, output_scale, norm_weight, norm_bias, eps):
-    h = x if eps is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    h = x if eps is None else layer_norm_formula(x, norm_weight, norm_bias, eps)
     y = _activate(F.linear(h, weight, bias), activation)
     if residual is not None:
         y = y + residual

@@ -21,6 +21,7 @@ from cases import CASES, DTYPES, FLOOR, SMALL, TINY, WITHOUT_GRADIENT, backward_
 from test_ops_numbers import BACKENDS, poisoned  # noqa: F401 - the fixture applies here too
 from torch.library import opcheck
 
+from ldmfast import ops
 from ldmfast.ops.operator import Op
 from ldmfast.ops.registry import BACKWARD_OPS, OPS
 
@@ -194,3 +195,27 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["layer_norm", "linear", "residual_layer_norm", "qkv_projection"])
+def test_a_norms_parameters_get_gradients_to_their_last_digit(name, dtype):
+    """torch's own adds up 4096 rows in 16 bits: 5 % off in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    x, r = (torch.randn(4096, 32, generator=generator).to(dtype) for _ in range(2))
+    parameters = [torch.randn(32, generator=generator).to(dtype) for _ in range(2)]
+    eye = torch.eye(32, dtype=dtype)
+    calls = {
+        "layer_norm": lambda x, w, b, eye: ops.layer_norm(x, w, b, 1e-5),
+        "linear": lambda x, w, b, eye: ops.linear(x, eye, layer_norm=(w, b, 1e-5)),
+        "residual_layer_norm": lambda x, w, b, eye: ops.residual_layer_norm(x, 0 * x, w, b, 1e-5)[1],
+        "qkv_projection": lambda x, w, b, eye: ops.qkv_projection(x, eye, eye, layer_norm=(w, b, 1e-5))[..., 0, :],
+    }
+
+    def gradients(dtype):
+        wanted = [value.to(dtype).requires_grad_() for value in parameters]
+        y = calls[name](x.to(dtype), *wanted, eye.to(dtype))
+        return torch.autograd.grad((y.double() * r.double()).sum(), wanted)
+
+    for got, exact in zip(gradients(dtype), gradients(torch.float64), strict=True):
+        assert got.dtype is dtype and (got - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ldmfast.ops import speeds, triton_backend
 from ldmfast.ops.checks import require_device, require_dtype, require_float, require_layer_norm, require_shape
+from ldmfast.ops.layer_norm import layer_norm_formula
 from ldmfast.ops.linear import rows
 from ldmfast.ops.operator import Op
 
@@ -101,7 +102,7 @@ qkv_projection.op = op
 
 @op.backend("torch")
 def _reference(x, first, second, third, norm_weight, norm_bias, eps):
-    h = x if eps is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    h = x if eps is None else layer_norm_formula(x, norm_weight, norm_bias, eps)
     weights = (first, second) if third is None else (first, second, third)
     return torch.stack([F.linear(h, weight) for weight in weights], dim=-2)
 
