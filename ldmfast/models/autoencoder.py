@@ -103,10 +103,10 @@ def encode(m: Encoder, x: torch.Tensor) -> torch.Tensor:
     if obstacle(m):
         return from_stock(m(for_stock(x)))
     cond = BlockInputs()
-    x = conv2d(m.conv_in, x)
+    held = [conv2d(m.conv_in, x)]
     for block in m.down_blocks:
-        x = level(block, x, cond, downsample, "downsamplers")  # half the size, but at the last level
-    return _out(m, mid_block(m.mid_block, x, cond))  # [N, 2c, H/f, W/f]
+        held.append(level(block, held.pop(), cond, downsample, "downsamplers"))  # half the size, but at the last level
+    return _out(m, mid_block(m.mid_block, held.pop(), cond))  # [N, 2c, H/f, W/f]
 
 
 def decode(m: Decoder, z: torch.Tensor) -> torch.Tensor:
@@ -114,25 +114,31 @@ def decode(m: Decoder, z: torch.Tensor) -> torch.Tensor:
     if obstacle(m):
         return from_stock(m(for_stock(z)))
     cond = BlockInputs()
-    x = mid_block(m.mid_block, conv2d(m.conv_in, z), cond)
+    held = [mid_block(m.mid_block, conv2d(m.conv_in, z), cond)]
     for block in m.up_blocks:
-        x = level(block, x, cond, upsample, "upsamplers")  # twice the size, but at the last level
-    return _out(m, x)  # [N, 3, f h, f w]
+        held.append(level(block, held.pop(), cond, upsample, "upsamplers"))  # twice the size, but at the last level
+    return _out(m, held.pop())  # [N, 3, f h, f w]
 
 
 def level(
     m: nn.Module, x: torch.Tensor, cond: BlockInputs, resample: Callable[..., torch.Tensor], name: str
 ) -> torch.Tensor:
-    """One size: its resnets, each with its attention where there is one, then the step to the next size."""
+    """One size: its resnets, each with its attention where there is one, then the step to the next size.
+
+    A picture is given away with the call that takes it (Python 3.10 keeps it until that returns): at 512x512 one of 256
+    channels is 256 MiB, and no caller's name for it outlives its use.
+    """
     if obstacle(m):
         return from_stock(m(for_stock(x)))
+    held = [x]
+    del x
     for i, layer in enumerate(m.resnets):
-        x = resnet(layer, x, cond)
+        held.append(resnet(layer, held.pop(), cond))
         if hasattr(m, "attentions"):
-            x = image_attention(m.attentions[i], x, cond)
+            held.append(image_attention(m.attentions[i], held.pop(), cond))
     for layer in getattr(m, name) or ():
-        x = resample(layer, x)
-    return x
+        held.append(resample(layer, held.pop()))
+    return held.pop()
 
 
 def _out(m: Encoder | Decoder, x: torch.Tensor) -> torch.Tensor:
