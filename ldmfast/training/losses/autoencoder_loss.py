@@ -28,7 +28,7 @@ def gradient_strengths(pictures, window=8):
     """
     down, across = pictures.diff(dim=2)[..., :-1], pictures.diff(dim=3)[:, :, :-1]
     energies = F.avg_pool2d(torch.cat([down, across], dim=1).square(), min(window, *down.shape[2:]), window // 2)
-    return (energies + 1e-4).sqrt()  # a flat window's gradient is finite
+    return (energies + 1e-6).sqrt()  # a flat window's gradient is finite; half a grey level of grain still counts
 
 
 def gradient_loss(pictures, decoded):
