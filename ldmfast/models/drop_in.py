@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ldmfast.files import first_line
 from ldmfast.models import guard, originals
 from ldmfast.models.checks.head_counts import warn_of_heads, wide_heads
-from ldmfast.models.index_names import record_stock_names
+from ldmfast.models.index_names import pass_on_from_pipe, record_stock_names
 from ldmfast.models.limits import FUNCTIONS
 from ldmfast.models.missing_weights import initialise_missing
 from ldmfast.models.weight_files import check_folder, check_loaded
@@ -47,6 +47,7 @@ class DropIn:
             cls._entries = tuple((name, function) for name, function in own.items() if inspect.isfunction(function))
             called = originals.methods(cls.stock)
             cls._called = tuple((name, function and getattr(cls, name)) for name, function in called)
+            pass_on_from_pipe(cls.stock, cls)
 
     @classmethod
     def adopt(cls, model: nn.Module) -> Self:

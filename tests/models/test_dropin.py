@@ -595,6 +595,10 @@ def test_components_and_other_pipelines_of_the_same_parts():
     assert other.unet is ours.unet
     passed = diffusers.StableDiffusionPAGPipeline.from_pipe(ours, unet=ours.unet, vae=ours.vae)
     assert passed.unet is ours.unet
+    there = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(ours)  # nothing handed over
+    assert (there.unet, there.vae, there.scheduler) == (ours.unet, ours.vae, ours.scheduler)
+    back = diffusers.StableDiffusionPipeline.from_pipe(there)
+    assert back.unet is ours.unet and dict(back.config) == dict(ours.config)
     optimize(stable_diffusion())
     with pytest.raises(ValueError, match="has no UNet2DConditionModel.* to take over"):
         optimize(ours)
