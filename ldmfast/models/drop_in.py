@@ -73,7 +73,8 @@ class DropIn:
     ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers' from_pretrained, from a folder or the hub; weights that the checkpoint lacks are an error.
 
-        allow_missing  take them at random, as a new model has them
+        allow_missing  take them at random, as a new model has them; diffusers' `ignore_mismatched_sizes=True` does so
+                       for those that the checkpoint has in another size (`in_channels=9`, to train inpainting)
         Raises ValueError with one sentence for a missing weight, a truncated file, a web page saved in place of one,
         another model's or another family's checkpoint.
         """
@@ -86,7 +87,8 @@ class DropIn:
                 raise
             raise ValueError(f"{folder} could not be loaded: {first_line(error)}") from error
         if not allow_missing:
-            check_loaded(cls.stock.__name__, source, info)
+            resized = {entry[0] for entry in info.get("mismatched_keys", ()) if kwargs.get("ignore_mismatched_sizes")}
+            check_loaded(cls.stock.__name__, source, info, allowed=resized)
         initialise_missing(model)
         warn_of_heads(model, source)
         return (model, info) if output_loading_info else model

@@ -411,6 +411,19 @@ def test_a_wrong_checkpoint_is_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(raised.value)
 
 
+def test_weights_of_another_size_are_taken_at_random_where_that_was_asked_for(tmp_path):
+    """As people start an inpainting network from a plain one."""
+    stock = tiny.unet()
+    stock.save_pretrained(tmp_path)
+    wider = {"in_channels": 9, "low_cpu_mem_usage": False}
+    with pytest.raises((ValueError, RuntimeError), match="conv_in"):
+        UNet.from_pretrained(tmp_path, **wider)
+    made = UNet.from_pretrained(tmp_path, **wider, ignore_mismatched_sizes=True)
+    assert made.conv_in.weight.shape[1] == 9 and made.conv_in.weight.isfinite().all()
+    kept = {name: value for name, value in made.state_dict().items() if not name.startswith("conv_in.weight")}
+    assert kept and all(torch.equal(value, stock.state_dict()[name]) for name, value in kept.items())
+
+
 def test_a_missing_weight_is_an_error_unless_opted_in(tmp_path):
     from safetensors.torch import load_file, save_file
 
