@@ -48,9 +48,7 @@ def pass_on_from_pipe(stock: type, ours: type) -> None:
     @functools.wraps(asked)
     def signature_types(cls: type) -> dict[str, tuple]:
         # stock's names stay first: from_single_file reads that one
-        return {
-            name: (*kinds, *(_OURS[kind] for kind in kinds if kind in _OURS)) for name, kinds in asked(cls).items()
-        }
+        return {name: (*kinds, *(_OURS[kind] for kind in kinds if kind in _OURS)) for name, kinds in asked(cls).items()}
 
     signature_types.ldmfast = True
     DiffusionPipeline._get_signature_types = classmethod(signature_types)
