@@ -86,10 +86,10 @@ class DropIn:
             if not folder.is_dir():
                 raise
             raise ValueError(f"{folder} could not be loaded: {first_line(error)}") from error
+        resized = {entry[0] for entry in info.get("mismatched_keys", ()) if kwargs.get("ignore_mismatched_sizes")}
         if not allow_missing:
-            resized = {entry[0] for entry in info.get("mismatched_keys", ()) if kwargs.get("ignore_mismatched_sizes")}
             check_loaded(cls.stock.__name__, source, info, allowed=resized)
-        initialise_missing(model)
+        initialise_missing(model, resized)
         warn_of_heads(model, source)
         return (model, info) if output_loading_info else model
 

@@ -416,7 +416,7 @@ def test_weights_of_another_size_are_taken_at_random_where_that_was_asked_for(tm
     stock = tiny.unet()
     stock.save_pretrained(tmp_path)
     wider = {"in_channels": 9, "low_cpu_mem_usage": False}
-    with pytest.raises((ValueError, RuntimeError), match="conv_in"):
+    with pytest.raises(ValueError, match="could not be loaded"):
         UNet.from_pretrained(tmp_path, **wider)
     made = UNet.from_pretrained(tmp_path, **wider, ignore_mismatched_sizes=True)
     assert made.conv_in.weight.shape[1] == 9 and made.conv_in.weight.isfinite().all()
