@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ldmfast.files import first_line
 from ldmfast.models import guard, originals
 from ldmfast.models.checks.head_counts import warn_of_heads, wide_heads
-from ldmfast.models.index_names import record_stock_names
+from ldmfast.models.index_names import pass_on_from_pipe, record_stock_names
 from ldmfast.models.limits import FUNCTIONS
 from ldmfast.models.missing_weights import initialise_missing
 from ldmfast.models.weight_files import check_folder, check_loaded
@@ -47,6 +47,7 @@ class DropIn:
             cls._entries = tuple((name, function) for name, function in own.items() if inspect.isfunction(function))
             called = originals.methods(cls.stock)
             cls._called = tuple((name, function and getattr(cls, name)) for name, function in called)
+            pass_on_from_pipe(cls.stock, cls)
 
     @classmethod
     def adopt(cls, model: nn.Module) -> Self:
@@ -72,7 +73,8 @@ class DropIn:
     ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers' from_pretrained, from a folder or the hub; weights that the checkpoint lacks are an error.
 
-        allow_missing  take them at random, as a new model has them
+        allow_missing  take them at random, as a new model has them; diffusers' `ignore_mismatched_sizes=True` does so
+                       for those that the checkpoint has in another size (`in_channels=9`, to train inpainting)
         Raises ValueError with one sentence for a missing weight, a truncated file, a web page saved in place of one,
         another model's or another family's checkpoint.
         """
@@ -84,9 +86,10 @@ class DropIn:
             if not folder.is_dir():
                 raise
             raise ValueError(f"{folder} could not be loaded: {first_line(error)}") from error
+        resized = {entry[0] for entry in info.get("mismatched_keys", ()) if kwargs.get("ignore_mismatched_sizes")}
         if not allow_missing:
-            check_loaded(cls.stock.__name__, source, info)
-        initialise_missing(model)
+            check_loaded(cls.stock.__name__, source, info, allowed=resized)
+        initialise_missing(model, resized)
         warn_of_heads(model, source)
         return (model, info) if output_loading_info else model
 

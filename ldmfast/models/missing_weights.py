@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,12 @@ def without_data(model: nn.Module) -> list[str]:
     return [name for name, value in model.state_dict().items() if value.is_meta]
 
 
-def initialise_missing(model: nn.Module) -> None:
-    """Give each weight without data what a new model of this configuration has in its place."""
-    if not (missing := without_data(model)):
+def initialise_missing(model: nn.Module, resized: Iterable[str] = ()) -> None:
+    """Give each weight without data what a new model of this configuration has in its place.
+
+    resized  more of them: what the checkpoint has in another size diffusers leaves as the memory was, NaN included
+    """
+    if not (missing := [*without_data(model), *resized]):
         return
     dtype = next((value.dtype for value in model.parameters() if not value.is_meta), None)
     new = type(model).from_config(model.config).to(dtype).state_dict()

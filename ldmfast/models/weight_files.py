@@ -10,6 +10,7 @@ import operator
 import re
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from ldmfast.files import read_json
@@ -179,9 +180,13 @@ def _check_family(folder: Path, stock_name: str, config: dict, table: dict[str, 
     )
 
 
-def check_loaded(model_name: str, source: str | Path, info: dict) -> None:
-    """Refuse a model with weights that its checkpoint did not have. Raises ValueError naming the first of them."""
-    missing = sorted({*info["missing_keys"], *(entry[0] for entry in info.get("mismatched_keys", ()))})
+def check_loaded(model_name: str, source: str | Path, info: dict, allowed: Iterable[str] = ()) -> None:
+    """Refuse a model with weights that its checkpoint did not have. Raises ValueError naming the first of them.
+
+    info     what diffusers says of the loading;   allowed  weights that may be random
+    """
+    mismatched = (entry[0] for entry in info.get("mismatched_keys", ()))
+    missing = sorted({*info["missing_keys"], *mismatched}.difference(allowed))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(

@@ -7,7 +7,7 @@ and nothing is merged that could be stale.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import os
 import warnings
@@ -21,6 +21,7 @@ from torch import nn
 from ldmfast.files import first_line
 from ldmfast.models.lora import require_peft
 from ldmfast.pipeline.lora_adapter import PREFIX, attach
+from ldmfast.pipeline.lora_layers import table_of
 from ldmfast.released.lora.lora_file import lora_path, read_lora
 from ldmfast.released.lora.lora_names import TEXT, TEXT_2, UNET
 
@@ -108,40 +109,22 @@ def _load(path: Path, networks: dict[str, nn.Module]) -> str:
         warnings.warn(f"{path}: {' and '.join(notes)} are left out; there is no such network here", stacklevel=4)
     for part, of_layers in changes.items():
         try:
-            with _quiet():
-                attach(networks[part], part, of_layers, name)
+            attach(networks[part], part, of_layers, name)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} does not fit this {part}: {first_line(error)}") from error
     return name
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without transformers' progress bar and report, which calls earlier adapters missing, and peft's like warning."""
-    from transformers.utils import logging
-
-    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _activate(network: nn.Module, scales: dict[str, float]) -> None:
     """Exactly these adapters, of those that this network has: none fused, none switched off."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    adapted = functools.cache(lambda kind: issubclass(kind, BaseTunerLayer))  # an abstract class: isinstance is slow
     names, waiting = [name for name in scales if name in _held(network)], [network]
     while waiting:  # as network.modules(), which takes longer than the rest
         layer = waiting.pop()
-        waiting += filter(None, layer._modules.values())
-        if isinstance(layer, BaseTunerLayer):
+        waiting += [child for child in layer._modules.values() if child is not None]
+        if adapted(type(layer)):
             if layer.merged:
                 layer.unmerge()
             if layer.disable_adapters:
@@ -153,9 +136,10 @@ def _activate(network: nn.Module, scales: dict[str, float]) -> None:
 
 def _switch(layer: nn.Module, names: list[str]) -> None:
     """As peft's layer.set_adapter(names), whose time grows with every adapter that is held."""
+    concerned = {*layer.active_adapters, *names}
     for attribute in layer.adapter_layer_names:
-        table = getattr(layer, attribute)
-        for name in {*layer.active_adapters, *names}:
+        table = table_of(layer, attribute)
+        for name in concerned if table else ():
             if name in table:
                 _require_grad(table[name], name in names)
     layer._active_adapter = names

@@ -7,13 +7,15 @@ of that layer's, with the file's matrices in it; and a U-Net's first one around 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 
 import diffusers
 import torch
 from torch import nn
 
-from ldmfast.pipeline.lora_layers import copied, find, offloaded, wrap
+from ldmfast.pipeline.lora_layers import copied, find, offloaded, table_of, wrap
 from ldmfast.released.lora.lora_matrices import Change
 from ldmfast.released.lora.lora_names import UNET
 
@@ -32,16 +34,35 @@ def attach(network: nn.Module, part: str, changes: dict[str, Change], name: str)
         pass
     elif pairs:
         state = _peft_state(pairs)
-        if part == UNET:
-            network.load_lora_adapter(state, prefix=None, adapter_name=name)
-        else:
-            network.load_adapter(peft_config=_config(pairs), adapter_state_dict=state, adapter_name=name)
+        with _quiet():
+            if part == UNET:
+                network.load_lora_adapter(state, prefix=None, adapter_name=name)
+            else:
+                network.load_adapter(peft_config=_config(pairs), adapter_state_dict=state, adapter_name=name)
     else:
         network.peft_config = {**(getattr(network, "peft_config", None) or {}), name: _config({})}
         network._hf_peft_config_loaded = True
     for layer, change in changes.items():
         if change.up is None:
             adapt_norm(network, layer, name, change.norm_weight, change.norm_bias)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without transformers' progress bar and report, which calls earlier adapters missing, and peft's like warning."""
+    from transformers.utils import logging
+
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _peft_state(pairs: dict[str, Change]) -> dict[str, torch.Tensor]:
@@ -52,7 +73,8 @@ def _peft_state(pairs: dict[str, Change]) -> dict[str, torch.Tensor]:
         raise ValueError("DoRA on some layers and plain matrices or biases on others cannot be had in one adapter")
     state = {}
     for layer, change in pairs.items():
-        state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = change.down, change.up.contiguous()
+        state[f"{layer}.lora_A.weight"] = change.down.float()
+        state[f"{layer}.lora_B.weight"] = change.scaled_up().float().contiguous()
         if biased:
             rows = len(change.up)
             state[f"{layer}.lora_B.bias"] = torch.zeros(rows) if change.bias is None else change.bias
@@ -119,10 +141,12 @@ def _template(layer: nn.Module) -> str | None:
 
     if not isinstance(layer, LoraLayer):
         return None
-    for name, down in layer.lora_A.items():
-        more = (getattr(layer, table, {}).get(name) for table in ("use_dora", "lora_bias", "lora_variant"))
-        weights = down.weight, layer.lora_B[name].weight
-        if name.startswith(PREFIX) and not any(more) and not any(weight.is_meta for weight in weights):
+    downs, ups = table_of(layer, "lora_A"), table_of(layer, "lora_B")
+    extras = [table_of(layer, name) or {} for name in ("use_dora", "lora_bias", "lora_variant")]
+    for name in downs:
+        more = any(name in extra and extra[name] for extra in extras)
+        weights = (table[name]._parameters["weight"] for table in (downs, ups))
+        if name.startswith(PREFIX) and not more and not any(weight.is_meta for weight in weights):
             return name
     return None
 
@@ -130,11 +154,11 @@ def _template(layer: nn.Module) -> str | None:
 def _copy_adapter(layer: nn.Module, like: str, name: str, change: Change) -> None:
     rank = change.up.shape[1]
     new = {"r": rank, "lora_alpha": rank, "scaling": 1.0}  # the factors have the scale in them
-    new["lora_A"] = _copied(layer.lora_A[like], change.down)
-    new["lora_B"] = _copied(layer.lora_B[like], change.up)
+    new["lora_A"] = _copied(table_of(layer, "lora_A")[like], change.down)
+    new["lora_B"] = _copied(table_of(layer, "lora_B")[like], change.scaled_up())
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
-        table = getattr(layer, attribute)
-        if like in table:
+        table = table_of(layer, attribute)
+        if table is not None and like in table:
             table[name] = new[attribute] if attribute in new else _another(table[like])
 
 
@@ -146,10 +170,12 @@ def _copied(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     """A linear layer or convolution like `module`, its dtype and device, with another weight."""
     made = copied(module)
     like = module._parameters["weight"]
-    made._parameters["weight"] = nn.Parameter(weight.to(like.device, like.dtype, copy=True).contiguous())
+    whole = weight.float()  # from float16 to bfloat16 torch takes twice as long as by way of float32
+    own = whole.to(like.device, like.dtype, copy=whole is weight).contiguous()
+    made._parameters["weight"] = nn.Parameter(own, requires_grad=like.requires_grad)
     rows, columns = weight.shape[:2]
     if isinstance(module, nn.Linear):
-        made.in_features, made.out_features = columns, rows
+        made.__dict__ |= {"in_features": columns, "out_features": rows}
     else:
-        made.in_channels, made.out_channels = columns, rows
+        made.__dict__ |= {"in_channels": columns, "out_channels": rows}
     return made

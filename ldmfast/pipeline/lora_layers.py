@@ -6,12 +6,14 @@ of a U-Net of Stable Diffusion 1. Here it makes one of each kind, and the others
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
 _BASES = (nn.Linear, nn.Conv2d)
+_TABLES = (OrderedDict, dict, list, set)
 
 
 def wrap(network: nn.Module, layers: list[str], config: Any, name: str) -> dict[str, nn.Module] | None:
@@ -46,6 +48,16 @@ def find(network: nn.Module, name: str) -> nn.Module:
     for part in name.split(".") if name else ():
         network = network._modules[part]
     return network
+
+
+def table_of(layer: nn.Module, attribute: str):
+    """One of the tables by adapter that peft's layers have, or None: getattr(), which takes its time for a module.
+
+    Of a ModuleDict, what it holds: setting an item of it checks names, which here are other adapters' already.
+    """
+    if (table := layer._modules.get(attribute)) is not None:
+        return table._modules if type(table) is nn.ModuleDict else table
+    return getattr(layer, attribute, None)
 
 
 def offloaded(module: nn.Module) -> bool:
@@ -97,7 +109,5 @@ def _like(pattern: nn.Module, base: nn.Module, layer: str) -> nn.Module:
 def copied(module: nn.Module) -> nn.Module:
     """A module with tables of its own for its parameters, children and hooks, and what is in them shared."""
     made = type(module).__new__(type(module))
-    made.__dict__ = {
-        key: value.copy() if isinstance(value, dict | list | set) else value for key, value in module.__dict__.items()
-    }
+    made.__dict__ = {key: value.copy() if type(value) in _TABLES else value for key, value in module.__dict__.items()}
     return made

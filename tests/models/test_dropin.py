@@ -411,6 +411,19 @@ def test_a_wrong_checkpoint_is_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(raised.value)
 
 
+def test_weights_of_another_size_are_taken_at_random_where_that_was_asked_for(tmp_path):
+    """As people start an inpainting network from a plain one."""
+    stock = tiny.unet()
+    stock.save_pretrained(tmp_path)
+    wider = {"in_channels": 9, "low_cpu_mem_usage": False}
+    with pytest.raises(ValueError, match="could not be loaded"):
+        UNet.from_pretrained(tmp_path, **wider)
+    made = UNet.from_pretrained(tmp_path, **wider, ignore_mismatched_sizes=True)
+    assert made.conv_in.weight.shape[1] == 9 and made.conv_in.weight.isfinite().all()
+    kept = {name: value for name, value in made.state_dict().items() if not name.startswith("conv_in.weight")}
+    assert kept and all(torch.equal(value, stock.state_dict()[name]) for name, value in kept.items())
+
+
 def test_a_missing_weight_is_an_error_unless_opted_in(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -595,6 +608,10 @@ def test_components_and_other_pipelines_of_the_same_parts():
     assert other.unet is ours.unet
     passed = diffusers.StableDiffusionPAGPipeline.from_pipe(ours, unet=ours.unet, vae=ours.vae)
     assert passed.unet is ours.unet
+    there = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(ours)  # nothing handed over
+    assert (there.unet, there.vae, there.scheduler) == (ours.unet, ours.vae, ours.scheduler)
+    back = diffusers.StableDiffusionPipeline.from_pipe(there)
+    assert back.unet is ours.unet and dict(back.config) == dict(ours.config)
     optimize(stable_diffusion())
     with pytest.raises(ValueError, match="has no UNet2DConditionModel.* to take over"):
         optimize(ours)

@@ -15,18 +15,24 @@ import torch
 
 @dataclass
 class Change:
-    """A layer's weight W and bias b become W + up down and b + bias, W then of norms `magnitude` (DoRA); or of a norm.
+    """A layer's weight W and bias b become W + scale up down and b + bias, W then of norms `magnitude` (DoRA).
 
-    down [r, *W.shape[1:]], up [O, r] with trailing ones for a convolution, bias [O], magnitude [O], all float32
-    norm_weight, norm_bias [C]  added to a normalisation's
+    down [r, *W.shape[1:]], up [O, r] with trailing ones for a convolution: float32, or plain matrices as the file has
+    them, which saves a copy of the whole file. `scaled_up()` is to be used, and `down` converted by who uses it.
+    bias [O], magnitude [O]; or norm_weight, norm_bias [C], added to a normalisation's: all float32
     """
 
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
+    scale: float = 1.0
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
     norm_weight: torch.Tensor | None = None
     norm_bias: torch.Tensor | None = None
+
+    def scaled_up(self) -> torch.Tensor:
+        """scale up: rounded once, in float32."""
+        return self.up if self.scale == 1 else self.up.float() * self.scale
 
 
 def change(tensors: dict[str, torch.Tensor], shape: tuple[int, ...], scale: float | None = None) -> Change:
@@ -35,7 +41,9 @@ def change(tensors: dict[str, torch.Tensor], shape: tuple[int, ...], scale: floa
     scale  of up down, where the file has no alpha and its metadata say; None: alpha / rank, 1 without an alpha
     Raises ValueError, as a clause, for tensors that are no whole change or of another shape.
     """
-    t = {role: value.float() for role, value in tensors.items()}
+    plain = "down" in tensors and "up" in tensors and "mid" not in tensors
+    kept = ("down", "up", "alpha") if plain else ()
+    t = {role: value if role in kept else value.float() for role, value in tensors.items()}
     if set(t) <= {"norm_weight", "norm_bias"}:
         return _of_norm(t, shape)
     found = [kind for role, kind in (("down", _lora), ("w1_a", _loha), ("diff", _full)) if role in t]
@@ -43,7 +51,8 @@ def change(tensors: dict[str, torch.Tensor], shape: tuple[int, ...], scale: floa
     if len(found) != 1 and set(t) - {"alpha"} != {"bias"}:
         raise ValueError(f"has {', '.join(sorted(t))}, which make no whole change")
     try:
-        down, up = found[0](t, shape, scale) if found else (torch.zeros(1, *shape[1:]), torch.zeros(shape[0], 1))
+        nothing = torch.zeros(1, *shape[1:]), torch.zeros(shape[0], 1), 1.0
+        down, up, factor = found[0](t, shape, scale) if found else nothing
         down = down.reshape(len(down), *shape[1:])
         up = up.reshape(shape[0], len(down), *(1,) * (len(shape) - 2))
     except (KeyError, RuntimeError) as error:
@@ -52,7 +61,7 @@ def change(tensors: dict[str, torch.Tensor], shape: tuple[int, ...], scale: floa
     bias = t["bias"].flatten() if "bias" in t else None
     if bias is not None and len(bias) != shape[0]:
         raise ValueError(f"changes a bias of {len(bias)}, where the layer has {shape[0]} channels")
-    return Change(down, up, bias=bias, magnitude=_magnitude(t, shape))
+    return Change(down, up, factor, bias=bias, magnitude=_magnitude(t, shape))
 
 
 def _shapes(tensors) -> str:
@@ -86,7 +95,7 @@ def _lora(t, shape, scale):
     scale = _scale(t, len(down), scale)
     if "mid" in t:
         down = torch.einsum("omkl,mi->oikl", t["mid"], down.flatten(1))
-    return down, up * scale
+    return down, up, scale
 
 
 def _loha(t, shape, scale):
@@ -99,7 +108,7 @@ def _loha(t, shape, scale):
         return _factors((t["w1_a"] @ t["w1_b"]) * (t["w2_a"] @ t["w2_b"]) * scale)
     down = (t["w1_b"][:, None] * t["w2_b"][None]).flatten(0, 1)  # [r1 r2, I]
     up = (t["w1_a"][:, :, None] * t["w2_a"][:, None]).flatten(1)  # [O, r1 r2]
-    return down, up * scale
+    return down, up, scale
 
 
 def _lokr(t, shape, scale):
@@ -129,8 +138,8 @@ def _tucker(core, a, b) -> torch.Tensor:
 
 
 def _factors(whole: torch.Tensor):
-    """(down, up) of a difference [O, ...] that is kept whole, beside the smaller identity."""
+    """(down, up, 1) of a difference [O, ...] that is kept whole, beside the smaller identity."""
     rows = whole.flatten(1)
     if rows.shape[0] <= rows.shape[1]:
-        return rows, torch.eye(rows.shape[0])
-    return torch.eye(rows.shape[1]), rows
+        return rows, torch.eye(rows.shape[0]), 1.0
+    return torch.eye(rows.shape[1]), rows, 1.0

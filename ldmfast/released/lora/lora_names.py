@@ -93,7 +93,8 @@ def layers(network: nn.Module) -> dict[str, nn.Module]:
         name, module = waiting.pop()
         while (inner := module._modules.get("base_layer")) is not None:
             module = inner
-        if hasattr(module, "weight"):
+        tables = module._parameters, module._buffers, module.__dict__
+        if any("weight" in table for table in tables) or hasattr(type(module), "weight"):
             found[name[1:]] = module
         waiting += [(f"{name}.{child}", inside) for child, inside in module._modules.items() if inside is not None]
     return found

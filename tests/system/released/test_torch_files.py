@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from saved_files import equal
 
 from ldmfast.released.weights import read_weights
@@ -148,3 +149,31 @@ def test_a_call_that_makes_much_of_little_is_refused(tmp_path):
     (tmp_path / "deep.ckpt").write_bytes(deep + struct.pack("<q", 0))
     with pytest.raises(ValueError, match="no table of tensors"):
         read_weights(tmp_path / "deep.ckpt")
+
+
+@pytest.mark.parametrize("padding", range(9))
+def test_a_safetensors_files_tensors_are_as_its_own_reader_gives_them(padding, tmp_path):
+    """Wherever its data begin, of every dtype, without elements too; and writing to one leaves the file as it is."""
+    table = {
+        "a": torch.randn(3, 5),
+        "half": torch.randn(7).half(),
+        "scalar": torch.tensor(8.0),
+        "bfloat16": torch.randn(()).bfloat16(),
+        "empty": torch.zeros(0, 3),
+        "double": torch.randn(3).double(),
+        "whole": torch.arange(5),
+        "float8": torch.randn(3).to(torch.float8_e4m3fn),
+    }
+    path = tmp_path / "file.safetensors"
+    content = save(table, {"padding": ""})
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end] + b" " * padding  # usual ones are padded so that the data begin at a multiple of 8
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    wanted = load_file(path)
+    got, others = read_weights(path)
+    assert others == {"padding": ""} and got.keys() == wanted.keys() == table.keys()
+    for name, value in wanted.items():
+        assert got[name].dtype == value.dtype and got[name].shape == value.shape
+        assert torch.equal(got[name].double(), value.double()) and torch.equal(value.double(), table[name].double())
+    got["a"].zero_()
+    assert torch.equal(load_file(path)["a"], table["a"])
