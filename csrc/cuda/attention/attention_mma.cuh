@@ -176,9 +176,9 @@ __device__ __forceinline__ void softmax(Warp<C>& w, float (&s)[C::MT][kStep / 8]
     }
 }
 
-// o += p v, and sum += p 1: as one more column of v, of ones, which the tensor cores add where it would be 16 additions
-// a tile, of probabilities as they are rounded for the product. One product's 8 columns of sums have room for two tiles:
-// the even columns are of the first, the odd ones of the second.
+// o += p v, and sum += p 1: as one more column of v, of ones, which the tensor cores add where it would be 16
+// additions a tile, of probabilities as they are rounded for the product. One product's 8 columns of sums have room
+// for two tiles: the even columns are of the first, the odd ones of the second.
 template <typename C>
 __device__ __forceinline__ void values(Warp<C>& w, const float (&s)[C::MT][kStep / 8][4],
                                        SharedAddress v) {
