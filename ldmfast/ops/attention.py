@@ -40,7 +40,8 @@ def attention(
 
 
 def _arguments(q, k, v, *, scale=None, mask=None):
-    require_tensors(NAME, q=q, k=k, v=v, mask_=mask)
+    if mask is not None or not (type(q) is type(k) is type(v) is torch.Tensor):
+        require_tensors(NAME, q=q, k=k, v=v, mask_=mask)
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
     if mask is not None and mask.dtype is torch.bool and mask.dim() == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -71,6 +72,12 @@ def _in_the_table() -> tuple:
     return () if torch.compiler.is_compiling() else _NONE
 
 
+@functools.lru_cache(maxsize=4096)
+def _values_of(*numbers_and_prediction) -> Values:
+    """The coefficients as Op would make them of a tuple at each call."""
+    return Values(coefficients_of(*numbers_and_prediction))
+
+
 def _arguments(
     sample,
     model_output,
@@ -116,7 +123,7 @@ def _of_alphas(sample, alpha_t, alpha_prev, sigma, prediction, noise):
     if floats or None not in host:
         if host[2] and noise is None:
             raise ValueError(f"{NAME}: noise is None, expected a tensor of sample's shape as sigma is {host[2]}")
-        return coefficients_of(*host, prediction), None
+        return (coefficients_of if torch.compiler.is_compiling() else _values_of)(*host, prediction), None
     require_tensors(NAME, sample=sample)
     table = coefficient_table(sample, alpha_t, alpha_prev, sigma, prediction)
     if noise is None and host[2] != 0:

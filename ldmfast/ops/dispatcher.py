@@ -25,6 +25,7 @@ _profiling = torch.autograd._profiler_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 _WHOLE = frozenset({int, bool, str})
+_PLAIN = frozenset({Tensor, Parameter})
 # what torch.compile asks whether tensors are as they were; without it every call has its signature taken
 _compared = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
@@ -126,14 +127,24 @@ class SeenCalls:
 
     def look(self, noted: dict[tuple, list], args: tuple, setting: tuple) -> tuple[tuple | None, Callable | None]:
         """(what such a call is noted under, the plan that was noted for it), each None where there is none."""
-        kind = type(args[0])
-        if (kind is not Tensor and kind is not Parameter) or _compared is None or _watched():
+        kinds = tuple(map(type, args))
+        if (
+            kinds[0] not in _PLAIN
+            or _compared is None
+            # of what `_watched` asks, what does not show in the keys that the thread adds to a tensor's or leaves out
+            or _function_mode()
+            or forward_ad._current_level >= 0
+            or _profiling()
+            or _tracing()  # shows too late: it notes a size that is read
+            or (setting[1] and _dispatch_modes() > modes.count)  # those of `exact` are in the keys of calls under it
+        ):
             return None, None
         count = 0 if self.numbers is None else len(args[self.numbers])
-        key = args[0].shape, _grad_enabled(), count, setting, *map(type, args)
-        for others, picked, same, tensors, plan in noted.get(key, ()):
+        key = args[0].numel(), _grad_enabled(), count, setting, kinds
+        for others, picked, zeros, signs, same, tensors, plan in noted.get(key, ()):
             if picked(args) == others and same(*tensors(args)):
-                return key, plan
+                if not signs or [*map(copysign, signs, zeros(args))] == signs:
+                    return key, plan
         return key, None
 
     def note(self, noted: dict[tuple, list], key: tuple, args: tuple, plan: Callable) -> None:
@@ -147,15 +158,17 @@ class SeenCalls:
         found = noted.setdefault(key, [])
         if len(found) >= ALIKE:
             found.clear()
-        found.append((picked(args), picked, same, tensors, plan))
+        zeros = _tuple_of(2 * [i for i in others if type(args[i]) is float and args[i] == 0])  # twice: one is no tuple
+        signs = [copysign(1.0, value) for value in zeros(args)]  # 0.0 == -0.0
+        found.append((picked(args), picked, zeros, signs, same, tensors, plan))
 
 
 ALIKE = 16  # noted calls that differ in the values of what is no tensor, or in the others' sizes
 
 
 def _by_letter(value: Any) -> bool:
-    """Whether == is too little or too much: 0.0 is -0.0, NaN is not NaN, and [1] is [True]."""
-    return isinstance(value, (list, tuple)) or value != value or (type(value) is float and value == 0)
+    """Whether == is too little or too much: NaN is not NaN, and [1] is [True]."""
+    return isinstance(value, (list, tuple)) or value != value
 
 
 def _read(places: list[int], by_letter: list[int]) -> Callable[[tuple], tuple]:
@@ -168,10 +181,9 @@ def _read(places: list[int], by_letter: list[int]) -> Callable[[tuple], tuple]:
 
 def _tuple_of(places: list[int]) -> Callable[[tuple], tuple]:
     """What takes the values at these places, as a tuple also of one."""
-    if len(places) == 1:
-        (place,) = places
-        return lambda args: (args[place],)
-    return operator.itemgetter(*places)
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda args: tuple([args[place] for place in places])
 
 
 def dispatcher_needed(args: tuple) -> bool:

@@ -14,9 +14,9 @@ tests/ops/test_triton_plans.py compares with the wrapper's own choice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 
 from ldmfast.kernels.launch_kernel import watched
+from ldmfast.ops import native
 from ldmfast.ops.dispatcher import Values
 from ldmfast.ops.native import current_device, is_constant, maker_of, raw_stream
 
@@ -116,34 +117,27 @@ def _plan(watch: _Watch, args: tuple, outputs: tuple, several: bool) -> Callable
     found = _places(watch.launches, pool, numbers)
     if found is None:
         return None
-    used, dtypes, orders, fixed = found
-    makers = [maker_of(tensor, args) for tensor in (*results, *workspace)]
+    makers = [maker_of(output, args) for output in outputs] + [(0, _bytes_of(tensor)) for tensor in workspace]
     at = next((i for i, value in enumerate(args) if type(value) is Values), None)
-    launches = _Launches(watch.launches, dtypes, orders, fixed, args[0].device)
-    taken = operator.itemgetter(*used) if len(used) > 1 else lambda pool: (pool[used[0]],)
-    count, constant, kept = len(results), tuple(fixed), launches.binaries
-    index, given = launches.index, bool(numbers)
+    names = [*(f"args[{i}]" for i in range(len(args))), ""]
+    names += [*(f"made{i}" for i in range(len(makers))), *(f"constant{i}" for i in range(len(constants)))]
+    launches = _Launches(watch.launches, *found[1:], args[0].device)
+    known = {f"make{i}": make for i, (_, make) in enumerate(makers)}
+    known |= {f"constant{i}": tensor for i, tensor in enumerate(constants)}
+    returned = ", ".join(f"made{i}" for i in range(len(results))) + "," * several
+    return launches.plan(
+        made=[f"made{i} = make{i}(args[{like}])" for i, (like, _) in enumerate(makers)],
+        tensors=[names[place] for place in found[0]],
+        numbers=f"[*map(float, args[{at}])]" if numbers else "()",
+        returned=returned,
+        known=known,
+    )
 
-    def plan(args):
-        made = [make(args[like]) for like, make in makers]
-        tensors = taken((*args, *made, *constants))
-        addresses = [*map(_address, tensors)]
-        bits = 0
-        for address in addresses:
-            bits |= address
-        key = bits & 15 and tuple([address & 15 == 0 for address in addresses])
-        numbers = map(float, args[at]) if given else ()
-        binaries = kept.get(key)
-        if binaries is None or _asked_otherwise() or index is not None and index != current_device():
-            launches.through_triton(key, tensors, numbers)
-        else:
-            values = (*addresses, *numbers, *constant)
-            stream = 0 if index is None else raw_stream(index)
-            for run, x, y, z, function, packed, arranged in binaries:
-                run(x, y, z, stream, function, packed, None, None, None, *arranged(values))
-        return tuple(made[:count]) if several else made[0]
 
-    return plan
+def _bytes_of(tensor: torch.Tensor) -> Callable:
+    """What makes memory of its size: a kernel sees nothing but its address, so by what takes the least time."""
+    size, allocate = tensor.numel() * tensor.element_size(), native.place(tensor)[2]
+    return lambda like: allocate(size)
 
 
 def _whole(output: torch.Tensor, made: Sequence[torch.Tensor]) -> int | None:
@@ -155,8 +149,9 @@ def _whole(output: torch.Tensor, made: Sequence[torch.Tensor]) -> int | None:
 
 
 def _places(launches: list[_Launch], pool: list, numbers: list[float]) -> tuple[list, list, list, list] | None:
-    """(the places in pool of the tensors that the launches take; as which dtypes they take them; for each launch, what
-    picks its kernel's arguments from (*these, *numbers, *fixed); what never changes), or None where it is not clear."""
+    """(the places in pool of the tensors that the launches take; as which dtypes they take them; for each launch, of
+    which of these, of the numbers or of what is fixed its kernel's arguments are; what is fixed), or None where it is
+    not clear."""
     addresses: dict[int, int] = {}
     for i, value in enumerate(pool):
         if (
@@ -186,9 +181,16 @@ def _places(launches: list[_Launch], pool: list, numbers: list[float]) -> tuple[
         orders.append(order)
     if {place for order in orders for kind, place in order if kind == "number"} != set(range(len(numbers))):
         return None
-    start = {"tensor": 0, "number": len(used), "fixed": len(used) + len(numbers)}
-    picks = [operator.itemgetter(*(start[kind] + i for kind, i in order)) for order in orders]
-    return list(used), list(used.values()), picks, fixed
+    return list(used), list(used.values()), orders, fixed
+
+
+@functools.lru_cache(maxsize=1024)
+def _function(lines: str, known: tuple[str, ...]) -> Callable:
+    """What makes a plan of these lines and the values of these names: an op's plans are alike but for the values, and
+    a function reads those of one about it in a fifth of the time that globals take."""
+    found: dict[str, Callable] = {}
+    exec(f"def make({', '.join(known)}):\n    def plan(args):\n        {lines}\n    return plan", found)
+    return found["make"]
 
 
 class _Launches:
@@ -196,20 +198,70 @@ class _Launches:
 
     def __init__(self, launches: list[_Launch], dtypes: list, orders: list, fixed: list, device: torch.device) -> None:
         self.launches = [(launch.kernel, launch.grid, launch.options) for launch in launches]  # not the first tensors
-        self.dtypes, self.orders, self.fixed = dtypes, orders, tuple(fixed)
+        self.dtypes, self.orders, self.fixed = dtypes, orders, fixed
         self.binaries: dict[Any, list[tuple]] = {}  # by which addresses are multiples of 16; 0 where all are
         self.index = device.index if device.type == "cuda" else None
 
-    def through_triton(self, key: Any, tensors: tuple, numbers: Iterable[float]) -> None:
-        kept, tensors = [], [tensor.view(dtype) for tensor, dtype in zip(tensors, self.dtypes, strict=True)]
-        values = (*tensors, *numbers, *self.fixed)
+    def plan(self, made: list[str], tensors: list[str], numbers: str, returned: str, known: dict) -> Callable:
+        """The function of a call's arguments, written out: going through lists of them takes longer than the launches.
+
+        Of one launch that takes an argument and what it returns:
+
+            def plan(args):
+                made0 = make0(args[0])
+                tensor0, tensor1 = address(args[0]), address(made0)
+                key = (tensor0 | tensor1) & 15
+                if key:
+                    key = tensor0 & 15 == 0, tensor1 & 15 == 0
+                binaries = kept(key)
+                if binaries is None or asked_otherwise():
+                    through_triton(key, (args[0], made0), ())
+                    return made0
+                ((run0, function0, packed0),) = binaries
+                run0(x0, y0, z0, 0, function0, packed0, None, None, None, tensor0, tensor1, fixed0)
+                return made0
+        """
+        addresses = [f"tensor{i}" for i in range(len(tensors))]
+        counted = sorted({f"number{i}" for order in self.orders for kind, i in order if kind == "number"})
+        elsewhere = "" if self.index is None else f" or current_device() != {self.index}"
+        lines = [
+            *made,
+            f"{', '.join(addresses)}, = {', '.join(f'address({name})' for name in tensors)},",
+            f"key = ({' | '.join(addresses)}) & 15",
+            "if key:",
+            f"    key = {', '.join(f'{name} & 15 == 0' for name in addresses)},",
+            "binaries = kept(key)",
+            f"if binaries is None or asked_otherwise(){elsewhere}:",
+            f"    through_triton(key, ({', '.join(tensors)},), {numbers})",
+            f"    return {returned}",
+            f"{''.join(f'(run{i}, function{i}, packed{i}), ' for i in range(len(self.launches)))}= binaries",
+        ]
+        if counted:
+            lines.append(f"{', '.join(counted)}, = {numbers}")
+        if self.index is not None:
+            lines.append(f"stream = raw_stream({self.index})")
+        stream = "0" if self.index is None else "stream"
+        for i, order in enumerate(self.orders):
+            values = ", ".join(f"{kind}{j}" for kind, j in order)
+            lines.append(f"run{i}(x{i}, y{i}, z{i}, {stream}, function{i}, packed{i}, None, None, None, {values})")
+        lines.append(f"return {returned}")
+        known |= {f"fixed{i}": value for i, value in enumerate(self.fixed)}
+        for i, (_, grid, _) in enumerate(self.launches):
+            known |= zip((f"x{i}", f"y{i}", f"z{i}"), (*grid, 1, 1), strict=False)
+        known |= {"address": _address, "kept": self.binaries.get, "asked_otherwise": _asked_otherwise}
+        known |= {"through_triton": self.through_triton, "raw_stream": raw_stream, "current_device": current_device}
+        return _function("\n        ".join(lines), tuple(known))(*known.values())
+
+    def through_triton(self, key: Any, tensors: tuple, numbers: Sequence[float]) -> None:
+        given = {"tensor": [t.view(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]}
+        given |= {"number": numbers, "fixed": self.fixed}
+        kept = []
         there = contextlib.nullcontext() if self.index is None else torch.cuda.device(self.index)
         with there:
-            for (kernel, grid, options), arranged in zip(self.launches, self.orders, strict=True):
-                binary = kernel[grid](*arranged(values), **options)
+            for (kernel, grid, options), order in zip(self.launches, self.orders, strict=True):
+                binary = kernel[grid](*(given[kind][i] for kind, i in order), **options)
                 if _is_binary(binary):
-                    sizes = (*grid, 1, 1)[:3]
-                    kept.append((binary.run, *sizes, binary.function, binary.packed_metadata, arranged))
+                    kept.append((binary.run, binary.function, binary.packed_metadata))
         if len(kept) == len(self.launches) and not _asked_otherwise():
             self.binaries[key] = kept
 

@@ -8,7 +8,9 @@ import weakref
 
 import pytest
 import torch
+from test_dispatcher import WATCHERS
 
+import ldmfast
 from ldmfast import ops
 from ldmfast.ops import dispatcher, operator
 from ldmfast.ops.registry import OPS, choose_anew
@@ -49,6 +51,48 @@ def test_a_call_that_came_twice_needs_no_signature(monkeypatch):
         assert len(asked) >= count
 
 
+def calls_in(watcher):
+    """How a function of x is called while this watches."""
+    if watcher in ("vmap", "grad", "jvp"):
+        return {
+            "vmap": lambda f: lambda x: torch.func.vmap(f)(x[None]),
+            "grad": lambda f: torch.func.grad(lambda x: f(x).sum()),
+            "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+        }[watcher]
+
+    def within(f):
+        def call(x):
+            with WATCHERS[watcher]():
+                return f(x)
+
+        return call
+
+    return within
+
+
+@pytest.mark.parametrize("contract", ["fast", "exact"])
+@pytest.mark.parametrize("watcher", [*WATCHERS, "vmap", "grad", "jvp"])
+def test_what_is_noted_is_not_for_who_looks_on(watcher, contract, monkeypatch):
+    """A call that is noted is found only where nobody watches: under a mode, autocast, a transform, none is."""
+    x, row, other = torch.randn(2, 8, 4, 4), torch.randn(8), torch.randn(8)
+    found, look = [], dispatcher.SeenCalls.look
+    monkeypatch.setattr(dispatcher.SeenCalls, "look", lambda *args: found.append(look(*args)[1]) or look(*args))
+
+    def call(x):
+        return ops.group_norm_silu(x, row, other, 2)
+
+    with ldmfast.numerics(contract), ldmfast.fixed_order():
+        for _ in range(4):
+            call(x)
+        assert found[-1] is not None
+        found.clear()
+        calls_in(watcher)(call)(x)
+        assert found == [None] * len(found)
+        found.clear()
+        call(x)
+        assert found[-1] is not None
+
+
 def arguments(*args, **named):
     return OPS["group_norm_silu"].normalise(*args, **named)
 
@@ -65,6 +109,16 @@ def test_a_list_and_a_nan_are_compared_as_they_are_written():
             assert torch.allclose(found, wanted, atol=1e-5, equal_nan=True)
     assert len([key for key in OPS["ddim_step"].plans if "cpu" in key[0]]) == 5
     assert sum("cpu" in entry[0] for found in OPS["ddim_step"].plans.noted.values() for entry in found) == 5
+
+
+def test_a_zero_has_its_sign():
+    """0.0 == -0.0, which a kernel may tell apart."""
+    sample, output, table = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 6, 6), (1.1, -0.4, 0.0, 1.0, 0.9, 0.3, 0.0)
+    for _ in range(3):
+        for guidance in (0.0, -0.0, 0.0):
+            ops.ddim_step(sample, output, guidance=guidance, table=table, backend="cpu")
+    kept = [entry for found in OPS["ddim_step"].plans.noted.values() for entry in found]
+    assert len(OPS["ddim_step"].plans) == len(kept) == 2 and len({entry[-1] for entry in kept}) == 2
 
 
 def test_without_pytorchs_comparison_every_call_has_its_signature_taken(monkeypatch):

@@ -6,9 +6,16 @@
 // p v.
 //
 // Predicted for 16 heads x 4096 x 4096, D = 40, 132 multiprocessors at 1.75 GHz: the exponentials take 72 us (16 a
-// clock), instruction issue 79 us (sm_90a: 236 a warp for 32 x 32 scores and 42 of the tiles' copies), the products 66
-// us at 60 % of the tensor cores' rate, shared memory 45 us with MT = 2 (with MT = 1 a fragment of K or V would feed one
-// product only: 90 us). 512 blocks at 4 a multiprocessor are one wave, which wants 128 registers a thread.
+// clock), instruction issue 72 us (sm_90a: 212 a warp for 32 x 32 scores and 42 of the tiles' copies), the products 72
+// us at 60 % of the tensor cores' rate (48, of which 4 are the rows' sums), shared memory 45 us with MT = 2 (with MT =
+// 1 a fragment of K or V would feed one product only: 90 us). 512 blocks at 4 a multiprocessor are one wave, which
+// wants 128 registers a thread.
+//
+// Left for a GPU to decide: K and V by the copy engine (sm_90: a bulk copy a row, and an mbarrier a stage). Estimated:
+// of the copies' 42 instructions some 6 stay, 254 -> 218 issued, 72 -> 62 us; the exponentials and the products, 72 us
+// each, are then what is waited for. So it gains where issue is the limit, which Nsight Compute's sm__inst_issued
+// tells. The emulator gives cp.async's bytes at the last moment, and would have to do so for these and their barriers
+// first.
 #include "attention_mma.cuh"
 
 namespace ldmfast {
@@ -53,9 +60,7 @@ __device__ __forceinline__ void write_output(Warp<C>& w, const Params& p, typena
   for (int m = 0; m < C::MT; ++m)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = w.sum[m][r];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
+      const float sum = w.sum[2 * r + m];
       const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;   // no key attended: zeros
       T* to = rows + (m * 16 + r * 8 + lane / 4) * C::kStride + lane % 4 * 2;
 #pragma unroll

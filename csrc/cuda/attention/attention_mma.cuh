@@ -14,6 +14,7 @@ constexpr float kLowest = -3.4028235e38f; // where the maximum starts: finite, s
 template <typename T_, int D_, int MT_, int KEYS_> struct Config {
   using T = T_;
   static constexpr int D = D_, MT = MT_, KEYS = KEYS_;
+  static_assert(MT == 1 || MT == 2);
   static constexpr int kQueries = 64 * MT;
   static constexpr int kColumns = D / 8;                  // output tiles of 8
   static constexpr int kStride = (kColumns | 1) * 8;      // an odd number of 16-byte units: no bank conflict
@@ -61,7 +62,7 @@ __device__ __forceinline__ void load_tile(typename C::T* to, const typename C::T
 template <typename C> struct Warp {        // what one warp keeps
   float o[C::MT][C::kColumns][4];
   float ceiling[C::MT][2];                // rows g and g + 8: the reference maximum + kSlack, in units of the scores
-  float sum[C::MT][2];
+  float sum[4];                           // of the probabilities: row g of tile m at m, row g + 8 at m + 2
   uint32_t q[C::MT][C::kKeepQ ? C::kSteps16 + C::kTail : 1][4];
 };
 
@@ -137,7 +138,7 @@ __device__ __forceinline__ void raise(Warp<C>& w, const float (&local)[C::MT][2]
       const float ceiling = fmaxf(top + p.slack, w.ceiling[m][r]);
       const float shrink = fast_exp2((w.ceiling[m][r] - ceiling) * p.factor);
       w.ceiling[m][r] = ceiling;
-      w.sum[m][r] *= shrink;
+      w.sum[2 * r + m] *= shrink;
 #pragma unroll
       for (int c = 0; c < C::kColumns; ++c) {
         w.o[m][c][2 * r] *= shrink;
@@ -171,14 +172,13 @@ __device__ __forceinline__ void softmax(Warp<C>& w, float (&s)[C::MT][kStep / 8]
 #pragma unroll
       for (int t = 0; t < kStep / 8; ++t)
 #pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          s[m][t][i] = fast_exp2(s[m][t][i] * p.factor - base);
-          w.sum[m][r] += s[m][t][i];
-        }
+        for (int i = 2 * r; i < 2 * r + 2; ++i) s[m][t][i] = fast_exp2(s[m][t][i] * p.factor - base);
     }
 }
 
-// o += p v
+// o += p v, and sum += p 1: as one more column of v, of ones, which the tensor cores add where it would be 16
+// additions a tile, of probabilities as they are rounded for the product. One product's 8 columns of sums have room
+// for two tiles: the even columns are of the first, the odd ones of the second.
 template <typename C>
 __device__ __forceinline__ void values(Warp<C>& w, const float (&s)[C::MT][kStep / 8][4],
                                        SharedAddress v) {
@@ -193,6 +193,14 @@ __device__ __forceinline__ void values(Warp<C>& w, const float (&s)[C::MT][kStep
         const float* pair = &s[m][2 * k + i / 2][i % 2 * 2];
         p[m][k][i] = pack2<T>(pair[0], pair[1]);
       }
+  const uint32_t even = threadIdx.x / 4 % 2 == 0 ? pack2<T>(1.0f, 1.0f) : 0;   // this lane's column of the ones
+#pragma unroll
+  for (int m = 0; m < C::MT; ++m)
+#pragma unroll
+    for (int k = 0; k < kStep / 16; ++k) {
+      const uint32_t ones = m == 0 ? even : even ^ pack2<T>(1.0f, 1.0f);
+      mma_k16<T>(w.sum, p[m][k], ones, ones);
+    }
   const SharedAddress square = v + v_offset<C>();
   uint32_t b[4];
 #pragma unroll

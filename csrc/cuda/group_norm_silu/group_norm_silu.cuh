@@ -16,15 +16,17 @@ constexpr int kWarps = kThreads / 32;
 // 32 bits for what is counted in vectors, pixels or blocks (make_plan throws beyond), 64 for offsets into tensors
 struct Params {
   GroupNormSiluArgs a;
-  int group_channels;       // C / groups
-  int bundle, bundles;      // groups a task; tasks a sample
-  int tiles;                // channels_last: column tiles a group, 1 unless a group is wider than a block can be
+  Divisor group_channels;   // C / groups
+  int bundle;               // groups a task
+  Divisor bundles;          // tasks a sample
+  Divisor tiles;            // channels_last: column tiles a group, 1 unless a group is wider than a block can be
   int tile_channels;        // channels a tile
-  int slices;               // blocks a task and tile; with clusters, the size of one
+  Divisor columns[2];       // vectors a pixel of a tile, and of the last one
+  Divisor slices;           // blocks a task and tile; with clusters, the size of one
   int extent;               // what is sliced: pixels (channels_last) or vectors of the group (contiguous)
   int slice_extent;         // of that, a slice
   int slab_extent;          // and a slab
-  int row_vectors;          // contiguous: vectors a channel
+  Divisor row_vectors;      // contiguous: vectors a channel
   int slab_bytes, coefficients;   // shared memory: staging; channels in a slab
   bool clustered;
 };
@@ -76,24 +78,31 @@ struct Place {
   int width;                // channels: of the bundle or tile (channels_last), of the group (contiguous)
   int groups;
   int tile, slice;
+  bool last_tile;
 };
 __device__ __forceinline__ Place locate(const Params& p) {
   Place w;
-  unsigned id = blockIdx.x;
-  w.slice = id % unsigned(p.slices);
-  id /= unsigned(p.slices);
-  w.tile = id % unsigned(p.tiles);
-  id /= unsigned(p.tiles);
-  w.n = id / unsigned(p.bundles);
-  w.group = int64_t(id % unsigned(p.bundles)) * p.bundle;
+  const Quotient slice = divided(blockIdx.x, p.slices), tile = divided(slice.of, p.tiles);
+  const Quotient bundle = divided(tile.of, p.bundles);
+  w.slice = slice.rest;
+  w.tile = tile.rest;
+  w.last_tile = w.tile + 1 == p.tiles.value;
+  w.n = bundle.of;
+  w.group = int64_t(bundle.rest) * p.bundle;
   w.groups = p.bundle;
-  w.channel = w.group * p.group_channels + w.tile * p.tile_channels;
-  const int all = p.bundle * p.group_channels - w.tile * p.tile_channels;
+  w.channel = w.group * p.group_channels.value + w.tile * p.tile_channels;
+  const int all = p.bundle * p.group_channels.value - w.tile * p.tile_channels;
   w.width = all < p.tile_channels ? all : p.tile_channels;
   w.begin = w.slice * p.slice_extent < p.extent ? w.slice * p.slice_extent : p.extent;
   w.end = p.extent - w.begin < p.slice_extent ? p.extent : w.begin + p.slice_extent;
   return w;
 }
+
+// Channels_last: this thread's channels of the slab and the one or two groups that they lie in
+template <int V> struct Columns {
+  int first, low, high, split;   // channel; groups of the bundle; how many of the V channels belong to the lower one
+  __device__ __forceinline__ int group(int j) const { return j < split ? low : high; }
+};
 
 // A slab, and how the block's threads walk it: thread t takes vectors t / columns * columns + t % columns, stepping by
 // whole rows, so that in channels_last its channels never change. Contiguous: one row of vectors, channels change.
@@ -101,24 +110,36 @@ template <int V, bool CL> struct Slab {
   const Params* p;
   int begin;                // first pixel or vector
   int count, columns, step; // pixels or vectors; vectors a pixel; pixels or vectors a step of the block
+  unsigned column, row;     // channels_last: this thread's vector of a pixel, and its first pixel
   unsigned offset;          // contiguous: the first vector's place in its channel
   int64_t channel;          // of the first vector
 
   __device__ __forceinline__ Slab(const Params& params, const Place& w, int from) : p(&params), begin(from) {
     count = w.end - from < params.slab_extent ? w.end - from : params.slab_extent;
-    columns = CL ? unsigned(w.width) / V : 1;
-    step = CL ? unsigned(kThreads) / unsigned(columns) : kThreads;
-    channel = w.channel + (CL ? 0 : unsigned(from) / unsigned(params.row_vectors));
-    offset = CL ? 0 : unsigned(from) % unsigned(params.row_vectors);
+    if constexpr (CL) {
+      const Divisor& by = params.columns[w.last_tile];
+      const Quotient mine = divided(threadIdx.x, by);
+      columns = by.value, step = kThreads / by, column = mine.rest, row = mine.of;
+      channel = w.channel, offset = 0;
+    } else {
+      const Quotient first = divided(from, params.row_vectors);
+      columns = 1, step = kThreads, column = 0, row = threadIdx.x;
+      channel = w.channel + first.of, offset = first.rest;
+    }
+  }
+  __device__ __forceinline__ Columns<V> mine(const Place& w) const {
+    if constexpr (!CL) return {0, 0, 0, V};
+    const int first = column * V, low = unsigned(first) / p->group_channels;
+    const int left = (low + 1) * p->group_channels.value - first;
+    return {first, low, low + 1 < w.groups ? low + 1 : low, left < V ? left : V};
   }
   __device__ __forceinline__ int channels(const Place& w) const {
-    return CL ? w.width : count == 0 ? 0 : (offset + unsigned(count - 1)) / unsigned(p->row_vectors) + 1;
+    return CL ? w.width : count == 0 ? 0 : (offset + unsigned(count - 1)) / p->row_vectors + 1;
   }
   // f(staging index, channel relative to the slab's first, offset into x, offset into y), in vectors' first elements
   template <typename F> __device__ __forceinline__ void each(int64_t n, F&& f) const {
     const GroupNormSiluArgs& a = p->a;
-    const int column = CL ? threadIdx.x % unsigned(columns) : 0;
-    const int first = CL ? threadIdx.x / unsigned(columns) : threadIdx.x;
+    const int first = row;
     if (CL && first >= step) return;
     if constexpr (CL) {
       const int c = column * V;
@@ -128,25 +149,13 @@ template <int V, bool CL> struct Slab {
         f((i * columns + column) * V, c, x, y);
     } else {
       for (int i = first; i < count; i += step) {
-        const unsigned at = offset + i, c = at / unsigned(p->row_vectors);
-        const int64_t in_row = int64_t(at - c * unsigned(p->row_vectors)) * V;
-        f(i * V, static_cast<int>(c), n * a.stride_xn + (channel + c) * a.stride_xc + in_row,
-          (n * a.C + channel + c) * a.P + in_row);
+        const Quotient at = divided(offset + i, p->row_vectors);
+        const int64_t in_row = int64_t(at.rest) * V;
+        f(i * V, static_cast<int>(at.of), n * a.stride_xn + (channel + at.of) * a.stride_xc + in_row,
+          (n * a.C + channel + at.of) * a.P + in_row);
       }
     }
   }
-};
-
-// Channels_last: this thread's channels of the slab and the one or two groups that they lie in
-template <int V> struct Columns {
-  int first, low, high, split;   // channel; groups of the bundle; how many of the V channels belong to the lower one
-  __device__ __forceinline__ Columns(int columns, int groups, int gc) {
-    first = threadIdx.x % unsigned(columns) * V;
-    low = unsigned(first) / unsigned(gc);
-    high = low + 1 < groups ? low + 1 : low;
-    split = (low + 1) * gc - first < V ? (low + 1) * gc - first : V;
-  }
-  __device__ __forceinline__ int group(int j) const { return j < split ? low : high; }
 };
 
 // Shared memory of a block, carved from one allocation
@@ -191,11 +200,14 @@ __device__ __forceinline__ float group_sum(const float* parts, int g, int width,
   const int start = g * gc, stop = gc < width - start ? start + gc : width;
   const int first = start / V, n = (stop - 1) / V - first + 1;
   const bool straddles = start % V != 0;
+  const int rows = 32u / unsigned(n), rest = 32 - rows * n;   // 32 shares on
+  int row = threadIdx.x % 32 / unsigned(n), column = threadIdx.x % 32 - row * n;
   float sum = 0.0f;
 #pragma unroll 1
-  for (int e = threadIdx.x % 32; e < n * step; e += 32) {
-    const int row = unsigned(e) / unsigned(n), column = e - row * n;
+  for (; row < step; row += rows) {
     sum += parts[(straddles && column == 0 ? kThreads : 0) + row * columns + first + column];
+    column += rest;
+    if (column >= n) column -= n, ++row;
   }
   return warp_sum(sum);
 }

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
 }
 
 __device__ __forceinline__ float* part_of(const Params& p, int q, int64_t n, int slice) {
-  return p.parts + ((q * p.a.N + n) * p.slices + slice) * p.a.C;
+  return p.parts + ((q * p.a.N + n) * p.slices.value + slice) * p.a.C;
 }
 
 template <typename T, int V, bool CL>
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
 #pragma unroll
       for (int j = 0; j < V; ++j) rows[(q * kThreads + threadIdx.x) * V + j] = sum[q][j];
     __syncthreads();
-    const int width = p.columns * V;
-    const int64_t channel = w.c - threadIdx.x % unsigned(p.columns) * V;   // the tile's first
+    const int width = p.columns.value * V;
+    const int64_t channel = w.c - divided(threadIdx.x, p.columns).rest * V;   // the tile's first
     for (int i = threadIdx.x; i < 3 * width; i += kThreads) {
       const int q = i / width, c = i % width;
       float total = 0.0f;
@@ -78,14 +78,15 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   wait_for_previous_kernel();
   const GroupNormSiluBackwardArgs& a = p.a;
   float* warp_sums = reinterpret_cast<float*>(shared_memory());   // [2, kWarps]
-  const int64_t width = p.group_channels, n = blockIdx.x / unsigned(a.groups), group = blockIdx.x % unsigned(a.groups);
+  const int64_t width = p.group_channels.value;
+  const int64_t n = blockIdx.x / unsigned(a.groups), group = blockIdx.x % unsigned(a.groups);
   const int64_t first = group * width;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* sums = a.sums + n * a.C;
   float d = 0.0f, dx = 0.0f;
   for (int64_t c = first + warp; c < first + width; c += kWarps) {
     float sum[3] = {};
-    for (int i = lane; i < p.slices; i += 32)
+    for (int i = lane; i < p.slices.value; i += 32)
 #pragma unroll
       for (int q = 0; q < 3; ++q) sum[q] += part_of(p, q, n, i)[c];
 #pragma unroll
@@ -153,7 +154,7 @@ int64_t most_parts(const GroupNormSiluBackwardArgs& a) {
   GroupNormSiluArgs f = forward_of(a);
   f.x = nullptr, f.y = nullptr, f.stride_xn = f.stride_xc = f.stride_xp = 0;
   const group_norm::Plan plan = group_norm::make_split_plan(f);
-  const int64_t parts = int64_t(plan.params.tiles) * plan.params.slices;
+  const int64_t parts = int64_t(plan.params.tiles.value) * plan.params.slices.value;
   const int64_t narrow = ceil_div(a.C / a.groups, group_norm::kThreads);   // tiles where an access is one element
   return parts > narrow ? parts : narrow;
 }
@@ -174,10 +175,10 @@ template <typename T, int V, bool CL> void start(Params p, const Launch& where) 
   const char* op = "group_norm_silu_backward";
   const GroupNormSiluBackwardArgs& a = p.a;
   if (CL) {
-    p.columns = static_cast<int>(a.C / V < kThreads ? a.C / V : kThreads);
-    p.tiles = static_cast<int>(ceil_div(a.C / V, p.columns));
+    p.columns = Divisor(a.C / V < kThreads ? a.C / V : kThreads);
+    p.tiles = Divisor(ceil_div(a.C / V, p.columns.value));
   }
-  const int64_t blocks = CL ? a.N * p.tiles * p.slices : ceil_div(a.N * a.C * p.slices, kWarps);
+  const int64_t blocks = CL ? a.N * p.tiles.value * p.slices.value : ceil_div(a.N * a.C * p.slices.value, kWarps);
   launch<finish_kernel>(op, p, ceil_div(a.N * a.groups, kWarps), kThreads, 0, where);
   launch<sums_kernel<T, V, CL>>(op, p, blocks, kThreads, CL ? 3 * kThreads * V * sizeof(float) : 0, where);
   launch<combine_kernel>(op, p, a.N * a.groups, kThreads, 2 * kWarps * sizeof(float), where);
@@ -222,11 +223,12 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a, const Launch& 
   p.moments = a.workspace;
   p.stats = a.workspace + sizes.moments;
   p.parts = p.stats + sizes.stats;
-  p.moment_parts = plan.params.tiles * plan.params.slices;
+  p.moment_parts = plan.params.tiles.value * plan.params.slices.value;
   p.slice = static_cast<int>(slice_of(a));
-  p.slices = static_cast<int>(ceil_div(a.P, p.slice));
-  p.group_channels = static_cast<int>(a.C / a.groups);
-  p.few = a.N * a.C * p.slices <= INT32_MAX;   // with room for the last block's warps
+  p.slices = Divisor(ceil_div(a.P, p.slice));
+  p.group_channels = Divisor(a.C / a.groups);
+  p.channels = Divisor(a.C);
+  p.few = a.N * a.C * p.slices.value <= INT32_MAX - kWarps;   // with room for the last block's warps
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.channels_last) start<T, true>(p, plan, where);

@@ -20,10 +20,12 @@ struct Params {
   float* stats;           // [N, groups, kStats]: mean and what is left of it, 1 / std; the means of d and of d * xhat
   float* parts;           // [3, N, slices, C]: a slice's sums of g, of g * xhat and of xhat
   int moment_parts;
-  int group_channels;     // C / groups
-  bool few;               // contiguous: fewer than 2^32 stretches, so that their numbers are divided in 32 bits
-  int slices, slice;      // of the P pixels; pixels a slice
-  int columns, tiles;     // channels_last: vectors a tile of channels, tiles
+  Divisor group_channels;  // C / groups
+  Divisor channels;       // C
+  bool few;               // contiguous: fewer than 2^31 stretches, so that their numbers are divided by Divisors
+  Divisor slices;         // of the P pixels
+  int slice;              // pixels a slice
+  Divisor columns, tiles;  // channels_last: vectors a tile of channels, tiles
 };
 
 // What a channel of one sample needs: xhat = (x + center) * rstd + rest, z = xhat * gain + offset (see Normal)
@@ -60,21 +62,20 @@ template <int V, bool CL> struct Place {
   bool active;
   __device__ __forceinline__ explicit Place(const Params& p) {
     if constexpr (CL) {
-      unsigned id = blockIdx.x;
-      slice = id % unsigned(p.slices);
-      id /= unsigned(p.slices);
-      const int tile = id % unsigned(p.tiles), rows = kThreads / unsigned(p.columns);
-      n = id / unsigned(p.tiles);
-      c = (int64_t(tile) * p.columns + threadIdx.x % unsigned(p.columns)) * V;
-      const int row = threadIdx.x / unsigned(p.columns);
+      const Quotient at = divided(blockIdx.x, p.slices), tile = divided(at.of, p.tiles);
+      const Quotient mine = divided(threadIdx.x, p.columns);
+      const int rows = kThreads / p.columns, row = mine.of;
+      slice = at.rest;
+      n = tile.of;
+      c = (int64_t(tile.rest) * p.columns.value + mine.rest) * V;
       active = row < rows && c < p.a.C;
       first = slice * p.slice + row;
       step = rows;
     } else {
       const int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-      const int64_t row = p.few ? unsigned(unit) / unsigned(p.slices) : unit / p.slices;
-      slice = static_cast<int>(unit - row * p.slices);
-      n = p.few ? unsigned(row) / unsigned(p.a.C) : row / p.a.C;
+      const int64_t row = p.few ? unsigned(unit) / p.slices : unit / p.slices.value;
+      slice = static_cast<int>(unit - row * p.slices.value);
+      n = p.few ? unsigned(row) / p.channels : row / p.a.C;
       c = row - n * p.a.C;
       active = n < p.a.N;
       first = slice * p.slice + threadIdx.x % 32 * V;
@@ -89,10 +90,10 @@ template <int V, bool CL> struct Place {
   }
   // of channel c + j: the first one's is divided out once a thread
   __device__ __forceinline__ int group(const Params& p, int j) const {
-    const int first = unsigned(c) / unsigned(p.group_channels);
+    const int first = unsigned(c) / p.group_channels;
     if (j == 0) return first;
-    const int past = static_cast<int>(c) + j - first * p.group_channels;
-    return past < p.group_channels ? first : first + unsigned(past) / unsigned(p.group_channels);
+    const int past = static_cast<int>(c) + j - first * p.group_channels.value;
+    return first + unsigned(past) / p.group_channels;
   }
   // f(offset into x, offset into dy and dx)
   template <typename F> __device__ __forceinline__ void each(const Params& p, F&& f) const {

@@ -85,8 +85,9 @@ __device__ __forceinline__ void square_slab(const Place& w, const Slab<V, CL>& s
 // Merges the staged slab's moments into s.moments: the mean first, then the squares about it. The caller synchronises.
 template <typename T, int V, bool CL>
 __device__ __forceinline__ void slab_moments(const Params& p, const Place& w, const Slab<V, CL>& slab, Storage<T>& s) {
-  const int gc = CL ? p.group_channels : V, width = CL ? w.width : V, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Columns<V> mine(slab.columns, w.groups, gc);
+  const int gc = CL ? p.group_channels.value : V, width = CL ? w.width : V;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Columns<V> mine = slab.mine(w);
   const float members = static_cast<float>(slab.count) * (gc < width ? gc : width);
   float sum[V], square[V];
   sum_slab(w, slab, s, mine, sum);
@@ -120,7 +121,7 @@ template <typename T> __device__ __forceinline__ void reset(const Place& w, Stor
 
 // workspace: [N, groups, tiles * slices, 4]
 __device__ __forceinline__ float* moments_of(const Params& p, const Place& w, int g) {
-  return p.a.workspace + (w.n * p.a.groups + w.group + g) * (p.tiles * p.slices) * 4;
+  return p.a.workspace + (w.n * p.a.groups + w.group + g) * (p.tiles.value * p.slices.value) * 4;
 }
 
 template <typename T, int V, bool CL>
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(const __grid_co
   }
   __syncthreads();
   for (int g = threadIdx.x; g < w.groups; g += kThreads)
-    store(moments_of(p, w, g) + (w.tile * p.slices + w.slice) * 4, s.load(g));
+    store(moments_of(p, w, g) + (w.tile * p.slices.value + w.slice) * 4, s.load(g));
 }
 
 // s.pivot, s.rest, s.rstd of each group of the bundle, from `parts` moments read by part(g, i)
@@ -173,7 +174,7 @@ __device__ __forceinline__ void apply(const Params& p, const Place& w, const Sla
   T* y = static_cast<T*>(p.a.y);
   float center[V], gain[V], offset[V];
   if constexpr (CL) {
-    const Columns<V> mine(slab.columns, w.groups, p.group_channels);
+    const Columns<V> mine = slab.mine(w);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const Normal f = normal(s, mine.first + j, mine.group(j));

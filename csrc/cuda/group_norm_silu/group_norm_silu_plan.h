@@ -95,7 +95,7 @@ inline void cut(Plan& plan, const Shape& s, int64_t slices, int64_t slab_limit) 
   if (!a.channels_last && slab > kCoefficients * a.P / s.vector) slab = kCoefficients * a.P / s.vector;
   slab = slab < 1 ? 1 : slab < slice ? slab : slice;
   const int64_t touched = a.channels_last ? s.width : ceil_div(slab * s.vector, a.P) + 1;
-  p.slices = static_cast<int>(slices);
+  p.slices = Divisor(slices);
   p.slice_extent = static_cast<int>(slice);
   p.slab_extent = static_cast<int>(slab);
   p.slab_bytes = static_cast<int>(round_up<16>(slab * s.unit));
@@ -115,13 +115,17 @@ inline Plan plan_of(const GroupNormSiluArgs& a, const Shape& s) {
   Plan plan{};
   plan.vector = static_cast<int>(s.vector);
   plan.params.a = a;
-  plan.params.group_channels = static_cast<int>(s.group_channels);
+  plan.params.group_channels = Divisor(s.group_channels);
   plan.params.bundle = static_cast<int>(s.bundle);
-  plan.params.bundles = static_cast<int>(a.groups / s.bundle);
-  plan.params.tiles = static_cast<int>(s.tiles);
+  plan.params.bundles = Divisor(a.groups / s.bundle);
+  plan.params.tiles = Divisor(s.tiles);
   plan.params.tile_channels = static_cast<int>(s.width);
+  if (a.channels_last) {
+    plan.params.columns[0] = Divisor(s.width / s.vector);
+    plan.params.columns[1] = Divisor((s.bundle * s.group_channels - (s.tiles - 1) * s.width) / s.vector);
+  }
   plan.params.extent = static_cast<int>(s.extent);
-  plan.params.row_vectors = a.channels_last ? 1 : static_cast<int>(a.P / s.vector);
+  plan.params.row_vectors = Divisor(a.channels_last ? 1 : a.P / s.vector);
   return plan;
 }
 
