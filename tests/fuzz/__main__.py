@@ -1,8 +1,9 @@
 """`python tests/fuzz --calls 20000 --op attention`: random plans until the count is reached; what fails, made small.
 
-    --calls N [--op NAME ...]      plans of each op and each <op>_backward, shared out to the instruction sets; a plan
-                                   runs on every backend
+    --calls N [--op NAME ...]      of each op and each <op>_backward, shared out to the instruction sets; a plan calls
+                                   every backend twice; TRITON_INTERPRET=1: Triton's, too
     --networks N [--kind NAME ..]  U-Nets, autoencoders and schedulers of random configurations beside stock, N in all
+                                   that stock takes
     --files N [--kind NAME ...]    damaged files, N in all
     --replay '{"plan": {...}}'     a finding of the log, once more; with its "isa" as LDMFAST_CPU_ISA
 
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of small calls most would be threads that spin
 sys.path[:0] = [str(ROOT / room) for room in ("tests/fuzz", "tests", "tests/ops")]
 
 from search import kinds, prepare, search, verdict  # noqa: E402
@@ -49,8 +51,8 @@ def searched(kind: str, count: int, seed: int, log: Path, resume: bool = False) 
     for part in parts(log) if resume else ():
         if (part["kind"], part["isa"]) == (kind, isa):
             checked, calls, seed = checked + part["plans"], calls + part["calls"], max(seed, part["seed"] + 1)
-    while checked < count:
-        found = search(strategy, check, min(PART, count - checked), seed)
+    while calls < count:
+        found = search(strategy, check, min(PART, count - calls), seed)
         checked, calls = checked + max(1, found.checked), calls + found.calls
         for finding in found.findings:
             line = json.dumps({"kind": kind, "seed": seed, "isa": isa, **finding})

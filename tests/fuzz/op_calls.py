@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -14,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 from case import randn
 from cases import FLOOR, backward_inputs, emulated, exactly, home, tuples
 from op_plans import DTYPES, laid
-from test_backward import NEGLIGIBLE, gradients
+from test_backward import NEGLIGIBLE, differentiable
 
 from ldmfast.ops.registry import BACKWARD_OPS, OPS, RANKS
 
-BACKENDS = ("cpu", "torch", "cuda", "cuda-host")  # Triton's interpreter has tests of its own
+# Triton's kernels are interpreted where TRITON_INTERPRET=1 asks for it: tens of milliseconds a call
+BACKENDS = ("cpu", "torch", "cuda", "cuda-host", *["triton"] * bool(os.environ.get("TRITON_INTERPRET")))
 EMULATED = 60_000  # multiplications, about, that a plan may take where a GPU is emulated
 
 ROUNDINGS = {torch.float32: 32, torch.bfloat16: 4, torch.float16: 4}  # a sum of n numbers makes some sqrt(n) of them
@@ -128,6 +130,12 @@ def _conv2d(p, dtype):
     return (randn(N, C1, H, W, dtype=dtype), weight, maybe(p["bias"], Co, dtype=dtype)), named
 
 
+def _conv2d_weight(p, dtype):
+    H, W = (max(p[side], 3 - 2 * p["padding"]) for side in "HW")
+    dy = randn(p["N"], p["Co"], H + 2 * p["padding"] - 2, W + 2 * p["padding"] - 2, dtype=dtype)
+    return (dy, randn(p["N"], p["C1"], H, W, dtype=dtype), p["padding"]), {}
+
+
 def _timestep_mlp(p, dtype):
     dim, F, E = (p[name] for name in ("dim", "F", "E"))
     t = (torch.rand(p["N"]) * (250 if p["kind"] == "uint8" else 999)).to(getattr(torch, p["kind"]))
@@ -137,17 +145,34 @@ def _timestep_mlp(p, dtype):
 
 
 def _ddim_step(p, dtype):
-    N, shape = p["N"], p["shape"]
-    output = randn(N if p["guidance"] is None else 2 * N, *shape, dtype=DTYPES[p["output_dtype"] or p["dtype"]])
+    N, shape, other = p["N"], p["shape"], DTYPES[p["output_dtype"] or p["dtype"]]
+    output = randn(N if p["guidance"] is None else 2 * N, *shape, dtype=other)
     alphas, table = p["alphas"], p["table"]
-    if table:
+    rows = _rows(p)
+    if table and not rows:
         alphas = [torch.tensor(alpha) if table == "0-d" else torch.full((N,), alpha) for alpha in alphas]
         alphas = [alphas[0], p["alphas"][1]] if table == "alpha_t" else alphas
     named = {name: p[name] for name in ("guidance", "prediction", "clip")}
+    if p["terms"]:
+        named |= {"weights": (1.9, -0.7, 0.4, -0.3)[: p["terms"]]}
+        named |= {"history": tuple(randn(N, *shape, dtype=other) for _ in range(p["terms"] - 1))}
     if p["sigma"] is not None:
         alphas = [alphas[0], alphas[1] * 0.9]  # sigma is at most sqrt(1 - alpha_prev)
-        named |= {"sigma": p["sigma"], "noise": randn(N, *shape, dtype=dtype)}
-    return (randn(N, *shape, dtype=dtype), output, *alphas), named
+        named |= {"noise": randn(N, *shape, dtype=dtype)} | ({} if rows else {"sigma": p["sigma"]})
+    return (randn(N, *shape, dtype=dtype), output, *([] if rows else alphas)), named | rows
+
+
+def _rows(p):
+    """The coefficients as a table of their own, where the plan has one."""
+    N, row = p["N"], torch.randint(7, (p["N"],))
+    numbers = torch.rand(7, 7) + 0.2
+    if p["table"] == "numbers":
+        numbers[0, 6] *= p["sigma"] is not None  # sigma needs noise
+        return {"table": numbers[0].tolist()}
+    if p["table"] == "rows":
+        return {"table": numbers[torch.arange(N) % 7]}
+    found = {"row": row[:1] if N else row.new_zeros(1), "row for each": row, "no such row": row - 3}
+    return {"table": numbers, "row": found[p["table"]]} if p["table"] in found else {}
 
 
 MAKERS = {
@@ -163,12 +188,13 @@ MAKERS = {
     "residual_layer_norm": _residual_layer_norm,
     "timestep_mlp": _timestep_mlp,
     "ddim_step": _ddim_step,
+    "conv2d_weight": _conv2d_weight,
 }
 
 
 def arguments(plan: dict):
     """(args, kwargs) of the public function."""
-    torch.manual_seed(plan["seed"])
+    torch.default_generator.manual_seed(plan["seed"])  # without a stack for each device, which takes 1 ms
     if "space" in plan and plan["width"] * math.prod(plan["space"]) == 1:
         plan = {**plan, "width": 2}  # one number a group: torch's group_norm, so the reference, refuses it
     if plan["op"] == "group_norm_silu_backward":
@@ -215,6 +241,15 @@ def before_the_difference(given, grad) -> float:
     return max(of_q.nan_to_num().norm().item(), of_k.nan_to_num().norm().item())
 
 
+def gradients(call, name, arguments, grads) -> tuple:
+    """Of call(*arguments) with regard to each differentiable argument; zeros where no output depends on one."""
+    leaves = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
+    chosen = [leaves[i].requires_grad_() for i in differentiable(name, leaves)]
+    pairs = zip(tuples(call(*leaves)), grads, strict=True)
+    outputs, grads = zip(*((y, g) for y, g in pairs if y.requires_grad), strict=True)
+    return torch.autograd.grad(outputs, chosen, grads, allow_unused=True, materialize_grads=True)
+
+
 def nearby(arguments, dtype):
     """The arguments in float64, a rounding of `dtype` away."""
     shift = torch.finfo(dtype).eps / 2
@@ -237,24 +272,37 @@ def misfit(y, same, true) -> str | None:
 
 
 def faults(plan: dict, backends=BACKENDS) -> tuple[int, list[str]]:
-    """(backends that ran, what is wrong: a sentence for each output outside its budget, each error).
+    """(calls, what is wrong: a sentence for each output outside its budget, each error).
+
+    Each backend that runs is called twice, with other numbers in tensors of the same shapes and layouts: the first call
+    leaves a plan, by which the second is run.
+    """
+    torch.set_num_threads(plan["threads"])
+    calls, found = _compared(plan, backends)
+    if found:
+        return calls, found
+    others = {"seed": plan["seed"] + 1, "alphas": [(1 + alpha) / 2.1 for alpha in plan.get("alphas", ())]}
+    again, found = _compared(plan | others, backends)
+    return calls + again, [f"called again: {sentence}" for sentence in found]
+
+
+def _compared(plan: dict, backends) -> tuple[int, list[str]]:
+    """(backends that ran, what is wrong)
 
     The budget is that of cases.py. A result that nearly cancels has a large relative error by any route: where the
     budget is exceeded, what some ROUNDINGS of the inputs do to the exact result is allowed beside it, and to a gradient
     the floor of the largest one: that of a single key is zero, as a difference.
     """
-    torch.set_num_threads(plan["threads"])
-    backward = plan["op"].endswith("_backward")
     dtype, name = DTYPES[plan["dtype"]], plan["op"].removesuffix("_backward")
     args, kwargs = arguments(plan)
-    op = OPS[name]
-    given = op.normalise(*args, **kwargs)
+    op, backward = (OPS[name], plan["op"] != name) if name in OPS else (BACKWARD_OPS[plan["op"]], False)
+    given = op.normalise(*args, **kwargs) if op.normalise else args
     op.check(*given)
     grads = tuple(torch.randn_like(out) for out in tuples(op.reference(*given))) if backward else ()
 
     def run(function, values, gs=grads):
         if backward:
-            return tuple(gradients(function, name, list(values), gs))
+            return gradients(function, name, values, gs)
         return _applied(tuples(function(*values)), values) if name == "group_norm_affine" else tuples(function(*values))
 
     same, exact = run(op.reference, given), run(op.reference, exactly(given), exactly(grads))
@@ -266,7 +314,8 @@ def faults(plan: dict, backends=BACKENDS) -> tuple[int, list[str]]:
             continue
         if op.backends[backend].refusal(given) or emulated(backend) and work(given) > EMULATED:
             continue
-        if backward and _refuses(BACKWARD_OPS[f"{name}_backward"], backend, backward_inputs(name, given, grads)):
+        fused = BACKWARD_OPS.get(plan["op"]) if backward else None
+        if fused and _refuses(fused, backend, backward_inputs(name, given, grads)):
             continue
         ran += 1
         outputs = run(lambda *values, b=backend: op(*values, b), given)

@@ -10,6 +10,7 @@ threads  of torch and of the CPU kernels
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
@@ -108,7 +109,7 @@ def _conv2d():
         "Co": sizes(70, 32, 64, 320),
         "H": sizes(30, 16),
         "W": sizes(30, 16),
-        "k": few(3, 1, 2, 4, 5, 7),
+        "k": few(3, 1, 3, 3, 1, 3, 2, 4, 5, 7),  # the kernels take 3 and 1
         "stride": few(1, 2, 3),
         "padding": few(1, 0, 2, 3),
         "upsample": few(1, 2),
@@ -119,6 +120,10 @@ def _conv2d():
         "output_scale": few(1.0, 0.7, -1.5),
         "exact": st.booleans(),
     }
+
+
+def _conv2d_weight():
+    return {name: _conv2d()[name] for name in ("N", "C1", "Co", "H", "W")} | {"padding": few(1, 0, 2)}
 
 
 def _timestep_mlp():
@@ -140,7 +145,8 @@ def _ddim_step():
         "N": few(1, 2, 3, 0),
         "shape": st.lists(sizes(12, 64, least=0), max_size=4),
         "alphas": st.tuples(st.floats(0.001, 0.999), st.floats(0.0, 1.0)).map(list),
-        "table": few(None, "0-d", "alpha_t", "all"),
+        "table": few(None, "0-d", "alpha_t", "all", "numbers", "rows", "row", "row for each", "no such row"),
+        "terms": few(0, 0, 1, 2, 3, 4),  # of a multistep method
         "guidance": few(None, 7.5, 1.0, 0.0, -2.0),
         "sigma": few(None, 0.0, 0.2),
         "prediction": few("epsilon", "v_prediction", "sample"),
@@ -162,7 +168,9 @@ OPTIONS = {
     "residual_layer_norm": _residual_layer_norm,
     "timestep_mlp": _timestep_mlp,
     "ddim_step": _ddim_step,
+    "conv2d_weight": _conv2d_weight,  # of conv2d_weight_backward, which is an op, too
 }
+NAMES = [f"{name}_backward" for name in OPTIONS] + [name for name in OPTIONS if name != "conv2d_weight"]
 
 
 def plans(op: str):
@@ -174,7 +182,29 @@ def plans(op: str):
         "lies": st.integers(0, 2**16),
         "threads": st.integers(1, 3),
     }
-    return st.fixed_dictionaries({**common, **OPTIONS[op.removesuffix("_backward")]()})
+    return st.fixed_dictionaries({**common, **OPTIONS[op.removesuffix("_backward")]()}).map(fitting)
+
+
+def fitting(plan: dict) -> dict:
+    """The plan with fewer pixels, where it would take seconds: a few large plans say no more than many small ones."""
+
+    def less(sides, each, most, least=1):
+        sides = list(sides)
+        while each * math.prod(sides) > most and max(sides) > least:
+            sides[sides.index(max(sides))] = max(max(sides) // 2, least)
+        return sides
+
+    if "space" in plan:
+        return {**plan, "space": less(plan["space"], plan["groups"] * plan["width"], 1 << 16)}
+    if "pixels" in plan:
+        return {**plan, "pixels": less(plan["pixels"], plan["C"], 1 << 16)}
+    if "shape" in plan:
+        return {**plan, "shape": less(plan["shape"], 1, 1 << 15)}
+    if plan["op"].startswith("conv2d"):
+        width = plan.get("k", 3) * plan.get("upsample", 1) / plan.get("stride", 1)
+        each = (plan["C1"] + (plan.get("C2") or 0)) * plan["Co"] * width**2
+        return {**plan, **dict(zip("HW", less((plan["H"], plan["W"]), each, 1 << 25, least=5), strict=True))}
+    return plan
 
 
 def lie(tensor, rng: random.Random, *, unit: bool = False):

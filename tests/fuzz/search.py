@@ -89,11 +89,8 @@ def kinds() -> dict[str, tuple]:
     import op_plans
     import random_networks as networks
 
-    from ldmfast.ops.registry import BACKWARD_OPS
-
-    ops = [*op_plans.OPTIONS, *(name for name in BACKWARD_OPS if name.removesuffix("_backward") in op_plans.OPTIONS)]
     return {
-        **{f"op {name}": (op_plans.plans(name), op_calls.faults) for name in ops},
+        **{f"op {name}": (op_plans.plans(name), op_calls.faults) for name in op_plans.NAMES},
         **{f"network {name}": (networks.plans(name), networks.faults) for name in networks.OPTIONS},
         **{f"file {name}": (damage.plans(name), damage.outcome) for name in damage.FILES},
     }
