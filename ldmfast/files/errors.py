@@ -27,9 +27,12 @@ class WriteError(OSError):
 
 
 def first_line(error: BaseException | str, longest: int = 160) -> str:
-    """The first line of a message that may have many; of an empty one, the exception's type."""
-    text = str(error).strip()
-    return text.splitlines()[0].strip()[:longest] if text else type(error).__name__
+    """The first line of a message that may have many, the second too where the first announces it with a colon.
+
+    Of an empty message, the exception's type.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:longest]
 
 
 @contextlib.contextmanager

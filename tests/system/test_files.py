@@ -148,4 +148,6 @@ def test_a_new_folder_takes_an_empty_one_and_no_other(tmp_path):
 def test_first_line():
     assert files.first_line(ValueError("\n one \n two")) == "one"
     assert files.first_line(ValueError()) == "ValueError"
+    said = "Error(s) in loading state_dict for UNet:\n\tsize mismatch for conv_in.weight: [4] and [9].\n\tsize mismatch"
+    assert files.first_line(RuntimeError(said)).endswith("for UNet: size mismatch for conv_in.weight: [4] and [9].")
     assert files.first_line("x" * 300, longest=10) == "x" * 10
