@@ -213,10 +213,14 @@ def lie(tensor, rng: random.Random, *, unit: bool = False):
     if not dims or rng.random() < 0.3:
         return tensor
     order = list(range(dims - unit))
-    if rng.random() < 0.7:
+    channels_last = dims > 2 and rng.random() < 0.3  # which kernels of pictures have forms for
+    if channels_last:
+        order.append(order.pop(1))
+    elif rng.random() < 0.7:
         rng.shuffle(order)
     order += [dims - 1] * unit
     gaps = [rng.choice((0, 0, 1, 2, 5)) for _ in order]
+    gaps = [0] * dims if channels_last and rng.random() < 0.7 else gaps
     room = torch.full([tensor.shape[d] + gap for d, gap in zip(order, gaps, strict=True)], 1, dtype=tensor.dtype)
     room = room * float("nan") if room.is_floating_point() else room
     for place, (d, gap) in enumerate(zip(order, gaps, strict=True)):

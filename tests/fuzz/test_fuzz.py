@@ -86,6 +86,30 @@ def test_what_was_found_stays_mended(name):
     assert outcome({"kind": kind, "edits": [edit]}) == (1, [])
 
 
+@pytest.mark.parametrize("seed", (74, 78, 82))
+def test_like_pixels_and_one_far_away(seed):
+    """Found in the moments: float32 rounds each of many like squares the same way beside a large one."""
+    plan = {"op": "group_norm_affine", "dtype": "float32", "threads": 1, "lies": 0, "seed": seed, "N": 1, "C2": 1}
+    plan |= {"groups": 1, "width": 1, "space": [16, 8], "affine": None, "float_params": False, "modulated": None}
+    plan |= {"add": False, "eps": 1e-5, "mean": 300.0, "std": 0.01, "outlier": 100.0}
+    assert faults(plan, ("cpu",)) == (2, [])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [64, 128])
+def test_as_much_of_a_larger_picture(side, layout):
+    """The same of lanes of 4096 pixels, and of the sums of many chunks: up to 1.9e-6."""
+    from ldmfast.ops import group_norm_silu
+
+    for seed in range(10):
+        x = 300 + 0.01 * torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed))
+        x[:, :, 0, 0] *= 100
+        x = x.contiguous(memory_format=layout)
+        true = torch.nn.functional.group_norm(x.double(), 4, eps=1e-5)
+        y = group_norm_silu(x, None, None, 4, silu=False, backend="cpu")
+        assert (y.double() - true).norm() <= 5e-7 * true.norm()
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_the_files_are_right_before_they_are_damaged(kind, tmp_path):
     name, content, read = FILES[kind]

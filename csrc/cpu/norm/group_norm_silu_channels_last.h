@@ -71,17 +71,25 @@ LDMFAST_INLINE void block_sums(const T* x, const Pivot<T>& pivot, int64_t pixels
       load_pair(pivot.first + pivot.last + j * kLanes, c[j], c[j + 1]);
     }
     for (int j = 0; j < kVectors; ++j) m[j] = between(m[j], b[j], c[j]);
-    for (int64_t p = 0; p < pixels; ++p) {
-      read(x + p * stride);
+    for (int64_t p = 0; p < pixels;) {
+      VecF part[kVectors] = {};
+      for (const int64_t end = min64(p + kRun, pixels); p < end; ++p) {
+        read(x + p * stride);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) s[j] += v[j] - m[j];
+        for (int j = 0; j < kVectors; ++j) part[j] += v[j] - m[j];
+      }
+      for (int j = 0; j < kVectors; ++j) s[j] += part[j];
     }
     for (int j = 0; j < kVectors; ++j) m[j] += s[j] / (float)pixels;
-    for (int64_t p = 0; p < pixels; ++p) {
-      prefetch_next(x + p * stride);
-      read(x + p * stride);
+    for (int64_t p = 0; p < pixels;) {
+      VecF part[kVectors] = {};
+      for (const int64_t end = min64(p + kRun, pixels); p < end; ++p) {
+        prefetch_next(x + p * stride);
+        read(x + p * stride);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) q[j] += (v[j] - m[j]) * (v[j] - m[j]);
+        for (int j = 0; j < kVectors; ++j) part[j] += (v[j] - m[j]) * (v[j] - m[j]);
+      }
+      for (int j = 0; j < kVectors; ++j) q[j] += part[j];
     }
   } else {
     // One pass, about the chunk's first pixel. Since that is one of them, the squares about the mean are at least
@@ -112,9 +120,20 @@ template <class T>
 void channel_sums(const T* x, const Pivot<T>& pivot, int64_t pixels, int64_t stride, float* sum, float* square) {
   const float about = kPivot<T> ? value(pivot) : 0.0f;
   float s = 0, q = 0;
-  for (int64_t p = 0; p < pixels; ++p) s += to_float(x[p * stride]) - about;
+  for (int64_t p = 0; p < pixels;) {
+    float part = 0;
+    for (const int64_t end = min64(p + kRun, pixels); p < end; ++p) part += to_float(x[p * stride]) - about;
+    s += part;
+  }
   const float mean = about + s / (float)pixels;
-  for (int64_t p = 0; p < pixels; ++p) q += (to_float(x[p * stride]) - mean) * (to_float(x[p * stride]) - mean);
+  for (int64_t p = 0; p < pixels;) {
+    float part = 0;
+    for (const int64_t end = min64(p + kRun, pixels); p < end; ++p) {
+      const float delta = to_float(x[p * stride]) - mean;
+      part += delta * delta;
+    }
+    q += part;
+  }
   *sum = s;
   *square = q;
 }
@@ -142,13 +161,19 @@ void slab_sums(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t 
 void merge_chunks(const GroupNormSiluArgs& g, const Plan& plan, int64_t n, int64_t c) {
   const int64_t width = min64(kLanes, g.C - c);
   float* first = plan.sums + n * plan.chunks * 2 * g.C + c;
-  VecF total{}, squares{};
-  for (int64_t i = 0; i < plan.chunks; ++i) total += load_first(first + i * 2 * g.C, width);
+  VecF total{}, squares{}, lost_total{}, lost_squares{};
+  const auto add = [](VecF& sum, VecF& lost, VecF term) {  // Kahan's: with what the last addition rounded away
+    term -= lost;
+    const VecF next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
+  };
+  for (int64_t i = 0; i < plan.chunks; ++i) add(total, lost_total, load_first(first + i * 2 * g.C, width));
   const VecF mean = total / (float)g.P;
   for (int64_t i = 0; i < plan.chunks; ++i) {
     const float pixels = (float)min64(kPixels, g.P - i * kPixels);
     const VecF delta = load_first(first + i * 2 * g.C, width) / pixels - mean;
-    squares += load_first(first + (2 * i + 1) * g.C, width) + delta * delta * pixels;
+    add(squares, lost_squares, load_first(first + (2 * i + 1) * g.C, width) + delta * delta * pixels);
   }
   store_first(first, total, width);
   store_first(first + g.C, squares, width);

@@ -20,16 +20,20 @@ template <class T> void add_chunk(Moments& moments, const T* x, int64_t count, d
   for (int64_t i = whole; i < count; i += kLanes) s[0] += load_first(x + i, min64(kLanes, count - i));
   const float mean = reduce_add((s[0] + s[1]) + (s[2] + s[3])) / (float)count;
 
-  for (int64_t i = 0; i < whole; i += 2 * kPair) {
-    __builtin_prefetch(x + i + kChunk);  // the next chunk, while this pass has its own at hand
-    __builtin_prefetch(x + i + kChunk + kPair);
-    load_pair(x + i, v[0], v[1]);
-    load_pair(x + i + kPair, v[2], v[3]);
-    for (int j = 0; j < 4; ++j) {
-      v[j] -= mean;
-      if (kCorrect) d[j] += v[j];
-      q[j] += v[j] * v[j];
+  for (int64_t i = 0; i < whole;) {
+    VecF deviations[4] = {}, squares[4] = {};
+    for (const int64_t end = min64(i + kRun * 2 * kPair, whole); i < end; i += 2 * kPair) {
+      __builtin_prefetch(x + i + kChunk);  // the next chunk, while this pass has its own at hand
+      __builtin_prefetch(x + i + kChunk + kPair);
+      load_pair(x + i, v[0], v[1]);
+      load_pair(x + i + kPair, v[2], v[3]);
+      for (int j = 0; j < 4; ++j) {
+        v[j] -= mean;
+        if (kCorrect) deviations[j] += v[j];
+        squares[j] += v[j] * v[j];
+      }
     }
+    for (int j = 0; j < 4; ++j) d[j] += deviations[j], q[j] += squares[j];
   }
   const int64_t whole_vectors = count / kLanes * kLanes;
   for (int64_t i = whole; i < whole_vectors; i += kLanes) {
