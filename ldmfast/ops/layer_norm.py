@@ -88,7 +88,9 @@ def _reference(x, weight, bias, eps):
     return layer_norm_formula(x, weight, bias, eps).contiguous()
 
 
-def layer_norm_formula(x, weight, bias, eps):
+def layer_norm_formula(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     """torch's LayerNorm of x [..., K]; where its gradient will be asked for, one whose sums are in float32.
 
     On the CPU torch adds up the gradients of a 16-bit weight and bias in their own type: over 4096 rows, bfloat16's

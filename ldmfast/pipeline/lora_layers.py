@@ -50,7 +50,7 @@ def find(network: nn.Module, name: str) -> nn.Module:
     return network
 
 
-def table_of(layer: nn.Module, attribute: str):
+def table_of(layer: nn.Module, attribute: str) -> Any:
     """One of the tables by adapter that peft's layers have, or None: getattr(), which takes its time for a module.
 
     Of a ModuleDict, what it holds: setting an item of it checks names, which here are other adapters' already.

@@ -51,9 +51,9 @@ def _mapped(path: Path, file: safe_open) -> dict[str, torch.Tensor]:
     whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     tensors = {}
     for name, entry in table.items():
-        dtype, (start, end) = _DTYPES.get(entry.get("dtype")), entry.get("data_offsets", (0, 0))
-        if name == "__metadata__":
+        if name == "__metadata__":  # which may be null
             continue
+        dtype, (start, end) = _DTYPES.get(entry["dtype"]), entry["data_offsets"]
         # rare, not where a view may begin, or empty
         if dtype is None or (start + length) % dtype.itemsize or start == end:
             tensors[name] = file.get_tensor(name)

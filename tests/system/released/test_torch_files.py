@@ -177,3 +177,13 @@ def test_a_safetensors_files_tensors_are_as_its_own_reader_gives_them(padding, t
         assert torch.equal(got[name].double(), value.double()) and torch.equal(value.double(), table[name].double())
     got["a"].zero_()
     assert torch.equal(load_file(path)["a"], table["a"])
+
+
+def test_the_metadata_of_a_safetensors_file_may_be_null(tmp_path):
+    path = tmp_path / "file.safetensors"
+    content = save({"a": torch.ones(2)})
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = b'{"__metadata__": null, ' + content[9:end]
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    got, others = read_weights(path)
+    assert torch.equal(got["a"], torch.ones(2)) and others == {}
