@@ -27,7 +27,7 @@ TESTS = (  # a part of tests/: what changes with those packages
     "models/test_unet2d.py",
     "models/test_autoencoder.py",
     "models/test_vq.py",
-    "models/test_dropin.py",
+    "models/dropin",
     "system/test_samplers.py",
     "system/test_pipeline.py",
     "test_load.py",
