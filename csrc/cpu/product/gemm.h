@@ -137,6 +137,8 @@ LDMFAST_INLINE void multiply_rows(int rows, const float* a, const float* b, int6
 
 // ---- packing ----
 
+LDMFAST_INLINE float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) / 64 * 64); }
+
 // A store, and the line of one that follows soon: a store that misses the first-level cache holds up those behind it.
 LDMFAST_INLINE void store_ahead(float* p, int64_t ahead, VecF x) {
   __builtin_prefetch(p + ahead, 1);

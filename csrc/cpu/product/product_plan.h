@@ -68,8 +68,6 @@ template <class M> LDMFAST_INLINE int64_t even_block(int64_t words) {
   return ceil_div(ceil_div(words, blocks), kLanes) * kLanes;
 }
 
-LDMFAST_INLINE float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) / 64 * 64); }
-
 // The rows and columns of a task, and its thread's scratch.
 template <class M> struct Task {
   int64_t m0, m1, n0, n1;

@@ -1,7 +1,7 @@
 // A 3x3 convolution of stride 1 by Winograd's transforms.
 //
 //   for each block of rows of tiles:                       # V of a block stays in the third-level cache
-//     V[P, tiles, words] = B^T d B of all its channels     # all threads, P = kSide^2 products of a tile
+//     V[P, tiles, words] = B^T d B of all its channels     # P = kSide^2 products of a tile
 //     for each kTile output channels (and range of tiles):
 //       for each block of the depth:
 //         U[P, words, kTile] = G g G^T                     # stays in the second-level cache
@@ -9,6 +9,8 @@
 //           M[p, tiles, kTile] += V[p] U[p]                # gemm.h
 //       out = A^T M A, and what follows it
 //
+// Where there are tiles enough each thread has blocks of its own: what one thread writes and another reads crosses from
+// one third-level cache to another. Otherwise all threads share a block, whose weights are transformed once.
 // The input goes through a strip of kSide rows in float32, where its norm is applied and its border is zero.
 #pragma once
 #include "winograd_plan.h"
@@ -26,13 +28,16 @@ template <class M, class T, int kM> struct WinogradConv {
 
   // ---- V ----
 
-  // strip[kSide, width, groups, kStep]: rows of pixels from (y, x) on
-  void gather(int64_t g, int64_t groups, int64_t n, int64_t y, int64_t x, int64_t width, float* strip) const {
+  // strip[kSide, width, groups, kStep]: rows of pixels from (y, x) on. next: how far from its input the next strip's is,
+  // which comes from memory meanwhile
+  void gather(int64_t g, int64_t groups, int64_t n, int64_t y, int64_t x, int64_t width, int64_t next,
+              float* strip) const {
     for (int64_t i = 0; i < kSide; ++i) {
       for (int64_t j = 0; j < width; ++j) {
         for (int64_t k = 0; k < groups; ++k, strip += kStep) {
           const Group group = group_of<M>(a, g + k);
           const T* pixel = pixel_of<T>(a, group, n, y + i, x + j);
+          if (pixel) __builtin_prefetch(pixel + next, 0, 2);
           for (int64_t c = 0; c < kStep; c += kLanes) {
             store(strip + c, pixel ? input_of<T>(a, group, n, pixel, c) : VecF{});
           }
@@ -56,11 +61,12 @@ template <class M, class T, int kM> struct WinogradConv {
     }
   }
 
-  // a strip of tiles from `column` on of a row of tiles, groups from g on
-  void transform_strip(int64_t first_row, int64_t row, int64_t column, int64_t g, int64_t groups, float* strip) const {
+  // a strip of tiles from `column` on of a row of tiles, groups from g on; next: see gather
+  void transform_strip(int64_t first_row, int64_t row, int64_t column, int64_t g, int64_t groups, int64_t next,
+                       float* strip) const {
     const int64_t n = row / p.down, count = min64(kStripTiles, p.across - column), width = count * kM + 2;
     const int64_t y = row % p.down * kM - a.padding, x = column * kM - a.padding;
-    gather(g, groups, n, y, x, width, strip);
+    gather(g, groups, n, y, x, width, next, strip);
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t k = 0; k < groups; ++k) {
         const int64_t tile = (row - first_row) * p.across + column + t;
@@ -134,8 +140,21 @@ template <class M, class T, int kM> struct WinogradConv {
     }
   }
 
+  // What the tile from (y, x) on is written to, and what is added to it, come from memory while the one before it is
+  // written.
+  void prefetch_output(int64_t n, int64_t y, int64_t x, int64_t o) const {
+    for (int64_t i = 0; i < kM; ++i) {
+      const int64_t at = ((n * a.Ho + y + i) * a.Wo + x) * a.Co + o;
+      for (int64_t k = 0; k < kM; ++k) {
+        if (a.residual) __builtin_prefetch((const T*)a.residual + at + k * a.Co);
+        __builtin_prefetch((T*)a.out + at + k * a.Co, 1);
+      }
+    }
+  }
+
   void write_tile(int64_t row, int64_t column, int64_t o, const float* m) const {
     const int64_t n = row / p.down, y = row % p.down * kM, x = column * kM;
+    prefetch_output(n, y, x + kM, o);
     const bool whole = y + kM <= a.Ho && x + kM <= a.Wo && o + kTile <= a.Co;
     for (int64_t j = o; j < min64(o + kTile, a.Co); j += kLanes, m += kLanes) {
       const VecF bias = bias_of<T>(a, n, j);
@@ -168,34 +187,53 @@ template <class M, class T, int kM> struct WinogradConv {
   // the groups of a chunk end here, which a task takes of a strip
   int64_t chunk_end(int64_t i) const { return (i + 1) * (p.words / kLanes) / p.chunks; }
 
-  // all threads of a parallel region
-  void run_block(int64_t first_row, float* scratch) const {
-    const int64_t rows = min64(p.rows, a.N * p.down - first_row);
-    const int64_t tiles = rows * p.across, ranges = ceil_div(tiles, p.range);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < rows * p.strips * p.chunks; ++i) {
-      const int64_t strip = i / p.chunks, row = first_row + strip / p.strips, end = chunk_end(i % p.chunks);
-      for (int64_t g = chunk_end(i % p.chunks - 1); g < end; g += kStripGroups) {
-        transform_strip(first_row, row, strip % p.strips * kStripTiles, g, min64(kStripGroups, end - g), scratch);
-      }
+  // part i of the block's V
+  void run_strip(int64_t first_row, int64_t i, float* scratch) const {
+    const int64_t strip = i / p.chunks, row = first_row + strip / p.strips, column = strip % p.strips * kStripTiles;
+    const int64_t first = chunk_end(i % p.chunks - 1), end = chunk_end(i % p.chunks);
+    for (int64_t g = first; g < end; g += kStripGroups) {
+      const int64_t groups = min64(kStripGroups, end - g);
+      const int64_t aside = kStripTiles * kM / a.upsample * a.stride_x1w - (g - first) * kStep;
+      transform_strip(first_row, row, column, g, groups, g + groups < end ? groups * kStep : aside, scratch);
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < ranges * ceil_div(a.Co, kTile); ++i) {
+  }
+
+  // a block: alone, or by all threads of a parallel region
+  template <bool kAlone> void run_block(int64_t first_row, float* scratch) const {
+    const int64_t rows = min64(p.rows, a.N * p.down - first_row), tiles = rows * p.across;
+    const int64_t parts = rows * p.strips * p.chunks, ranges = ceil_div(tiles, p.range);
+    const auto task = [=](int64_t i) {
       const int64_t first = i % ranges * p.range;
       run_task(first_row, first, min64(p.range, tiles - first), i / ranges * kTile, scratch);
+    };
+    const int64_t tasks = ranges * ceil_div(a.Co, kTile);
+    if constexpr (kAlone) {
+      for (int64_t i = 0; i < parts; ++i) run_strip(first_row, i, scratch);
+      for (int64_t i = 0; i < tasks; ++i) task(i);
+    } else {
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < parts; ++i) run_strip(first_row, i, scratch);
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < tasks; ++i) task(i);
     }
   }
 };
 
 template <class M, class T, int kM> void run_winograd(const Conv2dArgs& a) {
   const WinogradPlan<kM> p = winograd_plan<M, kM>(a);
-  float* v = (float*)(((uintptr_t)a.workspace + 63) / 64 * 64);
-  const WinogradConv<M, T, kM> conv{a, p, v};
+  float* shared = aligned((float*)a.workspace);
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
-    float* scratch = v + p.floats_v + omp_get_thread_num() * p.scratch;
-    scratch = (float*)(((uintptr_t)scratch + 63) / 64 * 64);
-    for (int64_t b = 0; b < p.row_blocks; ++b) conv.run_block(b * p.rows, scratch);
+    const int64_t before = omp_get_thread_num() * (p.own ? p.floats_v + p.scratch : p.scratch);
+    float* v = p.own ? shared + before : shared;
+    const WinogradConv<M, T, kM> conv{a, p, v};
+    float* scratch = p.own ? v + p.floats_v : v + p.floats_v + before;
+    if (p.own) {
+#pragma omp for schedule(dynamic)
+      for (int64_t b = 0; b < p.row_blocks; ++b) conv.template run_block<true>(b * p.rows, scratch);
+    } else {
+      for (int64_t b = 0; b < p.row_blocks; ++b) conv.template run_block<false>(b * p.rows, scratch);
+    }
   }
 }
 
