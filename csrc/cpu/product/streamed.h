@@ -1,6 +1,6 @@
 // The matrix product beneath a few tokens: the weight is read where it lies, once, and nothing of it is packed.
 //
-//   X[words, tokens] = the rows, packed across: kLanes tokens a vector       # all threads; stays in the second level
+//   X[words, tokens] = the rows, packed across: kLanes tokens a vector       # stays in the second level
 //   for each task, a range of output channels and one of tokens:
 //     for each block of the depth:
 //       for each kR rows of the weight:                                      # while the next kR come from memory
@@ -8,6 +8,7 @@
 //           totals[kR, kV * kLanes] += weight * X                            # in registers
 //     finish(the totals, turned round)                                       # a tile of kTile channels of kLanes tokens
 //
+// Where a thread has columns enough it packs all of X for itself: what another one packed would come from its cache.
 // The blocks of the depth are product.h's and so is the order of every sum: both give the same bits.
 #pragma once
 #include "product.h"
@@ -25,6 +26,7 @@ constexpr int streamed_rows(int vectors) {          // rows of the weight likewi
   return kLanes == 16 ? (vectors <= 2 ? 14 : vectors == 3 ? 9 : vectors == 4 ? 6 : 5) : 12 / vectors;
 }
 
+constexpr int64_t kOwnColumns = 128;  // of a thread, from which on it packs X for itself
 constexpr int64_t kRangeTokens = 320, kRangeColumns = 160;  // of a task, at most: its part of X is in the second level
 
 struct StreamedPlan {
@@ -33,24 +35,45 @@ struct StreamedPlan {
   int64_t groups, vectors;      // of tokens; vectors of a group
   int64_t columns, range;       // of a task; groups of one
   int64_t column_tasks, ranges, threads;
+  bool own;                     // whether each thread has an X of its own
   int64_t floats_x, scratch;    // of all X; of a thread
   int64_t lanes() const { return groups * vectors * kLanes; }
   int64_t stride() const { return range * vectors * kLanes; }  // of the totals
-  int64_t floats() const { return floats_x + threads * scratch + 16; }
+  int64_t floats() const { return (own ? threads : 1) * floats_x + threads * scratch + 32; }
 };
+
+// How many of the vectors make a group, such that the fewest are added to fill the last one.
+LDMFAST_INLINE int64_t even_vectors(int64_t vectors, int64_t most) {
+  int64_t best = min64(vectors, most);
+  for (int64_t v = best - 1; v > 1; --v) {
+    if (ceil_div(vectors, v) * v < ceil_div(vectors, best) * best) best = v;
+  }
+  return best;
+}
+
+// How many of the tiles of columns make a task, such that the thread with the most has the fewest.
+LDMFAST_INLINE int64_t even_tiles(int64_t tiles, int64_t threads) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t tasks = 4; tasks > 0; --tasks) {  // of a thread: more of them even out what else a processor does
+    const int64_t some = max64(1, min64(ceil_div(tiles, tasks * threads), kRangeColumns / kTile));
+    const int64_t most = ceil_div(ceil_div(tiles, some), threads) * some;
+    if (most < least) least = most, best = some;
+  }
+  return best;
+}
 
 template <class M> StreamedPlan streamed_plan(const Plan& p) {
   StreamedPlan s = {};
   s.M = p.M, s.N = p.N, s.blocks = p.blocks, s.block_words = p.block_words, s.threads = p.split.threads;
   const int64_t vectors = ceil_div(p.M, kLanes);
-  s.groups = ceil_div(vectors, kMostVectors<M>);
-  s.vectors = M::kTiles ? (vectors > 2 ? 4 : 2) : ceil_div(vectors, s.groups);
-  const int64_t tiles = ceil_div(p.N, kTile), wanted = ceil_div(tiles, 4 * s.threads);
-  s.columns = max64(1, min64(wanted, kRangeColumns / kTile)) * kTile;
+  s.vectors = M::kTiles ? (vectors > 2 ? 4 : 2) : even_vectors(vectors, kMostVectors<M>);
+  s.groups = ceil_div(vectors, M::kTiles ? kMostVectors<M> : s.vectors);
+  s.columns = even_tiles(ceil_div(p.N, kTile), s.threads) * kTile;
   s.column_tasks = ceil_div(p.N, s.columns);
   s.ranges = ceil_div(s.groups * s.vectors * kLanes, kRangeTokens);
   s.range = ceil_div(s.groups, s.ranges), s.ranges = ceil_div(s.groups, s.range);
-  s.floats_x = s.blocks * s.block_words * s.lanes();
+  s.own = p.N >= s.threads * kOwnColumns;
+  s.floats_x = ceil_div(s.blocks * s.block_words * s.lanes(), 16) * 16;
   const int64_t rows = ceil_div(s.block_words, kPart) * kPart * kLanes;
   s.scratch = max64(rows, s.columns * s.stride() + kLanes * kTile) + 16;
   return s;
@@ -212,15 +235,19 @@ template <class M, class Source> struct Streamed {
 };
 
 template <class M, class Source> void run_streamed(const StreamedPlan& p, const Source& source, float* workspace) {
-  float* x = aligned(workspace);
-  const Streamed<M, Source> product{p, source, x};
+  float* shared = aligned(workspace);
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
-    float* scratch = aligned(x + p.floats_x + omp_get_thread_num() * p.scratch);
+    const int64_t thread = omp_get_thread_num(), packings = p.blocks * p.groups * p.vectors;
+    const Streamed<M, Source> product{p, source, shared + (p.own ? thread * p.floats_x : 0)};
+    float* scratch = aligned(shared + (p.own ? p.threads : 1) * p.floats_x + thread * p.scratch);
     [[maybe_unused]] const TilesOf<M> tiles;
+    const auto pack = [&](int64_t i) { product.pack(i / p.blocks, i % p.blocks, scratch); };
+    if (p.own) {
+      for (int64_t i = 0; i < packings; ++i) pack(i);
+    } else {
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < p.blocks * p.groups * p.vectors; ++i) {
-      product.pack(i / p.blocks, i % p.blocks, scratch);
+      for (int64_t i = 0; i < packings; ++i) pack(i);
     }
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < p.column_tasks * p.ranges; ++i) product.run_task(i, scratch);
