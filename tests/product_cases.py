@@ -137,6 +137,11 @@ def convolution_cases():
             everything = convolution(40, 35, H, W, C2=24, plain=False, norm="silu", exact=exact)
             yield Case(CV, f"odd-{H}x{W}{name}", convolution(37, 41, H, W, N=2, exact=exact))
             yield Case(CV, f"everything-{H}x{W}{name}", everything)
+    # Winograd's forms of an enlarged picture and of stride 2, with blocks of a thread's own
+    yield Case(CV, "enlarged-37x45", convolution(40, 35, 37, 45, N=2, C2=24, upsample=2, norm="silu", plain=False))
+    for padding in (0, 2):
+        strided = convolution(40, 35, 81, 75, N=2, C2=24, stride=2, padding=padding, sliced=True, plain=False)
+        yield Case(CV, f"strided-padding-{padding}", strided)
     # by tiles: regions of a thread's own, several images a region, blocks of the depth
     yield Case(CV, "regions-70x150", convolution(40, 35, 70, 150, C2=24, norm="silu", plain=False))
     yield Case(CV, "regions-stride-2", convolution(33, 35, 150, 130, stride=2, plain=False))

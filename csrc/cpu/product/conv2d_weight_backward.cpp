@@ -69,7 +69,7 @@ struct WeightBackward {
         if (y < 0 || z < 0 || y >= a.H || z >= a.W) return VecF{};
         return load_upto(x + y * a.stride_xh + z * a.stride_xw + c, a.Ci - c);
       };
-      transform_input<2>(pixel, [&](int i, int j, VecF y) { store(to + (i * 4 + j) * p.plane_v, y); });
+      transform_input<F2>(pixel, [&](int i, int j, VecF y) { store(to + (i * 4 + j) * p.plane_v, y); });
     }
   }
   void transform_dy(int64_t t, int64_t first) const {

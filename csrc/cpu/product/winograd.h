@@ -1,4 +1,4 @@
-// A 3x3 convolution of stride 1 by Winograd's transforms.
+// A 3x3 convolution by Winograd's transforms.
 //
 //   for each block of rows of tiles:                       # V of a block stays in the third-level cache
 //     V[P, tiles, words] = B^T d B of all its channels     # P = kSide^2 products of a tile
@@ -19,26 +19,26 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-template <class M, class T, int kM> struct WinogradConv {
-  static constexpr int kSide = Winograd<kM>::kSide, kPlanes = kSide * kSide;
-  static constexpr int64_t kStep = kLanes * M::kPack;  // channels of a group
+template <class M, class T, class F> struct WinogradConv {
+  static constexpr int kSide = F::kSide, kPlanes = kSide * kSide, kIn = F::kIn, kOut = F::kOut;
+  static constexpr int64_t kChannels = kLanes * M::kPack;  // of a group
   const Conv2dArgs& a;
-  const WinogradPlan<kM>& p;
+  const WinogradPlan<F>& p;
   float* v;
 
   // ---- V ----
 
-  // strip[kSide, width, groups, kStep]: rows of pixels from (y, x) on. next: how far from its input the next strip's is,
+  // strip[kIn, width, groups, kChannels]: rows of pixels from (y, x) on. next: how far from its input the next strip's is,
   // which comes from memory meanwhile
   void gather(int64_t g, int64_t groups, int64_t n, int64_t y, int64_t x, int64_t width, int64_t next,
               float* strip) const {
-    for (int64_t i = 0; i < kSide; ++i) {
+    for (int64_t i = 0; i < kIn; ++i) {
       for (int64_t j = 0; j < width; ++j) {
-        for (int64_t k = 0; k < groups; ++k, strip += kStep) {
+        for (int64_t k = 0; k < groups; ++k, strip += kChannels) {
           const Group group = group_of<M>(a, g + k);
-          const T* pixel = pixel_of<T>(a, group, n, y + i, x + j);
+          const T* pixel = pixel_of<T>(a, group, n, (y + i) * F::kEnlarged, (x + j) * F::kEnlarged);
           if (pixel) __builtin_prefetch(pixel + next, 0, 2);
-          for (int64_t c = 0; c < kStep; c += kLanes) {
+          for (int64_t c = 0; c < kChannels; c += kLanes) {
             store(strip + c, pixel ? input_of<T>(a, group, n, pixel, c) : VecF{});
           }
         }
@@ -48,13 +48,13 @@ template <class M, class T, int kM> struct WinogradConv {
 
   void transform_tile(const float* d, int64_t row, int64_t column, float* to) const {
     if constexpr (M::kPack == 1) {
-      transform_input<kM>([=](int i, int j) { return load(d + i * row + j * column); },
+      transform_input<F>([=](int i, int j) { return load(d + i * row + j * column); },
                           [=](int i, int j, VecF y) { store_ahead(to + (i * kSide + j) * p.plane_v, kPart, y); });
     } else {
       VecF low[kPlanes];
-      transform_input<kM>([=](int i, int j) { return load(d + i * row + j * column); },
+      transform_input<F>([=](int i, int j) { return load(d + i * row + j * column); },
                           [&](int i, int j, VecF y) { low[i * kSide + j] = y; });
-      transform_input<kM>([=](int i, int j) { return load(d + i * row + j * column + kLanes); },
+      transform_input<F>([=](int i, int j) { return load(d + i * row + j * column + kLanes); },
                           [&](int i, int j, VecF y) {
                             store_ahead(to + (i * kSide + j) * p.plane_v, kPart, M::join(low[i * kSide + j], y));
                           });
@@ -64,15 +64,16 @@ template <class M, class T, int kM> struct WinogradConv {
   // a strip of tiles from `column` on of a row of tiles, groups from g on; next: see gather
   void transform_strip(int64_t first_row, int64_t row, int64_t column, int64_t g, int64_t groups, int64_t next,
                        float* strip) const {
-    const int64_t n = row / p.down, count = min64(kStripTiles, p.across - column), width = count * kM + 2;
-    const int64_t y = row % p.down * kM - a.padding, x = column * kM - a.padding;
+    const int64_t n = row / p.down, count = min64(kStripTiles, p.across - column);
+    const int64_t width = (count - 1) * F::kStep + kIn;
+    const int64_t y = row % p.down * F::kStep - a.padding, x = column * F::kStep - a.padding;
     gather(g, groups, n, y, x, width, next, strip);
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t k = 0; k < groups; ++k) {
         const int64_t tile = (row - first_row) * p.across + column + t;
-        const float* from = strip + (t * kM * groups + k) * kStep;
+        const float* from = strip + (t * F::kStep * groups + k) * kChannels;
         float* to = panel_of(tile, (g + k) * kLanes) + tile % M::kRows * kPart;
-        transform_tile(from, width * groups * kStep, groups * kStep, to);
+        transform_tile(from, width * groups * kChannels, groups * kChannels, to);
       }
     }
   }
@@ -91,7 +92,7 @@ template <class M, class T, int kM> struct WinogradConv {
       prefetch_weights(o, g + i + 1);
       for (int j = 0; j < 2; ++j) {
         int64_t step_i, step_tap;
-        weight_block<T>(a, o + j * kLanes, group, kStep, block, step_i, step_tap);
+        weight_block<T>(a, o + j * kLanes, group, kChannels, block, step_i, step_tap);
         for (int64_t w = 0; w < kLanes; ++w) {
           const float* from = block + w * M::kPack * step_i * kLanes;
           transform_word(from, step_i * kLanes, step_tap * kLanes, u + w * kTile + j * kLanes);
@@ -102,14 +103,14 @@ template <class M, class T, int kM> struct WinogradConv {
   void transform_word(const float* from, int64_t step_i, int64_t step_tap, float* to) const {
     const auto kernel = [=](int i, int j) { return load(from + (i * 3 + j) * step_tap); };
     if constexpr (M::kPack == 1) {
-      transform_weight<kM>(kernel, [=](int i, int j, VecF y) {
+      transform_weight<F>(kernel, [=](int i, int j, VecF y) {
         store_ahead(to + (i * kSide + j) * p.plane_u, 2 * kTile, y);
       });
     } else {
       VecF even[kPlanes];
-      transform_weight<kM>(kernel, [&](int i, int j, VecF y) { even[i * kSide + j] = y; });
+      transform_weight<F>(kernel, [&](int i, int j, VecF y) { even[i * kSide + j] = y; });
       const auto second = [=](int i, int j) { return load(from + step_i + (i * 3 + j) * step_tap); };
-      transform_weight<kM>(second, [&](int i, int j, VecF y) {
+      transform_weight<F>(second, [&](int i, int j, VecF y) {
         const int k = i * kSide + j;
         store_ahead(to + k * p.plane_u, kTile, M::interleave(even[k], y));
       });
@@ -143,9 +144,9 @@ template <class M, class T, int kM> struct WinogradConv {
   // What the tile from (y, x) on is written to, and what is added to it, come from memory while the one before it is
   // written.
   void prefetch_output(int64_t n, int64_t y, int64_t x, int64_t o) const {
-    for (int64_t i = 0; i < kM; ++i) {
+    for (int64_t i = 0; i < kOut; ++i) {
       const int64_t at = ((n * a.Ho + y + i) * a.Wo + x) * a.Co + o;
-      for (int64_t k = 0; k < kM; ++k) {
+      for (int64_t k = 0; k < kOut; ++k) {
         if (a.residual) __builtin_prefetch((const T*)a.residual + at + k * a.Co);
         __builtin_prefetch((T*)a.out + at + k * a.Co, 1);
       }
@@ -153,18 +154,18 @@ template <class M, class T, int kM> struct WinogradConv {
   }
 
   void write_tile(int64_t row, int64_t column, int64_t o, const float* m) const {
-    const int64_t n = row / p.down, y = row % p.down * kM, x = column * kM;
-    prefetch_output(n, y, x + kM, o);
-    const bool whole = y + kM <= a.Ho && x + kM <= a.Wo && o + kTile <= a.Co;
+    const int64_t n = row / p.down, y = row % p.down * kOut, x = column * kOut;
+    prefetch_output(n, y, x + kOut, o);
+    const bool whole = y + kOut <= a.Ho && x + kOut <= a.Wo && o + kTile <= a.Co;
     for (int64_t j = o; j < min64(o + kTile, a.Co); j += kLanes, m += kLanes) {
       const VecF bias = bias_of<T>(a, n, j);
       const auto sums = [=](int i, int k) { return load(m + (i * kSide + k) * p.plane_m); };
       if (whole) {
-        transform_output<kM>(sums, [=](int i, int k, VecF out) {
+        transform_output<F>(sums, [=](int i, int k, VecF out) {
           write_output<T, true>(a, n, (y + i) * a.Wo + x + k, j, bias, out);
         });
       } else {
-        transform_output<kM>(sums, [=](int i, int k, VecF out) {
+        transform_output<F>(sums, [=](int i, int k, VecF out) {
           if (y + i < a.Ho && x + k < a.Wo) write_output<T>(a, n, (y + i) * a.Wo + x + k, j, bias, out);
         });
       }
@@ -193,8 +194,8 @@ template <class M, class T, int kM> struct WinogradConv {
     const int64_t first = chunk_end(i % p.chunks - 1), end = chunk_end(i % p.chunks);
     for (int64_t g = first; g < end; g += kStripGroups) {
       const int64_t groups = min64(kStripGroups, end - g);
-      const int64_t aside = kStripTiles * kM / a.upsample * a.stride_x1w - (g - first) * kStep;
-      transform_strip(first_row, row, column, g, groups, g + groups < end ? groups * kStep : aside, scratch);
+      const int64_t aside = kStripTiles * F::kStep * F::kEnlarged / a.upsample * a.stride_x1w - (g - first) * kChannels;
+      transform_strip(first_row, row, column, g, groups, g + groups < end ? groups * kChannels : aside, scratch);
     }
   }
 
@@ -219,14 +220,14 @@ template <class M, class T, int kM> struct WinogradConv {
   }
 };
 
-template <class M, class T, int kM> void run_winograd(const Conv2dArgs& a) {
-  const WinogradPlan<kM> p = winograd_plan<M, kM>(a);
+template <class M, class T, class F> void run_winograd(const Conv2dArgs& a) {
+  const WinogradPlan<F> p = winograd_plan<M, F>(a);
   float* shared = aligned((float*)a.workspace);
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     const int64_t before = omp_get_thread_num() * (p.own ? p.floats_v + p.scratch : p.scratch);
     float* v = p.own ? shared + before : shared;
-    const WinogradConv<M, T, kM> conv{a, p, v};
+    const WinogradConv<M, T, F> conv{a, p, v};
     float* scratch = p.own ? v + p.floats_v : v + p.floats_v + before;
     if (p.own) {
 #pragma omp for schedule(dynamic)

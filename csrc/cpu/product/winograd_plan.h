@@ -16,8 +16,8 @@ constexpr int64_t kOwnTiles = 128;             // of a thread's own V, at least
 constexpr int64_t kOwnVFloats = 1 << 20;       // of it, if that many tiles need no more
 constexpr int64_t kWeightFloats = 100 * 1024;  // of U at one time: it stays in a second-level cache of 1 MiB
 
-template <int kM> struct WinogradPlan {
-  static constexpr int kSide = Winograd<kM>::kSide, kPlanes = kSide * kSide;
+template <class F> struct WinogradPlan {
+  static constexpr int kPlanes = F::kSide * F::kSide;
   int64_t across, down;          // tiles of an image
   bool own;                      // whether each thread has blocks of its own
   int64_t rows, row_blocks;      // rows of tiles of a block; blocks
@@ -31,9 +31,9 @@ template <int kM> struct WinogradPlan {
   size_t floats;
 };
 
-template <class M, int kM> WinogradPlan<kM> winograd_plan(const Conv2dArgs& a) {
-  WinogradPlan<kM> p;
-  p.across = ceil_div(a.Wo, kM), p.down = ceil_div(a.Ho, kM);
+template <class M, class F> WinogradPlan<F> winograd_plan(const Conv2dArgs& a) {
+  WinogradPlan<F> p;
+  p.across = ceil_div(a.Wo, F::kOut), p.down = ceil_div(a.Ho, F::kOut);
   const int64_t all = a.N * p.down;
   p.words = groups_of<M>(a) * kLanes;
   p.threads = max64(1, omp_get_max_threads());
@@ -59,7 +59,7 @@ template <class M, int kM> WinogradPlan<kM> winograd_plan(const Conv2dArgs& a) {
   p.plane_m = p.range * kTile + kSkew;
   p.floats_v = ceil_div(ceil_div(p.words, p.depth) * p.kPlanes * p.plane_v, 16) * 16;  // whole lines, as of scratch
   p.chunks = p.own ? 1 : max64(1, min64(p.words / kLanes / kStripGroups, 4 * p.threads / (p.rows * p.strips)));
-  const int64_t strip = p.kSide * (kStripTiles * kM + 2) * kStripGroups * kLanes * M::kPack;
+  const int64_t strip = F::kIn * ((kStripTiles - 1) * F::kStep + F::kIn) * kStripGroups * kLanes * M::kPack;
   const int64_t block = kLanes * M::kPack * 9 * kLanes;
   p.scratch = ceil_div(max64(strip, p.kPlanes * (p.plane_u + p.plane_m) + block), 16) * 16;
   p.floats = (size_t)(p.own ? p.threads * (p.floats_v + p.scratch) : p.floats_v + p.threads * p.scratch) + 16;
