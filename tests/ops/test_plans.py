@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmfast import numerics, ops
 from ldmfast.ops import native, operator
+from ldmfast.ops.planning import memory as planning
+from ldmfast.ops.planning.memory import Memory, written
 from ldmfast.ops.registry import BACKWARD_OPS, OPS, Plans, choose_anew
 
 BACKENDS = ("cpu", "cuda-host")
@@ -63,7 +66,7 @@ def test_other_numbers_in_the_same_places(case, backend):
 def is_native(op):
     """Whether the op's one plan launches without its Python."""
     (plan,) = op.plans.values()
-    return plan.__module__ == native.__name__
+    return plan.__module__ == planning.__name__
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -293,6 +296,51 @@ def test_fresh_memory_is_poisoned_as_ever(monkeypatch):
     finally:
         native.module("cpu").set_launching(True)
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4, 6), (0, 8, 4, 6), (2, 8, 1, 1)], ids=str)
+@pytest.mark.parametrize("inference", [False, True])
+def test_memory_is_as_torch_makes_it(shape, inference):
+    """The lines that a plan makes its tensors by, and those for when they will not do."""
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        like = x.contiguous(memory_format=layout)
+        memory = Memory((like,), (torch.empty_like(like), like.new_empty(3, 5, dtype=torch.float32)), (like,))
+        with torch.inference_mode(inference):
+            made, wanted = (
+                written([*lines, "return made0, made1, made2"], memory.known)((like,))
+                for lines in (memory.lines, memory.slow_lines)
+            )
+        for tensor, other in zip(made, wanted, strict=True):
+            assert (tensor.shape, tensor.stride(), tensor.dtype) == (other.shape, other.stride(), other.dtype)
+            assert torch._C._dispatch_keys(tensor) == torch._C._dispatch_keys(other)
+            assert tensor.is_inference() == inference == other.is_inference()
+        assert made[0].stride() == like.stride() and made[2].nbytes == like.nbytes
+
+
+def test_memory_on_another_device_than_the_current_one(monkeypatch):
+    """Torch's quick function knows the current device alone."""
+    memory = Memory((SimpleNamespace(device=torch.device("cuda", 1)),), ())
+    plan = written([f"return {memory.plainly}"], memory.known | {"current_device": lambda: current})
+    for current in (0, 1):
+        assert plan(()) == (current != 1)
+    monkeypatch.setitem(memory.known, "deterministic", lambda: True)
+    assert written([f"return {memory.plainly}"], memory.known)(())
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "attention"])
+def test_a_torch_without_the_quick_function(name, monkeypatch):
+    op = OPS[name]
+    args = op.example(torch.float32, "cpu")
+    plain = op.run(*args, "cpu")
+    monkeypatch.setattr(planning, "_EMPTY", {})
+    op.plans.clear()
+    try:
+        for _ in range(3):
+            assert torch.equal(op(*args, "cpu"), plain)
+        assert len(op.plans) == 1
+    finally:
+        op.plans.clear()
 
 
 def test_what_is_replaced_is_asked_again(monkeypatch):
