@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   float* stats = p.stats + int64_t(blockIdx.x) * kStats;
   if (threadIdx.x == 0) stats[3] = d, stats[4] = dx;
   for (int64_t c = first + threadIdx.x; c < first + width; c += kThreads) {
-    const Channel channel = channel_of(p, n, c, group);
+    const Channel channel = channel_of(p, n, group, group_norm::affine_of(a, n, c));
     float* all = sums + 2 * a.N * a.C + c;                        // what lies there is the sum of xhat
     *all = channel.rstd * (channel.gain * sums[c] - static_cast<float>(a.P) * d - *all * dx);
   }
@@ -177,6 +177,7 @@ template <typename T, int V, bool CL> void start(Params p, const Launch& where) 
   if (CL) {
     p.columns = Divisor(a.C / V < kThreads ? a.C / V : kThreads);
     p.tiles = Divisor(ceil_div(a.C / V, p.columns.value));
+    p.wide = group_norm::can_access_rows(a, V);
   }
   const int64_t blocks = CL ? a.N * p.tiles.value * p.slices.value : ceil_div(a.N * a.C * p.slices.value, kWarps);
   launch<finish_kernel>(op, p, ceil_div(a.N * a.groups, kWarps), kThreads, 0, where);
