@@ -3,7 +3,8 @@
 // 1 the moments of slices (the forward's kernel), 2 each group's mean and 1 / std, 3 each channel's sums of g, g * xhat
 // and xhat over slices, 4 the sums of the slices and each group's means of d and d * xhat, 5 dx. The sum of dx follows
 // from those of 3, so nothing is read for it. x is read three times and dy twice, where [2, 320, 64, 64] in 16 bits, 5
-// MB each, stays in the L2 cache (50 MB) from the first read on: 16 MB from and to memory, 5.2 us at 3 TB/s.
+// MB each, stays in the L2 cache (50 MB) from the first read on: 16 MB from and to memory, 5.2 us at 3 TB/s. With five
+// launches, and some 790 instructions of a thread's 8 channels in 3 and 5 before its first x, 14 to 20 are predicted.
 #include "group_norm_silu_backward.cuh"
 #include "group_norm_silu_plan.h"
 
