@@ -6,7 +6,7 @@
 // with every field of AttentionArgs by its name, in any order, but for the workspace: the binding asks allocate(bytes)
 // for it. A pointer is a tensor or None. No torch here either: a tensor is what has a data_ptr().
 // A dict, since keywords cost 1 us more: they are packed twice on the way. A call that comes again with other addresses
-// alone is prepared once and then takes these (ldmfast/ops/plans.py):
+// alone is prepared once and then takes these (ldmfast/ops/native.py):
 //
 //     again = module.prepare_attention({"q": q, ...}, ("q", "k", "v", "out"))
 //     again((q, k, v, out), device, stream, allocate)

@@ -45,7 +45,8 @@ def calls():
     time_layers = empty(1280, 320), empty(1280), empty(1280, 1280), empty(1280)
     t, latents, outputs = empty(2, kind=torch.float32), empty(1, 4, 64, 64), empty(2, 4, 64, 64)
     table, at = empty(1000, 7, kind=torch.float32), torch.tensor([500])
-    residual = q.view(2, 4096, 320)
+    residual, wide, three = q.view(2, 4096, 320), empty(2, 4096, 2560), [empty(320, 320) for _ in range(3)]
+    other = torch.empty_like(x)
     named = {"norm_scale": factors, "norm_shift": factors.clone(), "norm_silu": True}
     yield "group_norm_silu", "", lambda b: ops.group_norm_silu(x, row, shift, 32, backend=b)
     yield "group_norm_silu", "add", lambda b: ops.group_norm_silu(x, row, shift, 32, add=rows, backend=b)
@@ -57,6 +58,10 @@ def calls():
     yield "linear", "residual", lambda b: ops.linear(tokens, weight, row, residual=residual, backend=b)
     yield "conv2d", "", lambda b: ops.conv2d(x, kernel, row, padding=1, backend=b)
     yield "conv2d", "norm", lambda b: ops.conv2d(x, kernel, row, padding=1, add=rows, **named, backend=b)
+    yield "geglu", "", lambda b: ops.geglu(wide, backend=b)
+    yield "bias_residual", "", lambda b: ops.bias_residual(x, row, residual=other, backend=b)
+    yield "residual_layer_norm", "", lambda b: ops.residual_layer_norm(tokens, residual, row, shift, backend=b)
+    yield ("qkv_projection", "", lambda b: ops.qkv_projection(tokens, *three, layer_norm=(row, shift, 1e-5), backend=b))
     yield "ddim_step", "numbers", lambda b: ops.ddim_step(latents, outputs, 0.3, 0.5, guidance=7.5, backend=b)
     if "row" in ops.ddim_step.__kwdefaults__:
         yield (
@@ -139,13 +144,13 @@ def main() -> int:
         measure(options.here, options.rounds, options.wrapper)
         return 0
     over = 0
-    print(f"{'op':18} {'':9} {'backend':10} {'us a call':>9} {'first':>6}")
+    print(f"{'op':20} {'':9} {'backend':10} {'us a call':>9} {'first':>6}")
     for backend in options.backend:
         command = [sys.executable, __file__, "--here", backend, "--rounds", str(options.rounds)]
         command += ["--wrapper"] if options.wrapper else []
         found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         for name, what, repeated, new in map(json.loads, found.stdout.splitlines()):
-            print(f"{name:18} {what:9} {backend:10} {repeated:9.1f} {new if new is not None else '':>6}")
+            print(f"{name:20} {what:9} {backend:10} {repeated:9.1f} {new if new is not None else '':>6}")
             over += options.most is not None and repeated > options.most
     return 1 if over else 0
 

@@ -59,9 +59,22 @@ def ddim_step(
     Traffic: 4 * sample bytes, 5 with guidance, 1 more for each of `history`.
     Source: Song et al. 2021 (arXiv 2010.02502), equation 12; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
-    alphas = alpha_t, alpha_prev, guidance, sigma
-    given = _arguments(sample, model_output, *alphas, noise, prediction, clip, table, row, weights, history)
-    return op(*given, backend)
+    first = _arguments(
+        sample,
+        model_output,
+        alpha_t,
+        alpha_prev,
+        guidance,
+        sigma,
+        noise,
+        prediction,
+        clip,
+        table,
+        row,
+        weights,
+        history,
+    )
+    return op(*first, backend)
 
 
 _NONE = Values()

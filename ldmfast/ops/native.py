@@ -15,7 +15,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import operator
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from ldmfast.ops.dispatcher import Values
+from ldmfast.ops.planning.memory import Memory, allocator, current_device, quick_allocator, raw_stream, written
 from ldmfast.ops.registry import Choice
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
@@ -119,19 +119,10 @@ def place(tensor: torch.Tensor) -> tuple[int, int, Callable[[int], torch.Tensor]
     if not tensor.is_cuda:
         return _HOST
     index = tensor.device.index
-    return index, raw_stream(index), _allocator(tensor.device)
+    return index, raw_stream(index), allocator(tensor.device)
 
 
-@functools.cache
-def _allocator(device: torch.device) -> Callable[[int], torch.Tensor]:
-    with torch.inference_mode(False):  # it outlives this call
-        return torch.empty(0, dtype=torch.uint8, device=device).new_empty  # a third less than torch.empty
-
-
-_HOST = (-1, 0, _allocator(torch.device("cpu")))
-# the stream's address without an object about it: 0.1 us; a build of torch without CUDA has no such functions
-raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-current_device = getattr(torch._C, "_cuda_getDevice", None)
+_HOST = (-1, 0, allocator(torch.device("cpu")))
 
 
 def there(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -225,25 +216,34 @@ def _planned(name: str, function: Callable, args: tuple) -> tuple[Any, Callable 
 def _again(
     prepared: Callable, places: tuple[int, ...], args: tuple, outputs: tuple, constants: list, several: bool
 ) -> Callable:
-    """The function of the op's arguments, the backend's name last, that allocates the outputs and launches."""
-    taken = operator.itemgetter(*places)
+    """The function of the op's arguments, the backend's name last, that allocates the outputs and launches.
+
+    Written out, of a call that takes two arguments on the CPU:
+
+        def plan(args):
+            if deterministic():
+                return slowly(args)
+            made0 = empty(size0, stride0, dtype0)
+            launch((args[0], args[1], made0), -1, 0, allocate)
+            return made0
+    """
     index, _, allocate = place(args[0])
-    stream_of = raw_stream if args[0].is_cuda else lambda index: 0
-    launch = _on(index, prepared) if args[0].is_cuda else prepared
-    makers = [maker_of(output, args) for output in outputs]
-    ((like, make), *_) = makers
-
-    def one(args):
-        out = make(args[like])
-        launch(taken((*args, out, *constants)), index, stream_of(index), allocate)
-        return out
-
-    def all_of_them(args):
-        made = tuple([make(args[like]) for like, make in makers])
-        launch(taken((*args, *made, *constants)), index, stream_of(index), allocate)
-        return made
-
-    return all_of_them if several else one
+    memory = Memory(args, outputs)
+    names = [*(f"args[{i}]" for i in range(len(args))), ""]  # the backend's name is no value of a launch
+    names += [*(f"made{i}" for i in range(len(outputs))), *(f"constant{i}" for i in range(len(constants)))]
+    taken = "".join(f"{names[i]}, " for i in places)
+    stream = f"raw_stream({index})" if args[0].is_cuda else "0"
+    returned = ", ".join(f"made{i}" for i in range(len(outputs))) + "," * several
+    after = [f"launch(({taken}), {index}, {stream}, allocate)", f"return {returned}"]
+    known = memory.known | {f"constant{i}": tensor for i, tensor in enumerate(constants)}
+    slowly = written(
+        [*memory.slow_lines, *after],
+        known | {"launch": _on(index, prepared) if args[0].is_cuda else prepared, "allocate": allocate},
+    )
+    if memory.lines is None:
+        return slowly
+    known |= {"launch": prepared, "allocate": quick_allocator(args[0].device.type), "slowly": slowly}
+    return written([f"if {memory.plainly}:", "    return slowly(args)", *memory.lines, *after], known)
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:
@@ -282,14 +282,3 @@ def _places(fields: dict, args: tuple, outputs: tuple) -> dict[str, int] | None:
     values = [i for i, value in enumerate(args) if isinstance(value, Values) and value]
     complete = None not in found.values() and set(values) <= set(found.values())
     return found if complete and all(len(args) + 1 + j in found.values() for j in range(len(outputs))) else None
-
-
-def maker_of(output: torch.Tensor, args: tuple) -> tuple[int, Callable[[torch.Tensor], torch.Tensor]]:
-    """(the place of an argument, what makes a tensor of it that is laid out as output is)"""
-    alike = [i for i, value in enumerate(args) if isinstance(value, torch.Tensor) and value.dtype is output.dtype]
-    for i in alike:
-        if args[i].shape == output.shape and torch.empty_like(args[i], device="meta").stride() == output.stride():
-            return i, torch.empty_like  # with the least to read of all
-    kind = {} if alike else {"dtype": output.dtype}
-    make = operator.methodcaller("new_empty_strided", output.shape, output.stride(), **kind)
-    return (alike[0] if alike else 0), make

@@ -14,7 +14,6 @@ tests/ops/test_triton_plans.py compares with the wrapper's own choice.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 
 from ldmfast.kernels.launch_kernel import watched
-from ldmfast.ops import native
 from ldmfast.ops.dispatcher import Values
-from ldmfast.ops.native import current_device, is_constant, maker_of, raw_stream
+from ldmfast.ops.native import is_constant
+from ldmfast.ops.planning.memory import Memory, written
 
 _address = torch.Tensor.data_ptr
 _aten = torch.ops.aten
@@ -117,27 +116,24 @@ def _plan(watch: _Watch, args: tuple, outputs: tuple, several: bool) -> Callable
     found = _places(watch.launches, pool, numbers)
     if found is None:
         return None
-    makers = [maker_of(output, args) for output in outputs] + [(0, _bytes_of(tensor)) for tensor in workspace]
+    memory = Memory(args, outputs, workspace)
     at = next((i for i, value in enumerate(args) if type(value) is Values), None)
     names = [*(f"args[{i}]" for i in range(len(args))), ""]
-    names += [*(f"made{i}" for i in range(len(makers))), *(f"constant{i}" for i in range(len(constants)))]
+    names += [f"made{i}" for i in range(len(results) + len(workspace))]
+    names += [f"constant{i}" for i in range(len(constants))]
     launches = _Launches(watch.launches, *found[1:], args[0].device)
-    known = {f"make{i}": make for i, (_, make) in enumerate(makers)}
-    known |= {f"constant{i}": tensor for i, tensor in enumerate(constants)}
+    known = memory.known | {f"constant{i}": tensor for i, tensor in enumerate(constants)}
     returned = ", ".join(f"made{i}" for i in range(len(results))) + "," * several
-    return launches.plan(
-        made=[f"made{i} = make{i}(args[{like}])" for i, (like, _) in enumerate(makers)],
-        tensors=[names[place] for place in found[0]],
-        numbers=f"[*map(float, args[{at}])]" if numbers else "()",
-        returned=returned,
-        known=known,
-    )
-
-
-def _bytes_of(tensor: torch.Tensor) -> Callable:
-    """What makes memory of its size: a kernel sees nothing but its address, so by what takes the least time."""
-    size, allocate = tensor.numel() * tensor.element_size(), native.place(tensor)[2]
-    return lambda like: allocate(size)
+    rest = {
+        "tensors": [names[place] for place in found[0]],
+        "numbers": f"[*map(float, args[{at}])]" if numbers else "()",
+        "returned": returned,
+    }
+    slowly = launches.plan(memory.slow_lines, known=known, **rest)
+    if memory.lines is None:
+        return slowly
+    lines = [f"if {memory.plainly}:", "    return slowly(args)", *memory.lines]
+    return launches.plan(lines, known=known | {"slowly": slowly}, **rest)
 
 
 def _whole(output: torch.Tensor, made: Sequence[torch.Tensor]) -> int | None:
@@ -184,15 +180,6 @@ def _places(launches: list[_Launch], pool: list, numbers: list[float]) -> tuple[
     return list(used), list(used.values()), orders, fixed
 
 
-@functools.lru_cache(maxsize=1024)
-def _function(lines: str, known: tuple[str, ...]) -> Callable:
-    """What makes a plan of these lines and the values of these names: an op's plans are alike but for the values, and
-    a function reads those of one about it in a fifth of the time that globals take."""
-    found: dict[str, Callable] = {}
-    exec(f"def make({', '.join(known)}):\n    def plan(args):\n        {lines}\n    return plan", found)
-    return found["make"]
-
-
 class _Launches:
     """The launches of a plan, and the binaries that Triton chose for them."""
 
@@ -202,13 +189,15 @@ class _Launches:
         self.binaries: dict[Any, list[tuple]] = {}  # by which addresses are multiples of 16; 0 where all are
         self.index = device.index if device.type == "cuda" else None
 
-    def plan(self, made: list[str], tensors: list[str], numbers: str, returned: str, known: dict) -> Callable:
+    def plan(self, made: list[str], *, tensors: list[str], numbers: str, returned: str, known: dict) -> Callable:
         """The function of a call's arguments, written out: going through lists of them takes longer than the launches.
 
         Of one launch that takes an argument and what it returns:
 
             def plan(args):
-                made0 = make0(args[0])
+                if deterministic():
+                    return slowly(args)
+                made0 = empty(size0, stride0, dtype0)
                 tensor0, tensor1 = address(args[0]), address(made0)
                 key = (tensor0 | tensor1) & 15
                 if key:
@@ -223,7 +212,7 @@ class _Launches:
         """
         addresses = [f"tensor{i}" for i in range(len(tensors))]
         counted = sorted({f"number{i}" for order in self.orders for kind, i in order if kind == "number"})
-        elsewhere = "" if self.index is None else f" or current_device() != {self.index}"
+        elsewhere = "" if self.index is None or "slowly" in known else f" or current_device() != {self.index}"
         lines = [
             *made,
             f"{', '.join(addresses)}, = {', '.join(f'address({name})' for name in tensors)},",
@@ -245,12 +234,12 @@ class _Launches:
             values = ", ".join(f"{kind}{j}" for kind, j in order)
             lines.append(f"run{i}(x{i}, y{i}, z{i}, {stream}, function{i}, packed{i}, None, None, None, {values})")
         lines.append(f"return {returned}")
-        known |= {f"fixed{i}": value for i, value in enumerate(self.fixed)}
+        known = known | {f"fixed{i}": value for i, value in enumerate(self.fixed)}
         for i, (_, grid, _) in enumerate(self.launches):
             known |= zip((f"x{i}", f"y{i}", f"z{i}"), (*grid, 1, 1), strict=False)
         known |= {"address": _address, "kept": self.binaries.get, "asked_otherwise": _asked_otherwise}
-        known |= {"through_triton": self.through_triton, "raw_stream": raw_stream, "current_device": current_device}
-        return _function("\n        ".join(lines), tuple(known))(*known.values())
+        known |= {"through_triton": self.through_triton}
+        return written(lines, known)
 
     def through_triton(self, key: Any, tensors: tuple, numbers: Sequence[float]) -> None:
         given = {"tensor": [t.view(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]}

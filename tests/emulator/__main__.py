@@ -23,8 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from emulated import every_call, failure, refused, settings_of
-from mutations import RUNS, noticed, sites
+from emulated import BACKEND, every_call, failure, refused, settings_of
+from mutations import RUNS, newer_than, noticed, sites
+
+from ldmfast.ops import native
 
 
 def main() -> int:
@@ -104,6 +106,9 @@ def _tried(number: int) -> tuple[int, float | None, str | None]:
 
 
 def _mutations(given) -> int:
+    if newer := newer_than(Path(native.module(BACKEND).__file__).stat().st_mtime):
+        print(f"{newer[0]} was changed after the module was built: make host-kernels", file=sys.stderr)
+        return 1
     rows, start = [], time.perf_counter()
     width = max(len(str(site)) for site in sites())
     print(f"{'':{width}}  " + "  ".join(f"{run:8}" for run in RUNS))

@@ -71,6 +71,12 @@ def sites() -> Iterator[Site]:
                     yield Site(file, number, match[1], "RELAX")
 
 
+def newer_than(built: float) -> list[str]:
+    """Sources that were written after this time: a module built then knows other lines than `sites`, or other code."""
+    paths = sorted([*SOURCES.rglob("*.cu"), *SOURCES.rglob("*.cuh"), *SOURCES.rglob("*.h")])
+    return [str(path.relative_to(SOURCES)) for path in paths if path.stat().st_mtime > built]
+
+
 def chosen_calls(op: str) -> list[Call]:
     """float16 where tensor cores differ from float32, which is there for the plain kernels."""
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from cases import CASES, SMALL
 from emulated import BACKEND, NO_CLUSTERS, SLABS, Call, calls, failure, settings_of
-from mutations import SOURCES, WAIT, Site, sites
+from mutations import SOURCES, WAIT, Site, newer_than, sites
 
 from ldmfast.ops import native
 from ldmfast.ops.registry import OPS
@@ -110,6 +111,11 @@ def test_every_primitive_is_a_mutant():
         if ("__syncthreads(" in line or "__syncwarp(" in line) and (path.name, number) not in found
     ]
     assert not unseen
+
+
+def test_a_source_that_is_newer_than_the_module_is_seen():
+    """Its lines may be others than the module's, and then nothing would notice a mutant."""
+    assert newer_than(math.inf) == [] and {site.file.as_posix() for site in sites()} <= set(newer_than(0.0))
 
 
 def test_a_planted_race_in_global_memory(monkeypatch):

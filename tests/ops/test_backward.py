@@ -22,6 +22,7 @@ from test_ops_numbers import BACKENDS, poisoned  # noqa: F401 - the fixture appl
 from torch.library import opcheck
 
 from ldmfast import ops
+from ldmfast.ops import native
 from ldmfast.ops.operator import Op
 from ldmfast.ops.registry import BACKWARD_OPS, OPS
 
@@ -156,6 +157,40 @@ def test_an_op_that_only_autograd_calls_has_no_derivative():
     out = BACKWARD_OPS["ddim_step_backward"](grads[0].requires_grad_(), *grads[1:], *arguments[:7], None)
     with pytest.raises(NotImplementedError, match="ddim_step_backward: has no derivative"):
         out[0].sum().backward()
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cuda", "cuda-host") if not native.missing(name)])
+@pytest.mark.parametrize("others", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_a_norms_parameters_may_begin_anywhere(dtype, others, backend):
+    """A vector's channels have theirs loaded together where these lie so, else one by one: the same bits."""
+    if others not in (dtype, torch.float32):
+        pytest.skip("no such parameters")
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, 64, 5, 3, generator=generator, dtype=torch.float32).to(dtype) for _ in range(2))
+    rows = [torch.randn(size, generator=generator).to(others) for size in ((64,), (64,), (2, 64), (2, 64), (2, 64))]
+    with torch.device(home(backend)):
+        x, dy, *rows = (value.to(home(backend)) for value in (x, dy, *rows))
+        x, dy = (value.contiguous(memory_format=torch.channels_last) for value in (x, dy))
+
+        def found(moved):
+            laid = [row if i not in moved else moved_by_one(row) for i, row in enumerate(rows)]
+            weight, bias, add, scale, shift = laid
+            args = x, weight, bias, 8, 1e-5, True, add, scale, shift
+            leaves = [value.detach().requires_grad_() if isinstance(value, torch.Tensor) else value for value in args]
+            y = OPS["group_norm_silu"](*leaves, backend)
+            return torch.autograd.grad(y, [value for value in leaves if isinstance(value, torch.Tensor)], dy)
+
+        aligned = found(())
+        for moved in ([0], [1], [2], [3], [4], range(5)):
+            assert all(map(torch.equal, found(moved), aligned)), moved
+
+
+def moved_by_one(row):
+    """A copy that begins one element later, whose rows are one element further apart."""
+    wide = row.new_zeros(*row.shape[:-1], row.shape[-1] + 1)
+    wide[..., 1:] = row
+    return wide[..., 1:]
 
 
 def worst_row(op, backend, dtype, big):

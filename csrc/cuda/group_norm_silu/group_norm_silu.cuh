@@ -71,6 +71,48 @@ template <typename Args> __device__ __forceinline__ Affine affine_of(const Args&
           bits_as_float(bias, a.param_dtype) * factor + bits_as_float(shift, a.mod_dtype)};
 }
 
+// The same of V neighbouring channels, each parameter by one access of 16 bytes, or two where it is float32 beside
+// 16-bit elements: their conversion waits until all are on their way. packed: two 16-bit elements a word.
+template <int V> struct Row {
+  uint32_t w[V];
+  DType d;
+  __device__ __forceinline__ Row(const void* p, int64_t at, DType d) : w{}, d(d) {
+    if (!p) return;
+    if (d == DType::kFloat32) load_pieces(static_cast<const uint32_t*>(p) + at, w);
+    else load_words(static_cast<const uint16_t*>(p) + at, reinterpret_cast<uint32_t (&)[V / 2]>(w));
+  }
+  __device__ __forceinline__ float operator[](int j) const {
+    if (d == DType::kFloat32) return bits_to_float(w[j]);
+    const uint32_t word = w[j / 2];
+    return bits_as_float(j % 2 ? word >> 16 : word & 0xFFFF, d);
+  }
+  // V words, 4 an access
+  static __device__ __forceinline__ void load_pieces(const uint32_t* p, uint32_t (&w)[V]) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) load_words(p + i, reinterpret_cast<uint32_t (&)[4]>(w[i]));
+  }
+};
+template <int V, typename Args>
+__device__ __forceinline__ void affine_of(const Args& a, int64_t n, int64_t c, Affine (&f)[V]) {
+  const Row<V> scale(a.scale, n * a.stride_scale + c, a.mod_dtype), shift(a.shift, n * a.stride_shift + c, a.mod_dtype);
+  const Row<V> add(a.add, n * a.stride_add + c, a.mod_dtype);
+  const Row<V> weight(a.weight, c, a.param_dtype), bias(a.bias, c, a.param_dtype);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const float factor = 1.0f + scale[j];
+    f[j] = {add[j], (a.weight ? weight[j] : 1.0f) * factor, bias[j] * factor + shift[j]};
+  }
+}
+// whether that can be: c is a multiple of V
+template <typename Args> inline bool can_access_rows(const Args& a, int64_t v) {
+  const size_t params = v * size_of(a.param_dtype), mods = v * size_of(a.mod_dtype);
+  const auto row = [&](const void* p, size_t bytes, int64_t stride) {
+    return !p || (aligned(p, bytes < 16 ? bytes : 16) && (a.N == 1 || stride % v == 0));
+  };
+  return row(a.weight, params, 0) && row(a.bias, params, 0) && row(a.add, mods, a.stride_add) &&
+         row(a.scale, mods, a.stride_scale) && row(a.shift, mods, a.stride_shift);
+}
+
 // this block's place: sample n, first group and channel, its slice of the task
 struct Place {
   int64_t n, group, channel;

@@ -26,6 +26,7 @@ struct Params {
   Divisor slices;         // of the P pixels
   int slice;              // pixels a slice
   Divisor columns, tiles;  // channels_last: vectors a tile of channels, tiles
+  bool wide;              // and the parameters of a vector's channels lie so that they are loaded together
 };
 
 // What a channel of one sample needs: xhat = (x + center) * rstd + rest, z = xhat * gain + offset (see Normal)
@@ -33,10 +34,9 @@ struct Channel { float center, rstd, rest, gain, offset; };
 __device__ __forceinline__ float* stats_of(const Params& p, int64_t n, int64_t group) {
   return p.stats + (n * p.a.groups + group) * kStats;
 }
-__device__ __forceinline__ Channel channel_of(const Params& p, int64_t n, int64_t c, int64_t group) {
+__device__ __forceinline__ Channel channel_of(const Params& p, int64_t n, int64_t group, const group_norm::Affine& f) {
   const float* stats = stats_of(p, n, group);
   const float mean = stats[0], rest = stats[1], rstd = stats[2];
-  const group_norm::Affine f = group_norm::affine_of(p.a, n, c);
   const float2 center = group_norm::exact_sum(f.add, -mean);
   return {center.x, rstd, (center.y - rest) * rstd, f.gain, f.offset};
 }
@@ -85,8 +85,15 @@ template <int V, bool CL> struct Place {
     end = static_cast<int>(stop < p.a.P ? stop : p.a.P);
   }
   __device__ __forceinline__ void channels(const Params& p, Channel (&channel)[CL ? V : 1]) const {
+    group_norm::Affine f[CL ? V : 1];
+    if (CL && V > 1 && p.wide) {
+      if constexpr (CL && V > 1) group_norm::affine_of(p.a, n, c, f);
+    } else {
 #pragma unroll
-    for (int j = 0; j < (CL ? V : 1); ++j) channel[j] = channel_of(p, n, c + j, group(p, j));
+      for (int j = 0; j < (CL ? V : 1); ++j) f[j] = group_norm::affine_of(p.a, n, c + j);
+    }
+#pragma unroll
+    for (int j = 0; j < (CL ? V : 1); ++j) channel[j] = channel_of(p, n, group(p, j), f[j]);
   }
   // of channel c + j: the first one's is divided out once a thread
   __device__ __forceinline__ int group(const Params& p, int j) const {
