@@ -60,7 +60,7 @@ op-tests:
 interpreted:
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/test_triton.py \
 		tests/ops/test_triton_backward.py tests/ops/test_triton_plans.py tests/ops/test_ops_numbers.py \
-		tests/models/test_gpu_way.py -k triton
+		tests/ops/test_elements.py tests/models/test_gpu_way.py -k triton
 
 # Where nvcc is: the module (beside the package, where no driver would run it), then registers, shared memory and spills.
 nvcc:

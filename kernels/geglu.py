@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from ldmfast.kernels.gelu import gelu
 from ldmfast.kernels.launch_kernel import launch_kernel
 
 BLOCK = 1024
@@ -22,7 +23,7 @@ def geglu_kernel(
     x_ptr += row * stride_x
     h = tl.load(x_ptr + offs, mask, other=0.0).to(tl.float32)
     g = tl.load(x_ptr + F + offs, mask, other=0.0).to(tl.float32)
-    out = h * (0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476)))
+    out = h * gelu(g)
     tl.store(out_ptr + row * F + offs, out.to(out_ptr.dtype.element_ty), mask)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from ldmfast.kernels.gelu import gelu
 from ldmfast.kernels.launch_kernel import launch_kernel
 
 
@@ -23,7 +24,8 @@ from ldmfast.kernels.launch_kernel import launch_kernel
 def _row_moments(
     x_ptr, lane_k, mask_m, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr  # x_ptr: [BLOCK_M, 1], at the rows
 ):  # fmt: skip
-    """Mean and 1 / deviation of each row, [BLOCK_M] float32: two passes over a block, blocks combined."""
+    """Mean and 1 / deviation of each row, [BLOCK_M] float32: two passes over a block, blocks combined; a block's
+    mean once more from what is left, without which a row of like elements would be roundings times 1 / sqrt(eps)."""
     mean = tl.zeros([BLOCK_M], tl.float32)
     m2 = tl.zeros([BLOCK_M], tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -32,15 +34,13 @@ def _row_moments(
         count = tl.minimum(K - k, BLOCK_K).to(tl.float32)
         block_mean = tl.sum(x, axis=1) / count
         off = tl.where((lane_k < K - k)[None, :], x - block_mean[:, None], 0.0)
+        by = tl.sum(off, axis=1) / count
+        off = tl.where((lane_k < K - k)[None, :], off - by[:, None], 0.0)
+        block_mean += by
         delta, before = block_mean - mean, tl.cast(k, tl.float32)
         m2 += tl.sum(off * off, axis=1) + delta * delta * (before * count / (before + count))
         mean += delta * (count / (before + count))
     return mean, 1.0 / tl.sqrt(m2 / K + eps)
-
-
-@triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
@@ -106,9 +106,9 @@ def linear_fused_kernel(
         if GEGLU:
             g += tl.load(bias_ptr + N + offs_n, mask_n, other=0.0).to(tl.float32)[None, :]
     if GEGLU:
-        h *= _gelu(g)
+        h *= gelu(g)
     elif ACTIVATION == "gelu":
-        h = _gelu(h)
+        h = gelu(h)
     elif ACTIVATION == "silu":
         h = h / (1.0 + tl.exp(-h))
     mask = mask_m[:, None] & mask_n[None, :]

@@ -1,6 +1,7 @@
 """s = x + residual and LayerNorm(s) in one pass, in Triton: a program keeps its rows in registers.
 
-Statistics are of s as rounded, in float32, in two passes over the registers.   Source: Ba, Kiros & Hinton 2016.
+Statistics are of s as rounded, in float32, in two passes over the registers; the mean once more from what is left,
+without which a row of like elements would be roundings times 1 / sqrt(eps).   Source: Ba, Kiros & Hinton 2016.
 """
 
 import torch
@@ -27,8 +28,8 @@ def residual_layer_norm_kernel(
     at = offs_m[:, None] * K + offs_k[None, :]
     tl.store(sum_ptr + at, rounded, mask)
     s = rounded.to(tl.float32)
-    mean = tl.sum(s, axis=1) / K
-    off = tl.where(mask_k[None, :], s - mean[:, None], 0.0)
+    off = tl.where(mask_k[None, :], s - (tl.sum(s, axis=1) / K)[:, None], 0.0)
+    off = tl.where(mask_k[None, :], off - (tl.sum(off, axis=1) / K)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(off * off, axis=1) / K + eps)
     y = off * rstd[:, None]
     if weight_ptr is not None:

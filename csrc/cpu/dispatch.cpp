@@ -37,6 +37,8 @@ struct Isa {
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+#endif
+#if defined(LDMFAST_AVX512)
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -72,6 +74,8 @@ bool always() { return true; }
 LDMFAST_ISA_ENTRY(generic, always, always)
 #if defined(LDMFAST_X86)
 LDMFAST_ISA_ENTRY(avx2, has_avx2, always)
+#endif
+#if defined(LDMFAST_AVX512)
 LDMFAST_ISA_ENTRY(avx512, has_avx512, always)
 LDMFAST_ISA_ENTRY(avx512_bf16, has_avx512_bf16, has_fast_pairs)
 #if defined(LDMFAST_AMX)
@@ -85,8 +89,11 @@ const Isa* const kIsas[] = {  // the fastest first
 #if defined(LDMFAST_AMX)
     &amx::kernels,
 #endif
+#if defined(LDMFAST_AVX512)
+    &avx512_bf16::kernels, &avx512::kernels,
+#endif
 #if defined(LDMFAST_X86)
-    &avx512_bf16::kernels, &avx512::kernels, &avx2::kernels,
+    &avx2::kernels,
 #endif
     &generic::kernels,
 };
@@ -113,8 +120,10 @@ const Isa& active() {
 const char* compiled_isas() {
 #if defined(LDMFAST_AMX)
   return "amx avx512_bf16 avx512 avx2 generic";
-#elif defined(LDMFAST_X86)
+#elif defined(LDMFAST_AVX512)
   return "avx512_bf16 avx512 avx2 generic";
+#elif defined(LDMFAST_X86)
+  return "avx2 generic";
 #else
   return "generic";
 #endif

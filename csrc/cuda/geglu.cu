@@ -1,4 +1,4 @@
-// GEGLU: out = h * gelu(g), h and g the halves of a row, gelu with erf.
+// GEGLU: out = h * gelu(g), h and g the halves of a row.
 //
 //   each thread: V neighbours of one row's h and g, one access of 16 bytes each; out likewise
 //
@@ -10,6 +10,22 @@ namespace ldmfast {
 namespace {
 
 constexpr int kThreads = 256;
+
+// x Phi(x) as max(x, 0) - |x| Phi(-|x|), Phi(-u) = 2^p(u): csrc/cpu/product/epilogue.h. NaN for -inf, as torch has it.
+__device__ __forceinline__ float gelu(float x) {
+  const float u = fmaxf(-x, fminf(x, 1000.0f));
+  float p = u * -1.8664144e-08f + 5.91338562e-07f;
+  p = p * u - 8.01929946e-06f;
+  p = p * u + 5.87731156e-05f;
+  p = p * u - 2.16855886e-04f;
+  p = p * u - 1.34724876e-04f;
+  p = p * u + 7.11784931e-03f;
+  p = p * u - 5.25619686e-02f;
+  p = p * u - 4.59178954e-01f;
+  p = p * u - 1.15110970e+00f;
+  p = p * u - 9.99999881e-01f;
+  return (x < 0.0f ? 0.0f : x) - u * exp2f(p);
+}
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) geglu_kernel(const __grid_constant__ GegluArgs a) {
@@ -26,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) geglu_kernel(const __grid_constant__
   load_vector(x, h);
   load_vector(x + a.F, g);
 #pragma unroll
-  for (int j = 0; j < V; ++j) h[j] *= 0.5f * g[j] * (1.0f + erff(g[j] * 0.70710678118654752f));
+  for (int j = 0; j < V; ++j) h[j] *= gelu(g[j]);
   store_vector(static_cast<T*>(a.out) + m * a.F + f, h);
 }
 

@@ -159,3 +159,11 @@ def test_settings_are_put_back(monkeypatch):
     monkeypatch.delenv("LDMFAST_CUDA_HOST_SEED", raising=False)
     with settings_of(SEED="1"), settings_of(SEED=None):
         assert "LDMFAST_CUDA_HOST_SEED" not in os.environ
+
+
+@pytest.mark.parametrize("source", sorted((SOURCES / "emulator").glob("*.cpp")), ids=lambda path: path.name)
+def test_the_emulator_compiles_for_address_sanitizer(source):
+    """`make sanitize` is no part of the suite: races.cpp defined functions that the compiler declares itself there."""
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-fsyntax-only", "-fsanitize=address,undefined"]
+    made = subprocess.run([*command, f"-I{SOURCES.parent}", str(source)], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr

@@ -36,7 +36,7 @@ def test_the_numbers_of_an_instruction_set(isa):
     if probe.returncode and NOT_HERE in probe.stderr:
         pytest.skip(f"{isa}: {NOT_HERE}")
     assert probe.stdout.strip() == isa, probe.stderr
-    names = ("test_ops_numbers.py", "test_backward.py", "test_exact_rows.py", "test_weight_backward.py")
+    names = [f"test_{name}.py" for name in ("ops_numbers", "backward", "exact_rows", "weight_backward", "elements")]
     found = ran(isa, "-m", "pytest", "-q", "-k", "cpu and not host", *(str(HERE / name) for name in names))
     assert found.returncode == 0, found.stdout[-4000:]
     assert "passed" in found.stdout.splitlines()[-1]

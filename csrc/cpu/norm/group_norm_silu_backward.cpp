@@ -32,11 +32,21 @@ template <class T> void row_moments(const T* x, int64_t count, float* mean, floa
     const int64_t end = min64(count, i + kRun);
     VecF s{}, q{};
     int64_t j = i;
-    for (; j + kLanes <= end; j += kLanes) s += load(x + j) - pivot;
+    while (j + kLanes <= end) {
+      VecF part{};
+      for (const int64_t to = min64(j + kPart * kLanes, end); j + kLanes <= to; j += kLanes) part += load(x + j) - pivot;
+      s += part;
+    }
     float sum = reduce_add(s);
     for (int64_t k = j; k < end; ++k) sum += to_float(x[k]) - pivot;
     const float here = sum / (float)(end - i), about = pivot + here;
-    for (j = i; j + kLanes <= end; j += kLanes) q += (load(x + j) - about) * (load(x + j) - about);
+    for (j = i; j + kLanes <= end;) {
+      VecF part{};
+      for (const int64_t to = min64(j + kPart * kLanes, end); j + kLanes <= to; j += kLanes) {
+        part += (load(x + j) - about) * (load(x + j) - about);
+      }
+      q += part;
+    }
     float square = reduce_add(q);
     for (; j < end; ++j) square += (to_float(x[j]) - about) * (to_float(x[j]) - about);
     const double share = (double)(end - i) / (double)end, delta = here - centre;
@@ -52,12 +62,17 @@ template <class T, bool kSilu> void row_sums(const Sample& s, int64_t c, const T
   double total = 0, total_m = 0;
   for (int64_t i = 0; i < s.a.P; i += kRun) {
     VecF g_sum{}, gm_sum{};
-    for (int64_t j = i, end = min64(s.a.P, i + kRun); j < end; j += kLanes) {
-      const VecF m = read(x + j, end - j) - mean;  // past the end dy is zero, and so is g
-      const VecF g = through_act<T, kSilu>(read(dy + j, end - j), m * slope + offset);
-      if (kKeepsG<T, kSilu>) write(dx + j, g, end - j);
-      g_sum += g;
-      gm_sum += g * m;
+    for (int64_t j = i, end = min64(s.a.P, i + kRun); j < end;) {
+      VecF g_part{}, gm_part{};
+      for (const int64_t to = min64(j + kPart * kLanes, end); j < to; j += kLanes) {
+        const VecF m = read(x + j, end - j) - mean;  // past the end dy is zero, and so is g
+        const VecF g = through_act<T, kSilu>(read(dy + j, end - j), m * slope + offset);
+        if (kKeepsG<T, kSilu>) write(dx + j, g, end - j);
+        g_part += g;
+        gm_part += g * m;
+      }
+      g_sum += g_part;
+      gm_sum += gm_part;
     }
     total += reduce_add(g_sum);
     total_m += reduce_add(gm_sum);
@@ -72,14 +87,18 @@ template <class T, bool kSilu> void row_gradient(const Sample& s, int64_t c, con
   double total = 0;
   for (int64_t i = 0; i < s.a.P; i += kRun) {
     VecF sum{};
-    for (int64_t j = i, end = min64(s.a.P, i + kRun); j < end; j += kLanes) {
-      const VecF m = read(x + j, end - j) - mean;
-      const VecF g = kKeepsG<T, kSilu> ? read(dx + j, end - j)
-                                       : through_act<T, kSilu>(read(dy + j, end - j), m * slope + offset);
-      const VecF found = g * slope - constant - m * linear;
-      write(dx + j, found, end - j);
-      if (end - j >= kLanes) sum += found;
-      else for (int64_t k = 0; k < end - j; ++k) total += found[k];
+    for (int64_t j = i, end = min64(s.a.P, i + kRun); j < end;) {
+      VecF part{};
+      for (const int64_t to = min64(j + kPart * kLanes, end); j < to; j += kLanes) {
+        const VecF m = read(x + j, end - j) - mean;
+        const VecF g = kKeepsG<T, kSilu> ? read(dx + j, end - j)
+                                         : through_act<T, kSilu>(read(dy + j, end - j), m * slope + offset);
+        const VecF found = g * slope - constant - m * linear;
+        write(dx + j, found, end - j);
+        if (end - j >= kLanes) part += found;
+        else for (int64_t k = 0; k < end - j; ++k) total += found[k];
+      }
+      sum += part;
     }
     total += reduce_add(sum);
   }

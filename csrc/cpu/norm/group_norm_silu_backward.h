@@ -10,11 +10,14 @@ namespace {
 using Args = GroupNormSiluBackwardArgs;
 
 constexpr int64_t kPixels = 64;               // pixels whose sums are made in registers before they join the others
+constexpr int64_t kPart = 16;                 // terms of a sum added up first: beside much, like terms round alike
 constexpr int kStrip = kLanes == 16 ? 2 : 1;  // vectors of channels whose coefficients are in registers
 
 // What belongs to a channel of a sample; workspace is [N, kRows, C].
 // With m = x - mean and z = m * slope + offset:  dx = g * slope - constant - m * linear,  xhat = (m - lost) * rstd
 enum Row { kMean, kLost, kRstd, kSlope, kOffset, kConstant, kLinear, kRows };
+// Of sums over chunks, what the last addition rounded away (Kahan 1965), in rows that are not in use then.
+constexpr Row kLostSquares = kOffset, kLostG = kConstant, kLostGm = kLinear, kLostDx = kLost;
 
 struct Sample {
   const Args& a;
@@ -52,6 +55,7 @@ void finish_moments(const Sample& s, int64_t group) {
     s.row(kOffset)[c] =
         (float)(bias * scale + modulation(a, a.shift, a.stride_shift, s.n, c) - lost * rstd * weight * scale);
     for (int i = 0; i < 3; ++i) s.sum(i)[c] = 0.0f;
+    s.row(kLostG)[c] = s.row(kLostGm)[c] = 0.0f;
   }
 }
 
@@ -73,6 +77,7 @@ void finish_sums(const Sample& s, int64_t group) {
   for (int64_t c = first; c < first + D; ++c) {
     s.row(kLinear)[c] = (float)linear;
     s.row(kConstant)[c] = (float)(mean_d - lost[c] * linear);
+    s.row(kLostDx)[c] = 0.0f;
   }
 }
 
@@ -93,6 +98,12 @@ template <class T> LDMFAST_INLINE void write(T* p, VecF x, int64_t n) {
   if (n >= kLanes) store(p, x);
   else store_first(p, x, n);
 }
+LDMFAST_INLINE void add_to(float* sum, float* lost, VecF term, int64_t n) {
+  term -= read(lost, n);
+  const VecF old = read(sum, n), next = old + term;
+  write(lost, (next - old) - term, n);
+  write(sum, next, n);
+}
 
 // ---- channels_last: the lanes are channels; n of them are left where kCount is 1 ----
 
@@ -112,38 +123,47 @@ template <class T> struct Pixels {
 
 // The chunk's moments join those of `before` pixels: mean, relative to the pivot, and squares about it.
 template <class T, int kCount>
-void moments(const Pixels<T>& at, const Pivot<T>& pivot, int64_t before, int64_t n, float* mean, float* squares) {
+void moments(const Pixels<T>& at, const Pivot<T>& pivot, int64_t before, int64_t n, float* mean, float* squares,
+             float* lost) {
   VecF p[kCount], s[kCount] = {}, q[kCount] = {};
 #pragma GCC unroll 2
   for (int j = 0; j < kCount; ++j) {
     const T* first = pivot.first + j * kLanes;
     p[j] = between(read(first, n), read(first + pivot.middle, n), read(first + pivot.last, n));
   }
-  for (int64_t i = 0; i < at.pixels; ++i) {
+  for (int64_t i = 0; i < at.pixels;) {
+    VecF part[kCount] = {};
+    for (const int64_t end = min64(i + kPart, at.pixels); i < end; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kCount; ++j) {
-      prefetch_row(at.x + i * at.stride_x + j * kLanes, at.stride_x);
-      s[j] += read(at.x + i * at.stride_x + j * kLanes, n) - p[j];
+      for (int j = 0; j < kCount; ++j) {
+        prefetch_row(at.x + i * at.stride_x + j * kLanes, at.stride_x);
+        part[j] += read(at.x + i * at.stride_x + j * kLanes, n) - p[j];
+      }
     }
+    for (int j = 0; j < kCount; ++j) s[j] += part[j];
   }
 #pragma GCC unroll 2
   for (int j = 0; j < kCount; ++j) {
     s[j] /= (float)at.pixels;
     p[j] += s[j];
   }
-  for (int64_t i = 0; i < at.pixels; ++i) {
+  for (int64_t i = 0; i < at.pixels;) {
+    VecF part[kCount] = {};
+    for (const int64_t end = min64(i + kPart, at.pixels); i < end; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kCount; ++j) {
-      const VecF d = read(at.x + i * at.stride_x + j * kLanes, n) - p[j];
-      q[j] += d * d;
+      for (int j = 0; j < kCount; ++j) {
+        const VecF d = read(at.x + i * at.stride_x + j * kLanes, n) - p[j];
+        part[j] += d * d;
+      }
     }
+    for (int j = 0; j < kCount; ++j) q[j] += part[j];
   }
   const float share = (float)at.pixels / (float)(before + at.pixels);
   for (int j = 0; j < kCount; ++j) {
     const VecF old = before ? read(mean + j * kLanes, n) : VecF{}, delta = s[j] - old;
-    const VecF old_squares = before ? read(squares + j * kLanes, n) : VecF{};
     write(mean + j * kLanes, old + delta * share, n);
-    write(squares + j * kLanes, old_squares + q[j] + delta * delta * ((float)before * share), n);
+    if (!before) write(squares + j * kLanes, VecF{}, n), write(lost + j * kLanes, VecF{}, n);
+    add_to(squares + j * kLanes, lost + j * kLanes, q[j] + delta * delta * ((float)before * share), n);
   }
 }
 
@@ -155,22 +175,25 @@ template <class T, bool kSilu, int kCount> void sums(const Pixels<T>& at, const 
     slope[j] = read(s.row(kSlope) + c + j * kLanes, n);
     offset[j] = read(s.row(kOffset) + c + j * kLanes, n);
   }
-  for (int64_t i = 0; i < at.pixels; ++i) {
+  for (int64_t i = 0; i < at.pixels;) {
+    VecF g_part[kCount] = {}, gm_part[kCount] = {};
+    for (const int64_t end = min64(i + kPart, at.pixels); i < end; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kCount; ++j) {
-      prefetch_row(at.x + i * at.stride_x + j * kLanes, at.stride_x);
-      prefetch_row(at.dy + i * at.stride + j * kLanes, at.stride);
-      const VecF m = read(at.x + i * at.stride_x + j * kLanes, n) - mean[j];
-      const VecF g = through_act<T, kSilu>(read(at.dy + i * at.stride + j * kLanes, n), m * slope[j] + offset[j]);
-      if (kKeepsG<T, kSilu>) write(at.dx + i * at.stride + j * kLanes, g, n);
-      g_sum[j] += g;
-      gm_sum[j] += g * m;
+      for (int j = 0; j < kCount; ++j) {
+        prefetch_row(at.x + i * at.stride_x + j * kLanes, at.stride_x);
+        prefetch_row(at.dy + i * at.stride + j * kLanes, at.stride);
+        const VecF m = read(at.x + i * at.stride_x + j * kLanes, n) - mean[j];
+        const VecF g = through_act<T, kSilu>(read(at.dy + i * at.stride + j * kLanes, n), m * slope[j] + offset[j]);
+        if (kKeepsG<T, kSilu>) write(at.dx + i * at.stride + j * kLanes, g, n);
+        g_part[j] += g;
+        gm_part[j] += g * m;
+      }
     }
+    for (int j = 0; j < kCount; ++j) g_sum[j] += g_part[j], gm_sum[j] += gm_part[j];
   }
-  for (int j = 0; j < kCount; ++j) {
-    float *to = s.sum(0) + c + j * kLanes, *to_m = s.sum(1) + c + j * kLanes;
-    write(to, read(to, n) + g_sum[j], n);
-    write(to_m, read(to_m, n) + gm_sum[j], n);
+  for (int64_t j = 0, k = c; j < kCount; ++j, k += kLanes) {
+    add_to(s.sum(0) + k, s.row(kLostG) + k, g_sum[j], n);
+    add_to(s.sum(1) + k, s.row(kLostGm) + k, gm_sum[j], n);
   }
 }
 
@@ -184,24 +207,25 @@ template <class T, bool kSilu, int kCount> void gradient(const Pixels<T>& at, co
     constant[j] = read(s.row(kConstant) + c + j * kLanes, n);
     linear[j] = read(s.row(kLinear) + c + j * kLanes, n);
   }
-  for (int64_t i = 0; i < at.pixels; ++i) {
+  for (int64_t i = 0; i < at.pixels;) {
+    VecF part[kCount] = {};
+    for (const int64_t end = min64(i + kPart, at.pixels); i < end; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kCount; ++j) {
-      const int64_t here = i * at.stride + j * kLanes;
-      prefetch_row(at.x + i * at.stride_x + j * kLanes, at.stride_x);
-      prefetch_row(at.dy + here, at.stride);
-      const VecF m = read(at.x + i * at.stride_x + j * kLanes, n) - mean[j];
-      const VecF g = kKeepsG<T, kSilu> ? read(at.dx + here, n)
-                                       : through_act<T, kSilu>(read(at.dy + here, n), m * slope[j] + offset[j]);
-      const VecF dx = g * slope[j] - constant[j] - m * linear[j];
-      sum[j] += dx;
-      write(at.dx + here, dx, n);
+      for (int j = 0; j < kCount; ++j) {
+        const int64_t here = i * at.stride + j * kLanes;
+        prefetch_row(at.x + i * at.stride_x + j * kLanes, at.stride_x);
+        prefetch_row(at.dy + here, at.stride);
+        const VecF m = read(at.x + i * at.stride_x + j * kLanes, n) - mean[j];
+        const VecF g = kKeepsG<T, kSilu> ? read(at.dx + here, n)
+                                         : through_act<T, kSilu>(read(at.dy + here, n), m * slope[j] + offset[j]);
+        const VecF dx = g * slope[j] - constant[j] - m * linear[j];
+        part[j] += dx;
+        write(at.dx + here, dx, n);
+      }
     }
+    for (int j = 0; j < kCount; ++j) sum[j] += part[j];
   }
-  for (int j = 0; j < kCount; ++j) {
-    float* to = s.sum(2) + c + j * kLanes;
-    write(to, read(to, n) + sum[j], n);
-  }
+  for (int64_t j = 0, k = c; j < kCount; ++j, k += kLanes) add_to(s.sum(2) + k, s.row(kLostDx) + k, sum[j], n);
 }
 
 // step(pixels, first pixel, c, channels left, strip or not) over the task's chunks of pixels and strips of channels
@@ -222,10 +246,10 @@ template <class T, class Step> LDMFAST_INLINE void over_chunks(const Sample& s, 
 template <class T, bool kSilu> void channels_last_task(const Sample& s, int64_t first, int64_t end) {
   const int64_t D = s.a.C / s.a.groups, from = first * D, to = end * D;
   const Pivot<T> pivot = pivot_of((const T*)s.a.x + s.n * s.a.stride_xn, s.a.P, s.a.stride_xp);
-  float *mean = s.row(kMean), *squares = s.row(kSlope);
+  float *mean = s.row(kMean), *squares = s.row(kSlope), *lost = s.row(kLostSquares);
   over_chunks<T>(s, from, to, [&](const Pixels<T>& at, int64_t p, int64_t c, int64_t n, bool strip) {
-    if (strip) moments<T, kStrip>(at, pivot.at(c), p, kStrip * kLanes, mean + c, squares + c);
-    else moments<T, 1>(at, pivot.at(c), p, n, mean + c, squares + c);
+    if (strip) moments<T, kStrip>(at, pivot.at(c), p, kStrip * kLanes, mean + c, squares + c, lost + c);
+    else moments<T, 1>(at, pivot.at(c), p, n, mean + c, squares + c, lost + c);
   });
   for (int64_t c = from; c < to; ++c) mean[c] += value(pivot.at(c));
   for (int64_t group = first; group < end; ++group) finish_moments(s, group);

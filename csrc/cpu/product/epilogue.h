@@ -6,38 +6,40 @@ namespace ldmfast {
 namespace LDMFAST_ISA {
 namespace {
 
-// erf as x p(x^2) / q(x^2) on [-4, 4], beyond which float32 has 1: 4e-7 absolute. Coefficients: XLA's ErfImpl32.
-LDMFAST_INLINE VecF erf(VecF x) {
-  x = vmin(vmax(x, splat(-4.0f)), splat(4.0f));
-  const VecF s = x * x;
-  VecF p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
-  p = p * s - 2.10102402082508e-06f;
-  p = p * s - 5.69250639462346e-05f;
-  p = p * s - 7.34990630326855e-04f;
-  p = p * s - 2.95459980854025e-03f;
-  p = p * s - 1.60960333262415e-02f;
-  VecF q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
-  q = q * s - 1.68282697438203e-03f;
-  q = q * s - 7.37332916720468e-03f;
-  q = q * s - 1.42647390514189e-02f;
-  return x * p / q;
-}
-// x / 2 (1 + erf(x / sqrt(2))). kFast: erf as x p(x^2) / q(x^2) on [-3.4, 3.4], 3.7e-6 absolute (least squares with
-// Lawson's weights), and 0 below; NaN for -inf, as torch has it.
+// x Phi(x) as max(x, 0) - |x| Phi(-|x|), of which 1 + erf would leave nothing below -3: Phi(-u) by minimax polynomials
+// (Lawson's weights, u in [0, 5.8]). kFull: 2^p(u), relative to 1 + u^2 / 4, which the rounding of u costs anyway, 1e-7;
+// kFast: p(u)^-16, 1e-4 relative. Both are 0 far out, and the whole is NaN for -inf, as torch has it.
 template <Accuracy A> LDMFAST_INLINE VecF gelu(VecF x) {
-  const VecF z = x * 0.70710678118654752f;
-  if (A == Accuracy::kFull) return 0.5f * x * (1.0f + erf(z));
-  const VecF y = vmin(vmax(z, splat(-3.4f)), splat(3.4f)), s = y * y;
-  const VecF p = ((s * 7.26492668e-4f + 4.28559668e-2f) * s + 1.56669781e-1f) * s + 1.12836111f;
-  const VecF q = ((s * 9.11269430e-3f + 9.53857601e-2f) * s + 4.72112089e-1f) * s + 1.0f;
+  const VecF u = vmax(-x, vmin(x, splat(1000.0f)));  // |x|; inf - 0 of inf
+  VecF tail;
+  if (A == Accuracy::kFull) {
+    VecF p = u * -1.8664144e-08f + 5.91338562e-07f;
+    p = p * u - 8.01929946e-06f;
+    p = p * u + 5.87731156e-05f;
+    p = p * u - 2.16855886e-04f;
+    p = p * u - 1.34724876e-04f;
+    p = p * u + 7.11784931e-03f;
+    p = p * u - 5.25619686e-02f;
+    p = p * u - 4.59178954e-01f;
+    p = p * u - 1.15110970e+00f;
+    p = p * u - 9.99999881e-01f;
+    tail = exp2v<A, false>(p);
+  } else {
+    VecF p = u * 2.78335415e-06f - 3.04649693e-05f;
+    p = p * u + 2.43459552e-04f;
+    p = p * u - 4.89876838e-04f;
+    p = p * u + 4.19366034e-03f;
+    p = p * u + 2.15329174e-02f;
+    p = p * u + 5.22200912e-02f;
+    p = p * u + 1.04426754e+00f;
+    for (int i = 0; i < 4; ++i) p *= p;
 #if defined(__AVX512F__)
-  VecF inverse = (VecF)_mm512_rcp14_ps((__m512)q);
-  inverse *= 2.0f - q * inverse;  // a step of Newton's, in a third of a division's time
-  const VecF both = 1.0f + y * p * inverse;
+    tail = (VecF)_mm512_rcp14_ps((__m512)p);
 #else
-  const VecF both = 1.0f + y * p / q;
+    tail = 1.0f / p;
 #endif
-  return 0.5f * x * (z < -3.4f ? VecF{} : both);
+  }
+  return vmax(VecF{}, x) - u * tail;  // vmax gives its second where one is NaN
 }
 
 // kLanes elements, or the n that remain; kFull: they do remain
