@@ -14,6 +14,7 @@ constexpr int64_t kTaskTiles = 256;            // tiles that share one transform
 constexpr int64_t kBlockFloats = 2 << 20;      // of V, if that many tiles need no more: all threads meet between blocks
 constexpr int64_t kOwnTiles = 128;             // of a thread's own V, at least
 constexpr int64_t kOwnVFloats = 1 << 20;       // of it, if that many tiles need no more
+constexpr int64_t kAllOwnFloats = 32 << 20;    // of all threads' own: beyond that they share one
 constexpr int64_t kWeightFloats = 100 * 1024;  // of U at one time: it stays in a second-level cache of 1 MiB
 
 template <class F> struct WinogradPlan {
@@ -37,9 +38,11 @@ template <class M, class F> WinogradPlan<F> winograd_plan(const Conv2dArgs& a) {
   const int64_t all = a.N * p.down;
   p.words = groups_of<M>(a) * kLanes;
   p.threads = max64(1, omp_get_max_threads());
-  p.own = p.threads > 1 && all >= p.threads && all * p.across >= p.threads * kOwnTiles;
-  const int64_t one = p.kPlanes * p.words;  // floats of a tile
-  const int64_t wanted = p.own ? max64(kOwnTiles, kOwnVFloats / one) : max64(kTaskTiles, kBlockFloats / one);
+  const int64_t one = p.kPlanes * p.words, own = max64(kOwnTiles, kOwnVFloats / one);  // floats of a tile; tiles
+  const bool many = all >= p.threads && all * p.across >= p.threads * kOwnTiles;
+  const int64_t rows = ceil_div(own, p.across) * p.across;  // whole rows of them
+  p.own = p.threads > 1 && many && p.threads * rows * one <= kAllOwnFloats;
+  const int64_t wanted = p.own ? own : max64(kTaskTiles, kBlockFloats / one);
   p.rows = min64(p.own ? all / p.threads : all, ceil_div(wanted, p.across));
   p.row_blocks = ceil_div(all, p.rows);
   if (p.own) p.row_blocks = min64(all, ceil_div(p.row_blocks, p.threads) * p.threads);  // as many for each
@@ -51,8 +54,8 @@ template <class M, class F> WinogradPlan<F> winograd_plan(const Conv2dArgs& a) {
   p.depth = ceil_div(parts, ceil_div(parts, most)) * kPart;
   const int64_t panels = ceil_div(p.tiles, M::kRows), columns = ceil_div(a.Co, kTile);
   const int64_t few = ceil_div(panels, ceil_div(kTaskTiles, M::kRows));
-  const int64_t many = p.own ? 1 : min64(panels / 4, ceil_div(4 * p.threads, columns) - 1);  // of 4 panels or more
-  const int64_t ranges = max64(few, many);
+  const int64_t even = p.own ? 1 : min64(panels / 4, ceil_div(4 * p.threads, columns) - 1);  // of 4 panels or more
+  const int64_t ranges = max64(few, even);
   p.range = ceil_div(panels, ranges) * M::kRows;
   p.plane_v = panels * p.depth * M::kRows + kSkew;
   p.plane_u = p.depth * kTile + kSkew;
