@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_guards = getattr(torch._C._dynamo, "guards", None)
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _EMPTY = {device: getattr(_guards, f"_empty_strided_{device}", None) for device in ("cpu", "cuda")}
 # a build of torch without CUDA has no such functions; the stream's address without an object about it takes 0.1 us
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
