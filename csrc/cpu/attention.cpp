@@ -65,7 +65,8 @@ Plan plan_of(const AttentionArgs& a, int pack) {
   const int64_t fitting = kTaskFloats / (p.width + p.parts * kPart) / kRows * kRows;
   p.task_rows = max64(kRows, min64(min64(wanted, fitting), kTaskRows));
   p.head_tasks = ceil_div(a.L, p.task_rows);
-  p.panel = p.parts > 1 ? p.task_rows : kRows;
+  const bool odd = kStrip == 2 && p.width % (2 * kLanes) == kLanes;  // strip_rows
+  p.panel = p.parts > 1 ? p.task_rows : min64(p.task_rows, odd ? 2 * kRows : kRows);
   p.scratch = p.task_rows * (p.parts * kPart + p.width + kLanes + 1) + 2 * p.panel * kKeys + kLanes;
   const int64_t packed = p.by_head ? p.threads : heads;  // heads
   const int64_t k_words = packed * p.keys * p.depth, v_words = packed * p.key_words * p.width;
@@ -128,10 +129,10 @@ template <class M, class T> struct Task {
         store(q + (r / kRows * p.parts + w / kPart) * kRows * kPart + r % kRows * kPart + w % kPart,
               (VecF)((VecU)x ^ flip));
       }
-      for (int64_t d = 0; d < p.width; ++d) o[r * p.width + d] = 0.0f;
-      store(sum + r * kLanes, VecF{});
-      maximum[r] = -kInf;
     }
+    if (a.S > 0) return;  // the first block of keys begins the rest
+    for (int64_t i = 0; i < rows * p.width; ++i) o[i] = 0.0f;
+    for (int64_t i = 0; i < rows * kLanes; ++i) sum[i] = 0.0f;
   }
 
   // the panel's scores; a part of a tile of keys stays in the first-level cache for all of its rows
@@ -154,28 +155,29 @@ template <class M, class T> struct Task {
     }
   }
 
-  // scores to weights for kRows queries from r on; decay: what their sums so far are to be multiplied by
+  // scores to weights for kRows queries from r on; decay: what their sums so far are to be multiplied by, but for the
+  // first keys
   void soften(int64_t r, int64_t s0, int64_t count, float* score, float* to, float* decay) {
     const int64_t padded = ceil_div(count, kTile) * kTile;
     // with a scale of 0 the keys that pad a block, whose score is -inf, would become NaN
     float factor = std::max((a.scale < 0 ? -a.scale : a.scale) * kLog2e, FLT_MIN), shift[kRows], change[kLanes] = {};
     static_assert(kRows <= kLanes, "the changes of all rows are one vector");
     for (int i = 0; i < kRows; ++i) {
-      for (int64_t s = count; s < padded; ++s) score[i * kKeys + s] = -kInf;
+      hide_from(count, padded, score + i * kKeys);
       if (a.mask) apply_mask(a, head, min64(first + r + i, a.L - 1), s0, count, factor, score + i * kKeys);
     }
     if (a.mask) factor = 1.0f;
     for (int i = 0; i < kRows; ++i) {
-      const float before = maximum[r + i], here = row_maximum(score + i * kKeys, padded) * factor;
+      const float before = s0 > 0 ? maximum[r + i] : -kInf, here = row_maximum(score + i * kKeys, padded) * factor;
       maximum[r + i] = here > before ? here : before;
       shift[i] = maximum[r + i] == -kInf ? 0.0f : maximum[r + i];  // no key attended to so far
       change[i] = before - shift[i];
     }
-    store(change, exp2v<Accuracy::kFull>(load(change)));
+    if (s0 > 0) store(change, exp2v<Accuracy::kFull>(load(change)));
     for (int i = 0; i < kRows; ++i) {
       float *row = to + i * kKeys / M::kPack, *total = sum + (r + i) * kLanes;
       const VecF here = weights<M, AccuracyOf<T>::value>(score + i * kKeys, padded, factor, shift[i], row);
-      store(total, load(total) * change[i] + here);
+      store(total, s0 > 0 ? load(total) * change[i] + here : here);
       decay[i] = change[i];
     }
   }
@@ -194,22 +196,24 @@ template <class M, class T> struct Task {
       const float* v = p.v + slot * p.key_words * p.width + d * p.key_words + s0 / M::kPack * strip;
       const bool more = d + strip < p.width;
       const float* next = more ? v + strip * p.key_words : p.k + (slot * p.keys + s0 + count) * p.depth;
-      for (int64_t r = r0; r < end; r += kRows) {
+      for (int64_t r = r0, some; r < end; r += some) {
+        some = strip_rows(strip, end - r);
         if (p.parts > 1) fetch(next, ceil_div(count, M::kPack) * strip, r - r0, end - r0);
-        multiply_strip<M>(strip, weight + (r - r0) * kKeys / M::kPack, v, ceil_div(count, M::kPack), p.width,
-                          decay + r - r0, o + r * p.width + d);
+        multiply_strip<M>(some, strip, weight + (r - r0) * kKeys / M::kPack, v, ceil_div(count, M::kPack), p.width,
+                          s0 > 0 ? decay + r - r0 : nullptr, o + r * p.width + d);
       }
     }
   }
 
   void finish() {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* out = (T*)a.out + (((head / a.H) * a.L + first + r) * a.H + head % a.H) * a.D;
+    const int64_t D = a.D, step = a.H * D;
+    T* out = (T*)a.out + (head / a.H * a.L + first) * step + head % a.H * D;
+    for (int64_t r = 0; r < rows; ++r, out += step) {
       const float total = reduce_add(load(sum + r * kLanes)), inverse = total == 0.0f ? 0.0f : 1.0f / total;
-      for (int64_t d = 0; d < a.D; d += kLanes) {
+      for (int64_t d = 0; d < D; d += kLanes) {
         const VecF x = load(o + r * p.width + d) * inverse;
-        if (a.D - d >= kLanes) store(out + d, x);
-        else store_first(out + d, x, a.D - d);
+        if (D - d >= kLanes) store(out + d, x);
+        else store_first(out + d, x, D - d);
       }
     }
   }

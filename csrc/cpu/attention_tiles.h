@@ -14,6 +14,8 @@ constexpr int kStrip = kRows == 6 ? 2 : 3;   // vectors of a row of V likewise
 constexpr int64_t kKeys = 256;               // most keys between two updates of the maximum; a multiple of kTile
 constexpr int64_t kPart = 128;               // words of a query that lie together, and products in one running sum
 constexpr int kHalf = kLanes == 16 ? 8 : 0;  // where half a vector costs half, head widths such as 40 end in one
+// words taken between two branches: loops of 40 end in a wrong guess, which costs 3 % where products are 8 wide
+constexpr int kUnroll = kLanes == 8 ? 8 : 1;
 
 typedef float VecHalf __attribute__((vector_size(32)));
 
@@ -104,6 +106,7 @@ void interleave(const T* from, int64_t stride, int64_t valid, int64_t D, int64_t
 template <class M, int kVectors>
 void multiply_keys(const float* q, const float* k, int64_t depth, int64_t count, bool add, float* s) {
   VecF sum[kRows][kVectors] = {};
+#pragma GCC unroll kUnroll
   for (int64_t d = 0; d < count; ++d) {
     VecF x[kVectors];
 #pragma GCC unroll 2
@@ -125,26 +128,29 @@ void multiply_keys(const float* q, const float* k, int64_t depth, int64_t count,
   }
 }
 
-// o[kRows, ...] = o * decay + p v for kVectors vectors of the head width and, if asked, half a one; of p [kRows, words]
-// and v [words, kVectors * kLanes + tail]
-template <class M, int kVectors, bool kTail>
+// o[kR, ...] = o * decay + p v for kVectors vectors of the head width and, if asked, half a one; of p [kR, words] and
+// v [words, kVectors * kLanes + tail]. Without decay, o = p v.
+template <class M, int kR, int kVectors, bool kTail>
 void multiply_values(const float* p, const float* v, int64_t words, int64_t width, const float* decay, float* o) {
-  VecF sum[kRows][kVectors];
-  VecHalf tail[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  VecF sum[kR][kVectors] = {};
+  VecHalf tail[kR] = {};
+  if (decay) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 3
-    for (int j = 0; j < kVectors; ++j) sum[r][j] = load(o + r * width + j * kLanes) * decay[r];
-    if (kTail) tail[r] = load_as<VecHalf>(o + r * width + kVectors * kLanes) * decay[r];
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = load(o + r * width + j * kLanes) * decay[r];
+      if (kTail) tail[r] = load_as<VecHalf>(o + r * width + kVectors * kLanes) * decay[r];
+    }
   }
+#pragma GCC unroll kUnroll
   for (int64_t w = 0; w < words; ++w, v += kVectors * kLanes + (kTail ? kHalf : 0), ++p) {
     VecF x[kVectors];
     VecHalf last = VecHalf{};
 #pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) x[j] = load(v + j * kLanes);
     if (kTail) last = load_as<VecHalf>(v + kVectors * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kR; ++r) {
       const float* weight = p + r * kKeys / M::kPack;
       const VecF y = broadcast(weight);
 #pragma GCC unroll 3
@@ -152,8 +158,8 @@ void multiply_values(const float* p, const float* v, int64_t words, int64_t widt
       if constexpr (kTail) tail[r] = M::dot(tail[r], lower_half(y), last);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) store(o + r * width + j * kLanes, sum[r][j]);
     if (kTail) memcpy(o + r * width + kVectors * kLanes, &tail[r], sizeof tail[r]);
@@ -168,18 +174,33 @@ LDMFAST_INLINE int64_t strip_width(int64_t left) {
   return (vectors == 4 || vectors == 3 ? 2 : 3) * kLanes;
 }
 
+// Rows that take a strip together: of a single vector twice as many, for the sums of kRows would wait for each other.
+LDMFAST_INLINE int strip_rows(int64_t strip, int64_t left) {
+  return kStrip == 2 && strip <= kLanes && left >= 2 * kRows ? 2 * kRows : kRows;
+}
+
 template <class M>
-void multiply_strip(int64_t strip, const float* p, const float* v, int64_t words, int64_t width, const float* decay,
-                    float* o) {
+void multiply_strip(int rows, int64_t strip, const float* p, const float* v, int64_t words, int64_t width,
+                    const float* decay, float* o) {
   const int64_t vectors = strip / kLanes;
   if (kHalf && strip % kLanes) {
-    if (vectors == 2) multiply_values<M, 2, kHalf != 0>(p, v, words, width, decay, o);
-    if (vectors == 1) multiply_values<M, 1, kHalf != 0>(p, v, words, width, decay, o);
+    if (vectors == 2) multiply_values<M, kRows, 2, kHalf != 0>(p, v, words, width, decay, o);
+    if (vectors == 1) multiply_values<M, kRows, 1, kHalf != 0>(p, v, words, width, decay, o);
     return;
   }
-  if (kStrip == 3 && vectors == 3) multiply_values<M, kStrip, false>(p, v, words, width, decay, o);
-  if (vectors == 2) multiply_values<M, 2, false>(p, v, words, width, decay, o);
-  if (vectors == 1) multiply_values<M, 1, false>(p, v, words, width, decay, o);
+  if (kStrip == 3 && vectors == 3) multiply_values<M, kRows, kStrip, false>(p, v, words, width, decay, o);
+  if (vectors == 2) multiply_values<M, kRows, 2, false>(p, v, words, width, decay, o);
+  if (vectors == 1 && rows == kRows) multiply_values<M, kRows, 1, false>(p, v, words, width, decay, o);
+  if (vectors == 1 && rows > kRows) multiply_values<M, 2 * kRows, 1, false>(p, v, words, width, decay, o);
+}
+
+// The scores of the keys from count on become -inf: a vector at a time, for a load that follows waits for parts.
+LDMFAST_INLINE void hide_from(int64_t count, int64_t padded, float* s) {
+  for (int64_t i = count / kLanes * kLanes; i < padded; i += kLanes) {
+    VecI lane;
+    for (int j = 0; j < kLanes; ++j) lane[j] = (int)i + j;
+    store(s + i, lane < (int)count ? load(s + i) : splat(-kInf));
+  }
 }
 
 // p = 2^(s * factor - maximum), the weights of count keys (padded to kTile) for one query; returns their lane sums.
