@@ -26,7 +26,7 @@ from ldmfast.kernels.launch_kernel import launch_kernel
 @triton.jit
 def _normalize(
     x_ptr, y_ptr, weight_ptr, bias_ptr, add_ptr, scale_ptr, shift_ptr,  # at the tile's first channel and position
-    group_mean, group_rstd,  # [BLOCK_G]
+    group_mean, group_rest, group_rstd,  # [BLOCK_G]
     stride_xc, stride_xp, stride_yc, stride_yp, channels, length,
     SILU: tl.constexpr, GROUP_SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -34,6 +34,7 @@ def _normalize(
     lane_c, lane_p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     member = group_members(lane_c, channels, GROUP_SIZE, BLOCK_G)
     mean = tl.sum(tl.where(member, group_mean[:, None], 0.0), axis=0)
+    rest = tl.sum(tl.where(member, group_rest[:, None], 0.0), axis=0)
     rstd = tl.sum(tl.where(member, group_rstd[:, None], 0.0), axis=0)
     for c in range(0, CHANNELS, BLOCK_C):
         offs_c = c + lane_c
@@ -49,6 +50,7 @@ def _normalize(
             offset *= scale
         if shift_ptr is not None:
             offset += tl.load(shift_ptr + offs_c, mask_c, other=0.0).to(tl.float32)
+        offset -= rest * gain
         x_tile_ptr, y_tile_ptr = x_ptr, y_ptr
         for p in range(0, length, BLOCK_P):
             mask_p = lane_p < length - p
@@ -70,7 +72,7 @@ def group_norm_silu_kernel(
     x_ptr, y_ptr,  # [N, C, P]; y is dense, in the layout of x
     weight_ptr, bias_ptr,  # [C] or None
     add_ptr, scale_ptr, shift_ptr,  # [N, C] or None
-    partial_ptr,  # [N, G, parts, 2] float32: mean and M2 of a part; None in one launch
+    partial_ptr,  # [N, G, parts, 3] float32: a part's mean, its rest and M2; None in one launch
     stride_xn, stride_xc, stride_xp, stride_add, stride_scale, stride_shift,
     C, P, tiles, parts, part_length,  # tiles of channels of a sample, parts of the positions and their length
     eps,
@@ -89,20 +91,21 @@ def group_norm_silu_kernel(
     x_ptr += n * stride_xn + c * stride_xc + p * stride_xp
     add_ptr = add_ptr + n * stride_add + c if add_ptr is not None else None
     if STEP != "normalize":
-        mean, m2 = group_moments(
+        mean, rest, m2 = group_moments(
             x_ptr, add_ptr, stride_xc, stride_xp, channels, length,
             GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P, EVEN_P,
         )  # fmt: skip
     if STEP != "all":
         offs_g = tl.arange(0, BLOCK_G)
-        partial_ptr += (n * (C // GROUP_SIZE) + tile * TILE_GROUPS) * parts * 2
+        partial_ptr += (n * (C // GROUP_SIZE) + tile * TILE_GROUPS) * parts * 3
         mask_g = offs_g * GROUP_SIZE < channels
     if STEP == "moments":
-        tl.store(partial_ptr + (offs_g * parts + part) * 2, mean, mask_g)
-        tl.store(partial_ptr + (offs_g * parts + part) * 2 + 1, m2, mask_g)
+        tl.store(partial_ptr + (offs_g * parts + part) * 3, mean, mask_g)
+        tl.store(partial_ptr + (offs_g * parts + part) * 3 + 1, rest, mask_g)
+        tl.store(partial_ptr + (offs_g * parts + part) * 3 + 2, m2, mask_g)
     else:
         if STEP == "normalize":
-            mean, m2 = moments_of_parts(partial_ptr, mask_g, offs_g, parts, part_length, P, GROUP_SIZE)
+            mean, rest, m2 = moments_of_parts(partial_ptr, mask_g, offs_g, parts, part_length, P, GROUP_SIZE)
         rstd = reciprocal_deviation(m2, P, eps, GROUP_SIZE)
         stride_yc = 1 if CHANNELS_LAST else P
         stride_yp = C if CHANNELS_LAST else 1
@@ -112,7 +115,7 @@ def group_norm_silu_kernel(
         scale_ptr = scale_ptr + n * stride_scale + c if scale_ptr is not None else None
         shift_ptr = shift_ptr + n * stride_shift + c if shift_ptr is not None else None
         _normalize(
-            x_ptr, y_ptr, weight_ptr, bias_ptr, add_ptr, scale_ptr, shift_ptr, mean, rstd,
+            x_ptr, y_ptr, weight_ptr, bias_ptr, add_ptr, scale_ptr, shift_ptr, mean, rest, rstd,
             stride_xc, stride_xp, stride_yc, stride_yp, channels, length, SILU,
             GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P,
         )  # fmt: skip
@@ -170,7 +173,7 @@ def group_norm_silu(x, strides, channels_last, y, weight, bias, add, scale, shif
     n, channels, positions = *x.shape[:2], x.shape[2:].numel()
     config = configuration(n, channels, positions, groups, channels_last)
     tiles, parts = triton.cdiv(groups, config.tile_groups), triton.cdiv(positions, config.part_length)
-    partial = x.new_empty((n, groups, parts, 2), dtype=torch.float32) if config.split else None
+    partial = x.new_empty((n, groups, parts, 3), dtype=torch.float32) if config.split else None
     rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
     with torch.cuda.device_of(x):
         for step in ("moments", "normalize") if config.split else ("all",):

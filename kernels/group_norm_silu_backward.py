@@ -93,7 +93,7 @@ def group_norm_silu_backward_kernel(
     sums_ptr,  # [3, N, C] float32
     weight_ptr, bias_ptr,  # [C] or None
     add_ptr, scale_ptr, shift_ptr,  # [N, C] or None
-    moments_ptr,  # [N, G, parts, 2] float32; this and the next two: None in one launch
+    moments_ptr,  # [N, G, parts, 3] float32; this and the next two: None in one launch
     parts_ptr,  # [3, N, parts, C] float32: the sums of g, g * xhat and xhat over a part
     stats_ptr,  # [N, G, 4] float32: mean, 1 / std, mean_g, mean_gx
     stride_xn, stride_xc, stride_xp, stride_add, stride_scale, stride_shift,
@@ -128,26 +128,29 @@ def group_norm_silu_backward_kernel(
     mask_g = offs_g * GROUP_SIZE < channels
     if STEP != "all":
         group = n * (C // GROUP_SIZE) + tile * TILE_GROUPS
-        moments_ptr += group * parts * 2
+        moments_ptr += group * parts * 3
         parts_ptr += n * parts * C + c0
         stats_ptr += group * 4
 
     if STEP == "all" or STEP == "moments":
-        mean, m2 = group_moments(
+        mean, rest, m2 = group_moments(
             x_ptr, add_ptr, stride_xc, stride_xp, channels, length,
             GROUP_SIZE, CHANNELS, BLOCK_G, BLOCK_C, BLOCK_P, EVEN_P,
         )  # fmt: skip
         rstd = reciprocal_deviation(m2, P, eps, GROUP_SIZE)
         if STEP == "moments":
-            tl.store(moments_ptr + (offs_g * parts + part) * 2, mean, mask_g)
-            tl.store(moments_ptr + (offs_g * parts + part) * 2 + 1, m2, mask_g)
+            tl.store(moments_ptr + (offs_g * parts + part) * 3, mean, mask_g)
+            tl.store(moments_ptr + (offs_g * parts + part) * 3 + 1, rest, mask_g)
+            tl.store(moments_ptr + (offs_g * parts + part) * 3 + 2, m2, mask_g)
+        mean += rest
     elif STEP == "apply":
         mean = tl.load(stats_ptr + offs_g * 4, mask_g, other=0.0)
         rstd = tl.load(stats_ptr + offs_g * 4 + 1, mask_g, other=0.0)
         mean_g = tl.load(stats_ptr + offs_g * 4 + 2, mask_g, other=0.0)
         mean_gx = tl.load(stats_ptr + offs_g * 4 + 3, mask_g, other=0.0)
     else:
-        mean, m2 = moments_of_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, GROUP_SIZE)
+        mean, rest, m2 = moments_of_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, GROUP_SIZE)
+        mean += rest
         rstd = reciprocal_deviation(m2, P, eps, GROUP_SIZE)
     if STEP == "combine":
         combine(
@@ -200,7 +203,7 @@ def group_norm_silu_backward(
     tiles, parts = triton.cdiv(groups, config.tile_groups), triton.cdiv(positions, config.part_length)
     scratch = (None, None, None)
     if config.split:
-        shapes = (n, groups, parts, 2), (3, n, parts, channels), (n, groups, 4)
+        shapes = (n, groups, parts, 3), (3, n, parts, channels), (n, groups, 4)
         scratch = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
     rows = [0 if tensor is None else tensor.stride(0) for tensor in (add, scale, shift)]
     with torch.cuda.device_of(x):

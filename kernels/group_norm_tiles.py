@@ -29,11 +29,12 @@ def group_moments(
     GROUP_SIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each of the tile's groups, [BLOCK_G] float32.
+    """Mean, what its rounding left, and sum of squared deviations of each of the tile's groups, [BLOCK_G] float32.
 
     A lane sums x - first and its square, `first` being the lane's first number. As that is one of the n numbers,
     (first - mean)^2 is at most their M2, so the cancellation in M2 = square - total^2 / n loses at most a factor n
-    (some hundreds of 2^-24) whatever the data are; unlike E[x^2] - E[x]^2, whose loss has no bound.
+    (some hundreds of 2^-24) whatever the data are; unlike E[x^2] - E[x]^2, whose loss has no bound. Each mean is taken
+    once more, of what is left after the first: one float32 is rounded by 1e-5 of a deviation where it is 190 away.
     """
     lane_c, lane_p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     first = load_tile(x_ptr, add_ptr, 0, lane_c, lane_p, stride_xc, stride_xp, lane_c < channels, lane_p < length)
@@ -56,31 +57,38 @@ def group_moments(
     count = count.to(tl.float32)[None, :]
     inverse = 1.0 / tl.maximum(count, 1.0)
     row_count = tl.sum(count, axis=1)  # the same for every channel
-    lane_mean = first + total * inverse
-    mean = tl.sum(count * lane_mean, axis=1) / row_count
-    off = lane_mean - mean[:, None]
+    above = total * inverse  # the lane's mean, less its first number
+    mean = tl.sum(count * (first + above), axis=1) / row_count
+    off = (first - mean[:, None]) + above
+    rest = tl.sum(count * off, axis=1) / row_count
+    off -= rest[:, None]
     m2 = tl.sum(square - total * total * inverse + count * off * off, axis=1)
 
     member = group_members(lane_c, channels, GROUP_SIZE, BLOCK_G)
     rows = tl.maximum(tl.sum(member.to(tl.float32), axis=1), 1.0)
     group_mean = tl.sum(tl.where(member, mean[None, :], 0.0), axis=1) / rows
-    off = mean[None, :] - group_mean[:, None]
-    return group_mean, tl.sum(tl.where(member, m2[None, :] + row_count * off * off, 0.0), axis=1)
+    off = tl.where(member, (mean[None, :] - group_mean[:, None]) + rest[None, :], 0.0)
+    group_rest = tl.sum(off, axis=1) / rows
+    off -= group_rest[:, None]
+    return group_mean, group_rest, tl.sum(tl.where(member, m2[None, :] + row_count * off * off, 0.0), axis=1)
 
 
 @triton.jit
 def moments_of_parts(moments_ptr, mask_g, offs_g, parts, part_length, P, GROUP_SIZE: tl.constexpr):
-    # mean and sum of squared deviations of each group, [BLOCK_G], from those of the parts (Chan et al. 1983). The parts
-    # come first: Triton 3.6 gives every thread the whole of [BLOCK_G, BLOCK_PARTS], which spilled 2436 bytes
+    # what group_moments gives, of each group from the parts' (Chan et al. 1983). The parts come first: Triton 3.6 gives
+    # every thread the whole of [BLOCK_G, BLOCK_PARTS], which spilled 2436 bytes
     offs_part = tl.arange(0, BLOCK_PARTS)
     mask = (offs_part < parts)[:, None] & mask_g[None, :]
-    offs = (offs_g[None, :] * parts + offs_part[:, None]) * 2
+    offs = (offs_g[None, :] * parts + offs_part[:, None]) * 3
     part_mean = tl.load(moments_ptr + offs, mask, other=0.0)
-    part_m2 = tl.load(moments_ptr + offs + 1, mask, other=0.0)
+    part_rest = tl.load(moments_ptr + offs + 1, mask, other=0.0)
+    part_m2 = tl.load(moments_ptr + offs + 2, mask, other=0.0)
     count = tl.where(mask, tl.minimum(P - offs_part * part_length, part_length)[:, None], 0).to(tl.float32)
     mean = tl.sum(count * part_mean, axis=0) / P
-    off = tl.where(mask, part_mean - mean[None, :], 0.0)
-    return mean, tl.sum(part_m2 + GROUP_SIZE * count * off * off, axis=0)
+    off = tl.where(mask, (part_mean - mean[None, :]) + part_rest, 0.0)
+    rest = tl.sum(count * off, axis=0) / P
+    off -= rest[None, :]
+    return mean, rest, tl.sum(part_m2 + GROUP_SIZE * count * off * off, axis=0)
 
 
 @triton.jit

@@ -34,6 +34,8 @@ def group_norm(
         elif sliced == "odd":  # channels that begin where no access of 4 or 16 bytes can
             wide = randn(N, C + 2, H, W, dtype=dtype, mean=mean)
             x = (layout(wide) if layout else wide)[:, 1 : C + 1]
+        elif sliced == "column":  # a row, transposed: it is contiguous, and the stride of its one column is not 1
+            x = randn(N, C, W, H, dtype=dtype, mean=mean).transpose(2, 3)
         elif sliced == "batch":
             x = randn(2 * N, C, H, W, dtype=dtype, mean=mean)[::2]
         elif sliced == "width":
@@ -107,6 +109,7 @@ def norm_cases():
             yield Case(GN, f"one-group-odd-slice-{side}x{side}-{name}", wide)
     yield Case(GN, "batch-slice", group_norm(320, 8, 8, sliced="batch"))
     yield Case(GN, "width-slice", group_norm(320, 8, 8, sliced="width"))
+    yield Case(GN, "transposed-row", group_norm(64, 9, 1, sliced="column"))
     yield from _parts()
     yield from _rows()
 

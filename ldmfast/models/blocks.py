@@ -30,6 +30,7 @@ from ldmfast.models.layers import (
     added,
     conv2d,
     dropout,
+    drops,
     enlarged,
     folds,
     for_stock,
@@ -97,8 +98,11 @@ def resnet(
 ) -> torch.Tensor:
     """GroupNorm, SiLU, conv; time; GroupNorm, SiLU, conv; plus the input, which is [x, skip] by channels.
 
-    One that resamples does so to both, first.
+    One that resamples does so to both, first. One whose layers drop values of their inputs is stock's: they do so in
+    the order of its calls, which is another here.
     """
+    if drops(m.conv1, m.time_emb_proj, m.conv2, m.conv_shortcut):
+        return from_stock(m(joined(x, skip).contiguous(), cond.temb))
     if obstacle(m):
         return from_stock(m(for_stock(joined(x, skip)), cond.temb))
     if not folds(x):

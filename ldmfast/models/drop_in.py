@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -108,7 +109,12 @@ class DropIn:
 
     def stock_reason(self, *arguments: Any, **named: Any) -> str | None:
         """Why a call with these arguments goes to the stock class's forward as a whole, as a clause, or None."""
+        if self.training and self._drops() and any(isinstance(m, Attention) for m in self.modules()):
+            return "it drops values, and which ones is decided by how stock's attention leaves a picture in memory"
         return self.patched()
+
+    def _drops(self) -> bool:
+        return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.modules())
 
     def replaced_methods(self) -> list[str]:
         """The methods that stock's forward calls and that are not stock's, on this model or its class."""

@@ -87,10 +87,20 @@ def group_norm(
 def dropout(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """m(x), x [N, C, H, W]; where m drops values, x lies as in a stock U-Net: random numbers fall as memory goes.
 
-    So the same seed drops the same values. (In stock's UNet2DModel an attention's output is channels_last, and so is
-    what comes after it: one that drops values goes through stock's forward.)
+    So the same seed drops the same values. (In stock's UNet2DModel and autoencoders an attention's output is
+    channels_last, and so is what comes after it: one that drops values goes through stock's forward.)
     """
     return m(x) if plain(m) else from_stock(m(x.contiguous()))
+
+
+def drops(*layers: nn.Module | None) -> bool:
+    """Whether a call of any of them draws what to drop, as a layer with a LoRA's lora_dropout does in training."""
+    return any(
+        isinstance(each, nn.modules.dropout._DropoutNd) and each.training and each.p > 0
+        for m in layers
+        if m is not None and type(m) not in (nn.Conv2d, nn.Linear)  # sooner said than plain(m)
+        for each in m.modules()
+    )
 
 
 def _taken(x: torch.Tensor) -> bool:
@@ -254,7 +264,7 @@ def _module(m: nn.Conv2d, x: torch.Tensor, biased: bool = True) -> torch.Tensor:
     channels_last images take such a weight; another is laid out anew at every call.
     """
     if not plain(m):
-        return m(x)
+        return from_stock(m(x.contiguous())) if drops(m) else m(x)  # see dropout
     if _is_pixelwise(m):
         return image(F.linear(tokens(x), m.weight.flatten(1), m.bias), x.shape[2:])
     if x.is_cuda and not torch.compiler.is_compiling() and not transformed():
@@ -271,7 +281,8 @@ def projected(m: nn.Module, x: torch.Tensor, norm: nn.GroupNorm, *, is_linear: b
         norm_scale, norm_shift = _affine(norm, x, None, None, None)
         weight = m.weight[:, :, None, None]
         return tokens(ops.conv2d(x, weight, m.bias, norm_scale=norm_scale, norm_shift=norm_shift))
-    return linear(m, tokens(group_norm(norm, x, silu=False)))
+    h = group_norm(norm, x, silu=False)
+    return linear(m, tokens(h.contiguous() if drops(m) else h))  # stock's tokens are a view of that
 
 
 def activated_conv2d(m: nn.Conv2d, x: torch.Tensor, norm: nn.GroupNorm | None, activation: nn.Module) -> torch.Tensor:

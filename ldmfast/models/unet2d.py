@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import nn
 
 from ldmfast.models.blocks import BlockInputs, down_block, mid_block, up_block
 from ldmfast.models.drop_in import DropIn
@@ -135,12 +134,7 @@ class UNet2D(Graphed, DropIn, UNet2DModel):
     def stock_reason(self) -> str | None:
         if any(hasattr(block, "skip_conv") for block in (*self.down_blocks, *self.up_blocks)):
             return "its blocks hand the picture along beside the features"
-        if self.training and self._drops() and any(isinstance(m, Attention) for m in self.modules()):
-            return "it drops values, and which ones is decided by how stock's attention leaves a picture in memory"
-        return self.patched()
-
-    def _drops(self) -> bool:
-        return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.modules())
+        return super().stock_reason()
 
     @classmethod
     def from_unet(cls, unet: UNet2DModel) -> UNet2D:

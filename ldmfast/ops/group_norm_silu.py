@@ -143,9 +143,11 @@ def _ncp_strides(x: torch.Tensor) -> tuple[int, int, int] | None:
     """The strides of x seen as [N, C, P], unit in C or in P; None where no view of x has such."""
     if x.dim() == 2:
         return x.stride(0), x.stride(1), 1
-    last, pixels = x.stride(-1), 1
+    last = pixels = 1  # of a side of 1 the stride says nothing, and contiguous() leaves any
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size > 1 and stride != last * pixels:
+        if size > 1 and pixels == 1:
+            last = stride
+        elif size > 1 and stride != last * pixels:
             return None
         pixels *= size
     if last != 1 and pixels > 1 and memory_layout(x) is not torch.channels_last:

@@ -197,8 +197,6 @@ def arguments(plan: dict):
     torch.default_generator.manual_seed(plan["seed"])  # without a stack for each device, which takes 1 ms
     if "space" in plan and plan["width"] * math.prod(plan["space"]) == 1:
         plan = {**plan, "width": 2}  # one number a group: torch's group_norm, so the reference, refuses it
-    if plan.get("add") and "space" in plan and plan["width"] * math.prod(plan["space"]) < 8:
-        plan = {**plan, "width": 8}  # of two numbers +-1 is left, however the reference rounds x + add; ours does not
     if plan["op"] == "group_norm_silu_backward":
         plan = {
             **plan,

@@ -8,11 +8,15 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmfast.models import drop_in, layers
+from ldmfast.models.autoencoder import AutoencoderKL
 from ldmfast.models.unet import UNet
+from ldmfast.models.unet2d import UNet2D
+from ldmfast.models.vq import VQModel
 from ldmfast.ops import native
 from ldmfast.ops.gradients import products
 
@@ -197,9 +201,31 @@ def test_a_single_element_that_is_changed_through_data_counts_at_once():
             before = found
 
 
-def test_weights_stay_as_stock_lays_them_out():
-    stock, ours = pair()
+KINDS = {
+    "unet": (tiny.unet, UNet.from_unet, tiny.inputs),
+    "unet2d": (tiny.unet2d, UNet2D.from_unet, lambda model: {"sample": torch.randn(1, 3, 16, 16), "timestep": 3}),
+    "autoencoder": (tiny.vae, AutoencoderKL.from_vae, lambda model: {"sample": torch.randn(1, 3, 32, 32)}),
+    "codebook": (tiny.vq, VQModel.adopt, lambda model: {"sample": torch.randn(1, 3, 16, 16)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_stay_as_stock_lays_them_out(kind, dtype, tmp_path):
+    """So they are saved, flattened, viewed and drawn like as stock's are, after a step of training, too."""
+    make, adopt, inputs = KINDS[kind]
+    stock = make().to(dtype)
+    ours, given = adopt(copy.deepcopy(stock)), tiny.to(inputs(stock), dtype)
     with torch.no_grad():
-        ours(**tiny.inputs(ours))
+        ours(**given)
+    ours(**given).sample.float().mean().backward()
     for mine, theirs in zip(ours.parameters(), stock.parameters(), strict=True):
-        assert mine.stride() == theirs.stride()
+        assert mine.stride() == theirs.stride() and mine.view(-1).shape == (theirs.numel(),)
+    save_file(ours.state_dict(), tmp_path / "weights.safetensors")
+    flat = [nn.utils.parameters_to_vector(model.parameters()) for model in (stock, ours)]
+    assert torch.equal(*flat)
+    drawn = []
+    for model in (stock, ours):
+        torch.manual_seed(3)
+        drawn.append(torch.cat([torch.randn_like(parameter).flatten() for parameter in model.parameters()]))
+    assert torch.equal(*drawn)

@@ -9,9 +9,11 @@ import pytest
 import tiny
 import torch
 from diffusers import UNet2DModel
+from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ldmfast.models.autoencoder import AutoencoderKL
 from ldmfast.models.unet import UNet
 from ldmfast.models.unet2d import UNet2D
 
@@ -19,13 +21,14 @@ from ldmfast.models.unet2d import UNet2D
 def step(model, arguments) -> list[torch.Tensor]:
     """The answer and every gradient, those of the inputs too."""
     arguments = {
-        name: value.clone().requires_grad_() if value.is_floating_point() else value
+        name: value.clone().requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
     torch.manual_seed(11)
     answer = model.train()(**arguments).sample
     answer.square().mean().backward()
-    return [answer, *(x.grad for x in (*arguments.values(), *model.parameters()) if x.grad is not None)]
+    leaves = [x for x in (*arguments.values(), *model.parameters()) if torch.is_tensor(x)]
+    return [answer, *(x.grad for x in leaves if x.grad is not None)]
 
 
 def assert_steps_are_equal(stock, ours, arguments) -> None:
@@ -93,3 +96,30 @@ def test_a_checkpointing_function_sees_the_modules_that_stock_gives_it():
     assert "checkpointed by" in " ".join(ours.explain()) and "chosen" in " ".join(ours.explain())
     with torch.no_grad():
         assert ours.explain() == []
+
+
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1")
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "conv_in", "conv_out", "conv")
+
+
+@pytest.mark.parametrize("targets", [LAYERS, CONVOLUTIONS, LAYERS + CONVOLUTIONS], ids=["linear", "conv", "all"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_lora_drops_the_same_values(family, targets):
+    """Random numbers fall as memory goes, and in the order of stock's calls."""
+    stock = with_lora(tiny.unet(family), targets)
+    assert_steps_are_equal(stock, UNet.from_unet(copy.deepcopy(stock)), tiny.inputs(stock))
+
+
+@pytest.mark.parametrize("targets", [LAYERS[:4], CONVOLUTIONS, LAYERS + CONVOLUTIONS], ids=["linear", "conv", "all"])
+def test_a_lora_of_an_autoencoder_drops_the_same_values(targets):
+    stock = with_lora(tiny.vae(), targets)
+    ours = AutoencoderKL.from_vae(copy.deepcopy(stock))
+    assert_steps_are_equal(stock, ours, {"sample": torch.randn(2, 3, 16, 16)})
+
+
+def with_lora(model, targets):
+    model.add_adapter(LoraConfig(r=4, lora_dropout=0.3, target_modules=list(targets), init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model

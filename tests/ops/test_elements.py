@@ -139,3 +139,17 @@ def test_a_row_of_like_elements_is_normalised_to_nothing(K, backend, dtype):
     )
     for y in found:
         assert not y.any()
+
+
+@every_backend
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("width, side", [(2, 1), (1, 2), (10, 1), (3, 24)])
+def test_a_group_far_from_zero_keeps_its_digits(width, side, layout, backend):
+    """Its mean is 190 deviations off: one float32 rounds that by 1e-5 of one, and add - mean by as much."""
+    channels = 4 * width
+    x, add = torch.randn(2, channels, side, side) * 64 + 19000, torch.randn(2, channels) * 64 - 7000
+    x, add = ((values * 512).round() / 512 for values in (x, add))  # so that x + add is a number of float32
+    x = x.contiguous(memory_format=layout)
+    exact = torch.nn.functional.group_norm(x.double() + add.double()[..., None, None], 4, eps=1e-6)
+    (y,) = run(backend, lambda: ops.group_norm_silu(x, None, None, 4, 1e-6, add=add, silu=False, backend=backend))
+    assert (y - exact).norm() <= 3e-7 * exact.norm()
