@@ -101,10 +101,10 @@ def resnet(
     One that resamples does so to both, first. One whose layers drop values of their inputs is stock's: they do so in
     the order of its calls, which is another here.
     """
-    if drops(m.conv1, m.time_emb_proj, m.conv2, m.conv_shortcut):
-        return from_stock(m(joined(x, skip).contiguous(), cond.temb))
     if obstacle(m):
         return from_stock(m(for_stock(joined(x, skip)), cond.temb))
+    if drops(m.conv1, m.time_emb_proj, m.conv2, m.conv_shortcut):
+        return from_stock(m(joined(x, skip).contiguous(), cond.temb))
     if not folds(x):
         x, skip = joined(x, skip), None
     lent = m.conv1.bias if lends_bias(m.conv1, x) else None
