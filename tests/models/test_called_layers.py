@@ -81,3 +81,47 @@ def test_a_called_module_is_as_exact_as_in_the_stock_model(kind, name):
     assert seen
     assert tiny.error(got, exact) <= 2 * tiny.error(theirs, exact) + 1e-6
     assert got.stride() == theirs.stride()
+
+
+class Around(nn.Module):
+    """Another class in a module's place, with none of its attributes. What it returns is told from the module's."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = [inside]  # not a child: nothing is found by a walk
+
+    def forward(self, *arguments, **named):
+        y = self.inside[0](*arguments, **named)
+        return 1.25 * y if isinstance(y, torch.Tensor) else y
+
+
+def answer(model, name, run):
+    """What `run` gets while the named module's place is taken, or what is raised."""
+    parent, _, leaf = name.rpartition(".")
+    parent, module = model.get_submodule(parent), model.get_submodule(name)
+    setattr(parent, leaf, Around(module))
+    try:
+        return run(model)
+    except (AttributeError, TypeError, RuntimeError) as why:
+        return why
+    finally:
+        setattr(parent, leaf, module)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["unet", "unet2d", "autoencoder"])
+@torch.no_grad()
+def test_a_module_of_another_class_anywhere(kind, training):
+    stock, ours, run = made(kind)
+    stock.train(training)
+    ours = ours.adopt(copy.deepcopy(stock))
+    plain, compared = run(stock), 0
+    for name, _ in list(stock.named_modules())[1:]:
+        wanted, got = answer(stock, name, run), answer(ours, name, run)
+        if isinstance(wanted, Exception):
+            assert isinstance(got, Exception), name
+            continue
+        assert isinstance(got, torch.Tensor), (name, got)
+        assert tiny.error(got, wanted) <= 1e-4, name  # the off-centre mean takes two digits
+        compared += not torch.equal(wanted, plain)
+    assert compared > 20
