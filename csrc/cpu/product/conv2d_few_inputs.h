@@ -1,4 +1,5 @@
-// A 3x3 convolution of a few input channels: one matrix product whose depth is [channels, taps], as a weight has them.
+// A 3x3 convolution of a few input channels: one matrix product whose depth is [taps, channels], as pixels have them: the
+// taps of a row of the kernel lie together.
 //
 // The forms by groups of channels would fill 4 channels up to 16 or 32. In bfloat16 it is taken for some more, if they are
 // no level's width: a first layer's Winograd rounds what nothing after it averages. With 40 channels in, the whole network
@@ -24,21 +25,37 @@ template <class M, class T> struct FewInputs : DirectConv<M, T> {
 
   void rows(int64_t m, int rows, int64_t, float* to) const {
     const Group all = {false, 0, 0, a.C1};
+    const bool dense = a.upsample == 1 && a.stride_x1w == a.C1;
     T row[kMostInputs * 9];
     for (int r = 0; r < rows; ++r, to += kPart) {
       const int64_t n = (m + r) / (a.Ho * a.Wo), pixel = (m + r) % (a.Ho * a.Wo);
       const int64_t y = pixel / a.Wo * a.stride - a.padding, x = pixel % a.Wo * a.stride - a.padding;
-      for (int64_t t = 0; t < 9; ++t) {
-        const T* p = pixel_of<T>(a, all, n, y + t / 3, x + t % 3);
-        for (int64_t c = 0; c < a.C1; ++c) row[c * 9 + t] = p ? p[c] : T{};
+      T* next = row;
+      for (int64_t i = 0; i < 3; ++i, next += 3 * a.C1) {
+        const T *first = pixel_of<T>(a, all, n, y + i, x), *last = pixel_of<T>(a, all, n, y + i, x + 2);
+        if (dense && first && last) {
+          memcpy(next, first, 3 * a.C1 * sizeof(T));
+          continue;
+        }
+        for (int64_t j = 0; j < 3; ++j) {
+          const T* p = pixel_of<T>(a, all, n, y + i, x + j);
+          for (int64_t c = 0; c < a.C1; ++c) next[j * a.C1 + c] = p ? p[c] : T{};
+        }
       }
       pack_row<M>(row, elements(), row, to);
     }
   }
   void columns(int64_t n, int64_t, float* to) const {
-    for (int64_t j = 0; j < 2; ++j, n += kLanes) {
-      const T* w = (const T*)a.weight + n * a.stride_wo;
-      pack_transposed<M>(w, a.stride_wo, max64(0, a.Co - n), elements(), to + j * kLanes, kTile);
+    float block[(kMostInputs * 9 + 1) * kLanes];
+    for (int64_t j = 0; j < 2; ++j) {
+      int64_t step_c, step_tap;
+      weight_block<T>(a, n + j * kLanes, {false, 0, 0, a.C1}, a.C1, block, step_c, step_tap);
+      const auto element = [&](int64_t i) {
+        return i < elements() ? load(block + (i % a.C1 * step_c + i / a.C1 * step_tap) * kLanes) : VecF{};
+      };
+      for (int64_t w = 0; w < words(0); ++w) {
+        store(to + w * kTile + j * kLanes, M::interleave(element(w * M::kPack), element(w * M::kPack + M::kPack - 1)));
+      }
     }
   }
 };
