@@ -27,7 +27,7 @@ template <class M> bool is_strided(const Conv2dArgs& a) { return M::kPack == 1 &
 // What a weight costs beside its products, in vector operations for a pair of a vector of output channels and a word of
 // input channels. Measured on Zen 4: with AVX2 a weight from memory, on two threads; with AVX-512 one in the cache.
 constexpr bool kCold = kLanes == 8;
-constexpr int64_t kF2Weight = kCold ? 230 : 100, kF4Weight = kCold ? 400 : 160, kStridedWeight = kCold ? 190 : 80;
+constexpr int64_t kF2Weight = kCold ? 230 : 100, kF4Weight = kCold ? 400 : 160, kStridedWeight = kCold ? 210 : 80;
 
 // The form with the least vector operations for such a pair.
 template <class M, class T> ConvForm form_of(const Conv2dArgs& a) {
