@@ -49,12 +49,16 @@ def convert(name: str, job: dict, patience: float) -> None:
         engine.close()
 
 
-def compared(names: list[str], job: dict, rounds: int, patience: float, start=Engine, said=print) -> dict[str, dict]:
-    """{engine: its times, medians and memory}: they take turns in this group. The first is what others are held to.
+def compared(
+    names: list[str], job: dict, rounds: int, patience: float, start=Engine, said=print, wanted=None
+) -> dict[str, dict]:
+    """{engine: its times, medians and memory}: they take turns in this group.
 
+    wanted             stock's output, where a group before this one had it; else the first is what others are held to
     start(name, patience) makes an engine. One that fails is left out, and what it has measured with it.
     """
-    engines, found, wanted = {}, {}, None
+    engines, found = {}, {}
+    reference = None if wanted is None else "stock"
 
     def leave_out(name, reason):
         said(f"{name} is left out: it {reason}.")
@@ -71,7 +75,7 @@ def compared(names: list[str], job: dict, rounds: int, patience: float, start=En
         for name in (name for name in names if name not in found):
             try:
                 engines[name] = start(name, patience)
-                found[name], wanted = prepared(engines[name], job, wanted, next(iter(engines)))
+                found[name], wanted = prepared(engines[name], job, wanted, reference or next(iter(engines)))
                 said(f"{name}: ready after {found[name]['prepare_s']:.1f} s, first call {found[name]['first_s']:.2f} s")
             except Failed as reason:
                 leave_out(name, reason)
@@ -92,12 +96,16 @@ def compared(names: list[str], job: dict, rounds: int, patience: float, start=En
     return found
 
 
-def prepared(engine: Engine, job: dict, wanted, reference: str) -> tuple[dict, object]:
-    """(what the engine says, the output that the next ones are held to). Raises Failed where it computes otherwise."""
+def outputs(path: str | Path):
     import torch
 
+    return torch.load(path, weights_only=True)
+
+
+def prepared(engine: Engine, job: dict, wanted, reference: str) -> tuple[dict, object]:
+    """(what the engine says, the output that the next ones are held to). Raises Failed where it computes otherwise."""
     answer = engine.ask({"prepare": job})
-    output = torch.load(answer.pop("output"), weights_only=True)
+    output = outputs(answer.pop("output"))
     error = 0.0 if wanted is None else ((output - wanted).norm() / wanted.norm()).item()
     if not error <= TOLERANCE[job["dtype"]]:
         raise Failed(f"computes something else: {error:.1e} from {reference}, more than {TOLERANCE[job['dtype']]}")
@@ -180,8 +188,11 @@ def main() -> int:
         left_out = {name: {"left_out": f"memory does not hold it: {memory:.0f} GiB are free"} for name in missing}
         for name in missing:
             print(f"{job['work']} {job['dtype']}: {name} is left out: {left_out[name]['left_out']}.")
+        of_stock = False  # whether a group of this row had its output
         for index, names in enumerate(together or [[]]):
-            found = compared(names, job, options.rounds, options.patience) if names else {}
+            wanted = {"wanted": outputs(CACHE / "stock.pt")} if of_stock and "stock" not in names else {}
+            found = compared(names, job, options.rounds, options.patience, **wanted) if names else {}
+            of_stock = of_stock or "median_s" in found.get("stock", {})
             found |= left_out if index == 0 else {}
             print_row(job, found)
             record["rows"].append({**{k: v for k, v in job.items() if k != "cache"}, "engines": found})

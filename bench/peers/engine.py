@@ -90,16 +90,25 @@ def available() -> float:
 
 
 def needs(name: str, job: dict) -> tuple[float, float]:
-    """GiB that an engine holds when it is ready, and how much more while it prepares; an estimate from its weights."""
+    """GiB that an engine holds when it is ready, and how much more while it prepares; an estimate from its weights.
+
+    OpenVINO's weights are in float32 where the processor does not multiply what was asked for; its mapped file is not
+    counted: the system takes those pages back.
+    """
     full = PARAMETERS[job["work"]] * 4 / 2**30
     weights = full if job["dtype"] == "float32" else full / 2
-    copies = 1.0 if name in ("stock", "ldmfast") else 2.0  # frozen, or laid out anew beside a mapped file
-    held = copies * weights + 0.6 + job["batch"] * (job["size"] / 64) ** 2 * ACTIVATIONS[job["work"]]
-    return held, full * 1.1 - weights + (weights if name == "compile" else 0.0)
+    held = 0.6 + job["batch"] * (job["size"] / 64) ** 2 * ACTIVATIONS[job["work"]]
+    if name.startswith("openvino"):
+        return held + full, 0.1 * full
+    copies = 2.0 if name == "compile" else 1.0  # frozen, it lays them out anew
+    return held + copies * weights, full * 1.1 - weights + (weights if name == "compile" else 0.0)
 
 
 def groups(names: list[str], job: dict, memory: float) -> tuple[list[list[str]], list[str]]:
-    """(engines that memory, in GiB, holds together, stock and ldmfast in each group; those that it does not hold)."""
+    """(engines that memory, in GiB, holds together; those that it does not hold).
+
+    stock and ldmfast are in each group, or ldmfast alone in those after the first, where there is no room for both.
+    """
     first, missing, found = [name for name in ("stock", "ldmfast") if name in names], [], []
 
     def fits(group):
@@ -113,6 +122,8 @@ def groups(names: list[str], job: dict, memory: float) -> tuple[list[list[str]],
             found[-1].append(name)
         elif fits([*first, name]):
             found.append([*first, name])
+        elif len(first) == 2 and fits(["ldmfast", name]):
+            found += [first] * (not found) + [["ldmfast", name]]
         else:
             missing.append(name)
     return found or ([first] if first else []), missing

@@ -70,6 +70,13 @@ def test_engines_take_turns_and_a_row_has_their_medians(start):
     assert found["ldmfast"]["memory_mib"] == 7.0 and len(said) == 2
 
 
+def test_a_group_without_stock_is_held_to_what_stock_computed_before(start):
+    peers, wanted = {"ldmfast": (1.0001, 9), "openvino-1": (1.1, 9)}, torch.full((8,), 1.0)
+    found = compare.compared(["ldmfast", "openvino-1"], JOB, 1, 60, start(peers), [].append, wanted)
+    assert found["ldmfast"]["error"] == pytest.approx(1e-4, rel=1e-2)
+    assert found["openvino-1"] == {"left_out": "computes something else: 1.0e-01 from stock, more than 0.001"}
+
+
 @pytest.mark.parametrize(
     "peers, reason",
     [
@@ -108,6 +115,9 @@ def test_memory_decides_who_runs_together():
     assert not missing and len(together) > 1 and all(group[:2] == ["stock", "ldmfast"] for group in together)
     assert {name for group in together for name in group} == set(names)
     assert engine.groups(names, {**JOB, "work": "sdxl"}, 24)[0] == []  # 9.6 GiB of weights each
+    wide = {**JOB, "work": "sdxl", "dtype": "bfloat16"}  # stock's 4.8 GiB beside OpenVINO's 9.6 are too many
+    apart = [["stock", "ldmfast"], ["ldmfast", "openvino-1"], ["ldmfast", "openvino-2"]]
+    assert engine.groups(["ldmfast", "stock", "openvino-1", "openvino-2"], wide, 22) == (apart, [])
     assert engine.groups(["openvino-1"], JOB, 24) == ([["openvino-1"]], [])
 
 
