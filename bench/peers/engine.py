@@ -112,8 +112,10 @@ def groups(names: list[str], job: dict, memory: float) -> tuple[list[list[str]],
     first, missing, found = [name for name in ("stock", "ldmfast") if name in names], [], []
 
     def fits(group):
-        held = [needs(name, job) for name in group]
-        return sum(ready for ready, _ in held) + max((more for _, more in held), default=0.0) <= 0.9 * memory
+        held = most = 0.0
+        for ready, more in (needs(name, job) for name in group):  # they prepare one after the other
+            held, most = held + ready, max(most, held + ready + more)
+        return most <= 0.9 * memory
 
     if not fits(first):
         return [], names
