@@ -8,7 +8,6 @@ namespace LDMFAST_ISA {
 namespace {
 
 constexpr int64_t kSlab = 512;  // channels, whose coefficients and sums stay in the first-level cache
-constexpr int64_t kBytes = 4 << 20;  // of x, dy and dx that all threads go through before the next samples
 constexpr int kAbreast = 4;     // pixels that are summed in registers before they join the others
 
 template <class T> struct Block {
@@ -16,6 +15,7 @@ template <class T> struct Block {
   int64_t chunk, c, channels, pixels;  // channels from c on
   const T *x, *dy;                     // [pixels, channels]
   T* dx;
+  float* kept;                         // [pixels, channels] of g, in the order of load_pair
   int64_t stride_x, stride;
 
   Block(const Sample& s, int64_t chunk, int64_t slab)
@@ -25,6 +25,7 @@ template <class T> struct Block {
     x = (const T*)s.a.x + s.n * s.a.stride_xn + chunk * kPixels * s.a.stride_xp + c;
     dy = (const T*)s.a.dy + dense;
     dx = (T*)s.a.dx + dense;
+    kept = s.plan.g + s.n % s.plan.samples * s.plan.kept + chunk * kPixels * s.plan.width + c;
   }
 };
 
@@ -85,7 +86,7 @@ template <class T> void chunk_moments(const Block<T>& b, const Pivot<T>& sample)
 }
 
 // sums: of g, and of g * m
-template <class T, bool kSilu> void chunk_sums(const Block<T>& b) {
+template <class T, bool kSilu, bool kKept> void chunk_sums(const Block<T>& b) {
   float g_sum[kSlab], gm_sum[kSlab];
   const float *mean = b.s.row(kMean) + b.c, *slope = b.s.row(kSlope) + b.c, *offset = b.s.row(kOffset) + b.c;
   for (int64_t i = 0; i < kSlab; i += kLanes) store(g_sum + i, VecF{}), store(gm_sum + i, VecF{});
@@ -101,6 +102,7 @@ template <class T, bool kSilu> void chunk_sums(const Block<T>& b) {
       u -= mu, v -= mv;
       du = through_act<T, kSilu>(du, u * au + bu), dv = through_act<T, kSilu>(dv, v * av + bv);
       if (kKeepsG<T, kSilu>) write_pair<kWhole>(b.dx + (p + j) * b.stride + i, n, du, dv);
+      if (kKept) write_pair<true>(b.kept + (p + j) * b.s.plan.width + i, kPair, du, dv);
       gu += du, gv += dv;
       gmu += du * u, gmv += dv * v;
     }
@@ -111,7 +113,7 @@ template <class T, bool kSilu> void chunk_sums(const Block<T>& b) {
   for (int64_t i = 0; i < b.channels; i += kLanes) store(g + i, load(g_sum + i)), store(gm + i, load(gm_sum + i));
 }
 
-template <class T, bool kSilu> void chunk_gradient(const Block<T>& b) {
+template <class T, bool kSilu, bool kKept> void chunk_gradient(const Block<T>& b) {
   const float *mean = b.s.row(kMean) + b.c, *slope = b.s.row(kSlope) + b.c, *offset = b.s.row(kOffset) + b.c;
   const float *constant = b.s.row(kConstant) + b.c, *linear = b.s.row(kLinear) + b.c;
   each(b, [&](int64_t p, int64_t count, int64_t i, int64_t n, auto whole) __attribute__((always_inline)) {
@@ -126,8 +128,9 @@ template <class T, bool kSilu> void chunk_gradient(const Block<T>& b) {
       T* dx = b.dx + (p + j) * b.stride + i;
       read_pair<kWhole>(b.x + (p + j) * b.stride_x + i, n, u, v);
       u -= mu, v -= mv;
-      read_pair<kWhole>(kKeepsG<T, kSilu> ? dx : b.dy + (p + j) * b.stride + i, n, du, dv);
-      if (!kKeepsG<T, kSilu>) {
+      if (kKept) read_pair<true>(b.kept + (p + j) * b.s.plan.width + i, kPair, du, dv);
+      else read_pair<kWhole>(kKeepsG<T, kSilu> ? dx : b.dy + (p + j) * b.stride + i, n, du, dv);
+      if (!kKeepsG<T, kSilu> && !kKept) {
         du = through_act<T, kSilu>(du, u * au + bu), dv = through_act<T, kSilu>(dv, v * av + bv);
       }
       write_pair<kWhole>(dx, n, du * au - cu - u * lu, dv * av - cv - v * lv);
@@ -170,7 +173,7 @@ int64_t bundle_of(const Args& a) {
 }
 
 // The passes over samples `from` to `to`, by all threads together.
-template <class T, bool kSilu> void passes(const Args& a, const Plan& plan, int64_t from, int64_t to) {
+template <class T, bool kSilu, bool kKept> void passes(const Args& a, const Plan& plan, int64_t from, int64_t to) {
   const int64_t D = a.C / a.groups, bundle = bundle_of(a), bundles = ceil_div(a.groups, bundle);
   const int64_t slabs = ceil_div(a.C, kSlab), blocks = plan.chunks * slabs;
 #pragma omp for schedule(static)
@@ -191,7 +194,7 @@ template <class T, bool kSilu> void passes(const Args& a, const Plan& plan, int6
 #pragma omp for schedule(static)
   for (int64_t i = from * blocks; i < to * blocks; ++i) {
     const Sample s{a, plan, i / blocks};
-    chunk_sums<T, kSilu>(Block<T>(s, i % blocks / slabs, i % slabs));
+    chunk_sums<T, kSilu, kKept>(Block<T>(s, i % blocks / slabs, i % slabs));
   }
 #pragma omp for schedule(static)
   for (int64_t i = from * bundles; i < to * bundles; ++i) {
@@ -203,14 +206,17 @@ template <class T, bool kSilu> void passes(const Args& a, const Plan& plan, int6
 #pragma omp for schedule(static) nowait
   for (int64_t i = from * blocks; i < to * blocks; ++i) {
     const Sample s{a, plan, i / blocks};
-    chunk_gradient<T, kSilu>(Block<T>(s, i % blocks / slabs, i % slabs));
+    chunk_gradient<T, kSilu, kKept>(Block<T>(s, i % blocks / slabs, i % slabs));
   }
 }
 
 template <class T, bool kSilu> void channels_last(const Args& a, const Plan& plan) {
-  const int64_t samples = max64(1, kBytes / (3 * a.C * a.P * (int64_t)sizeof(T)));
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
-  for (int64_t n = 0; n < a.N; n += samples) passes<T, kSilu>(a, plan, n, min64(a.N, n + samples));
+  for (int64_t n = 0; n < a.N; n += plan.samples) {
+    const int64_t to = min64(a.N, n + plan.samples);
+    if (kNarrow<T> && kSilu && plan.kept) passes<T, kSilu, kNarrow<T> && kSilu>(a, plan, n, to);
+    else passes<T, kSilu, false>(a, plan, n, to);
+  }
 }
 
 }  // namespace

@@ -14,6 +14,8 @@ using Args = GroupNormSiluBackwardArgs;
 constexpr int64_t kSerial = 8 * 1024;   // elements below which waking threads costs more than it gives
 constexpr int64_t kPixels = 128;        // channels_last: pixels of a chunk, whose sums are made in float32
 constexpr int64_t kGroup = 128 * 1024;  // contiguous: elements of a group whose g stays in cache from pass to pass
+constexpr int64_t kSample = 256 * 1024;  // channels_last: elements of a sample, likewise
+constexpr int64_t kBytes = 4 << 20;     // channels_last: of x, dy and dx that all threads go through at a time
 
 // With m = x - mean and z = m * slope + offset:  dx = g * slope - constant - m * linear
 enum Row { kMean, kSlope, kOffset, kConstant, kLinear, kRows };
@@ -25,9 +27,10 @@ typedef double VecD __attribute__((vector_size(8 * kLanes)));
 LDMFAST_INLINE VecD exact(VecF x) { return __builtin_convertvector(x, VecD); }
 
 // workspace: [N, kExacts, width] float64, [N, kRows, width] float32, then
-//   channels_last: [N, chunks, 2, width] sums of chunks;  contiguous: [threads, kept] g
+//   channels_last: [N, chunks, 2, width] sums of chunks, [samples, kept] g;  contiguous: [threads, kept] g
 struct Plan {
-  int64_t width, chunks, threads, kept;  // width: C, in whole pairs of vectors
+  int64_t width, chunks, threads;  // width: C, in whole pairs of vectors
+  int64_t samples, kept;           // channels_last: that all threads go through together; elements
   double* exacts;
   float *rows, *sums, *g;
   size_t bytes;
@@ -40,14 +43,16 @@ Plan plan_of(const Args& a) {
   p.width = ceil_div(a.C, kPair) * kPair;
   p.chunks = a.channels_last ? ceil_div(a.P, kPixels) : 0;
   p.threads = a.N * a.C * a.P > kSerial ? max64(1, omp_get_max_threads()) : 1;
-  const int64_t group = a.C / a.groups * a.P;
-  const bool keeps = !a.channels_last && a.silu && a.dtype != DType::kFloat32 && group <= kGroup;
-  p.kept = keeps ? ceil_div(group, kPair) * kPair : 0;
+  const int64_t group = a.C / a.groups * a.P, size = a.dtype == DType::kFloat32 ? 4 : 2;
+  p.samples = min64(a.N, max64(1, kBytes / (3 * a.C * a.P * size)));
+  const bool fits = a.channels_last ? a.C * a.P <= kSample : group <= kGroup;
+  p.kept = !(a.silu && size == 2 && fits) ? 0 : a.channels_last ? a.P * p.width : ceil_div(group, kPair) * kPair;
   p.exacts = (double*)a.workspace;
   p.rows = (float*)(p.exacts + a.N * kExacts * p.width);
-  p.sums = p.g = p.rows + a.N * kRows * p.width;
+  p.sums = p.rows + a.N * kRows * p.width;
+  p.g = p.sums + a.N * p.chunks * 2 * p.width;
   p.bytes = (size_t)(a.N * p.width) * (kExacts * sizeof(double) + (kRows + 2 * p.chunks) * sizeof(float)) +
-            (size_t)(p.threads * p.kept) * sizeof(float);
+            (size_t)((a.channels_last ? p.samples : p.threads) * p.kept) * sizeof(float);
   return p;
 }
 
