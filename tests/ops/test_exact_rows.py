@@ -12,7 +12,7 @@ from cases import CASES, DTYPES, errors, tuples
 
 import ldmfast
 from ldmfast import ops
-from ldmfast.ops.registry import OPS
+from ldmfast.ops.registry import BACKWARD_OPS, OPS
 
 N = 5
 
@@ -127,6 +127,14 @@ def test_cpu_samples_of_group_norm(C, H, W, groups, layout, dtype):
     x = x.contiguous(memory_format=layout)
     hold(lambda part: ops.group_norm_silu(x[part], g, g, groups, add=more[part], scale=more[part], shift=more[part]))
     hold(lambda part: ops.group_norm_affine(x[part], g, g, groups, scale=more[part], shift=more[part]))
+    dy = randn(N, C, H, W, dtype=dtype).contiguous(memory_format=layout)
+
+    def gradients(part):
+        others = g, g, groups, 1e-5, True, *[more[part]] * 3, "cpu"
+        dx, sums = BACKWARD_OPS["group_norm_silu_backward"](dy[part], x[part], *others)
+        return dx, sums.transpose(0, 1).contiguous()  # samples first
+
+    hold(gradients)
 
 
 @dtypes
