@@ -47,3 +47,8 @@ def take_over(component: Any) -> nn.Module | diffusers.SchedulerMixin | None:
     name = type(component).__name__
     kind = NETWORKS.get(name) or SCHEDULERS.get(name)
     return kind.adopt(component) if kind is not None and type(component) is kind.stock else None
+
+
+def is_ours(component: Any) -> bool:
+    """Whether a component of a pipeline is a network or a scheduler of ours."""
+    return isinstance(component, (*NETWORKS.values(), *SCHEDULERS.values()))

@@ -19,8 +19,9 @@ from torch import nn
 from ldmfast.models.blocks import BlockInputs, downsample, image_attention, mid_block, resnet, upsample
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.guard import obstacle, obstacles
-from ldmfast.models.input_checks import check_values
+from ldmfast.models.input_checks import check_picture, check_values
 from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, for_stock, from_stock, in_layout_of
+from ldmfast.models.limits import modified
 from ldmfast.models.missing_weights import SingleFile
 from ldmfast.models.tiled_decode import decode_in_strips
 from ldmfast.ops.contract.stock_ops import in_fixed_order
@@ -44,6 +45,7 @@ class AutoencoderKL(SingleFile, DropIn, diffusers.AutoencoderKL):
         return cls.adopt(vae)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        check_picture("x", x, beginning(self.encoder), "autoencoder")
         check_values(x=x)
         return without_overflow(self, "encoded", self._encode_as_it_is, x)
 
@@ -80,6 +82,7 @@ class AutoencoderKL(SingleFile, DropIn, diffusers.AutoencoderKL):
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def _decode(self, z: torch.Tensor, return_dict: bool = True, tile: int | None = None) -> DecoderOutput | tuple:
+        check_picture("z", z, self.post_quant_conv or beginning(self.decoder), "autoencoder")
         check_values(z=z)
         x = without_overflow(self, "decoded", lambda latents: self._decode_as_it_is(latents, tile), z)
         return DecoderOutput(sample=x) if return_dict else (x,)
@@ -96,6 +99,11 @@ class AutoencoderKL(SingleFile, DropIn, diffusers.AutoencoderKL):
 
     def remarks(self) -> list[str]:
         return ["Pictures larger than a tile run as diffusers' AutoencoderKL: tiling is on."] if self.use_tiling else []
+
+
+def beginning(m: nn.Module) -> nn.Module | None:
+    """The convolution that an encoder or decoder begins with; None for one that may do something before it."""
+    return m.conv_in if type(m) in (Encoder, Decoder) and modified(m, type(m)) is None else None
 
 
 def encode(m: Encoder, x: torch.Tensor) -> torch.Tensor:

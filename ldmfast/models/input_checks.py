@@ -1,4 +1,4 @@
-"""What a U-Net refuses at its door, with a sentence that says what came and what was wanted.
+"""What a network refuses at its door, with a sentence that says what came and what was wanted.
 
 The checks read shapes and dtypes, and of values only a timestep's on a CPU, so that they cost no synchronisation on a
 GPU. With the environment variable LDMFAST_DEBUG=1 the inputs' values are looked at too.
@@ -20,6 +20,7 @@ from ldmfast.models.weight_files import WIDTHS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel, UNet2DModel
+    from torch import nn
 
 _NUMPY = (numpy.ndarray, numpy.generic)
 STEPS = 1000  # that a U-Net is trained on, where its configuration says nothing
@@ -54,23 +55,35 @@ def check_inputs(
 
 def check_sample(unet: UNet2DConditionModel | UNet2DModel, sample: torch.Tensor) -> None:
     """The noisy latents: rank, channels, dtype. Raises ValueError."""
-    if not isinstance(sample, torch.Tensor) or sample.ndim != 4:
-        got = tuple(sample.shape) if isinstance(sample, torch.Tensor) else type(sample).__name__
-        raise ValueError(f"sample must be a tensor [N, C, H, W]; got {got}")
-    if not plain(unet.conv_in):
+    hinted = unet.config.get("addition_embed_type") == "image_hint"  # more channels are put beside them
+    check_picture("sample", sample, unet.conv_in, "UNet", any_channels=hinted)
+
+
+def check_picture(
+    name: str, x: torch.Tensor, first: nn.Conv2d | None, what: str, *, any_channels: bool = False
+) -> None:
+    """What a network (`what`) is given that begins with the convolution `first`: rank, channels, dtype.
+
+    first  None where it is not known; of one that something is attached to, neither channels nor dtype are
+    Raises ValueError.
+    """
+    if not isinstance(x, torch.Tensor) or x.ndim != 4:
+        got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor [N, C, H, W]; got {got}")
+    if first is None or not plain(first):
         return
-    weight = unet.conv_in.weight
-    channels = weight.shape[1] * unet.conv_in.groups  # in_channels is not read by stock's forward
-    if sample.shape[1] != channels and unet.config.get("addition_embed_type") != "image_hint":
+    weight = first.weight
+    channels = weight.shape[1] * first.groups  # in_channels is not read by stock's forward
+    if x.shape[1] != channels and not any_channels:
         more = " (a 9-channel U-Net takes latents, mask and masked latents, concatenated)" if channels == 9 else ""
-        raise ValueError(f"sample has {sample.shape[1]} channels; this UNet expects {channels}{more}")
-    if sample.dtype != weight.dtype and not torch.is_autocast_enabled(sample.device.type):
-        raise ValueError(_dtype_message("sample", sample.dtype, weight.dtype))
+        raise ValueError(f"{name} has {x.shape[1]} channels; this {what} expects {channels}{more}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(_dtype_message(name, x.dtype, weight.dtype, what))
 
 
-def _dtype_message(name: str, got: torch.dtype, wanted: torch.dtype) -> str:
+def _dtype_message(name: str, got: torch.dtype, wanted: torch.dtype, what: str = "UNet") -> str:
     wanted = str(wanted).removeprefix("torch.")
-    return f"{name} is {str(got).removeprefix('torch.')} and this UNet {wanted}; cast one: {name}.to(torch.{wanted})"
+    return f"{name} is {str(got).removeprefix('torch.')} and this {what} {wanted}; cast one: {name}.to(torch.{wanted})"
 
 
 def _check_context(unet, sample, context) -> None:

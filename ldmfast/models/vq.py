@@ -12,9 +12,10 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ldmfast.models.autoencoder import decode, encode, without_overflow
+from ldmfast.models.autoencoder import beginning, decode, encode, without_overflow
 from ldmfast.models.drop_in import DropIn
-from ldmfast.models.input_checks import check_values
+from ldmfast.models.guard import plain
+from ldmfast.models.input_checks import check_picture, check_values
 from ldmfast.models.layers import channels_last, conv2d, in_layout_of
 from ldmfast.ops.contract.stock_ops import in_fixed_order
 
@@ -36,6 +37,7 @@ class VQModel(DropIn, diffusers.VQModel):
         """Images [N, 3, H, W] to latents [N, c, H/f, W/f], not quantised."""
         if self.stock_reason():
             return super().encode(x, return_dict)
+        check_picture("x", x, beginning(self.encoder), "autoencoder")
         check_values(x=x)
         h = without_overflow(self, "encoded", self._encode_as_it_is, x)
         return VQEncoderOutput(latents=h) if return_dict else (h,)
@@ -59,6 +61,7 @@ class VQModel(DropIn, diffusers.VQModel):
             or (force_not_quantize and self.config.lookup_from_codebook)
         ):
             return super().decode(h, force_not_quantize, return_dict, shape)
+        check_picture("h", h, self.post_quant_conv if plain(self.quantize) else None, "autoencoder")
         check_values(h=h)
         quantised, commit_loss = (h, h.new_zeros(h.shape[0])) if force_not_quantize else self.quantise(h)[:2]
         x = self.decode_quantised(quantised)

@@ -4,7 +4,7 @@
     conditioner/                              what turns inputs into what the denoiser is conditioned on
     ldmfast.json                              the classes of the autoencoder and the conditioner, the default guidance
 
-A folder without conditioner/ is a text model whose encoder ldmfast.json names.
+A folder without conditioner/ is a text model whose encoder ldmfast.json names; one that names another kind is refused.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ def load_parts(
 
 def _conditioner(folder: Path, settings: dict, text_encoder) -> Conditioner:
     if not folder.is_dir():
+        named = settings.get("conditioner", TextEncoder.__name__)
+        if named != TextEncoder.__name__:
+            raise FileNotFoundError(f"{folder} is missing: the {named} that ldmfast.json names")
         return TextEncoder.from_pretrained(text_encoder or settings.get("text_encoder", "minilm"))
     if text_encoder is None:
         return load_conditioner(folder)

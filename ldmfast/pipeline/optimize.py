@@ -21,8 +21,8 @@ def optimize(
 
     Its networks and its scheduler are taken over where they are exactly diffusers' classes and ldmfast has one of its
     own (diffusion/catalogue.py); other parts stay as they are, and so do the pictures. The pipeline still saves, and is
-    loaded elsewhere, as a plain diffusers pipeline.
-    Call it before offloading or compiling. Raises ValueError if there is nothing to take over, or if it is
+    loaded elsewhere, as a plain diffusers pipeline. A second call takes over what was put into it since.
+    Call it before offloading or compiling. Raises ValueError if nothing in it is ldmfast's or could be, or if it is
     offloaded, or if graph is asked for where there is no U-Net of ldmfast's or no NVIDIA GPU; TypeError for what is no
     diffusers pipeline.
     """
@@ -30,7 +30,7 @@ def optimize(
         raise TypeError(f"optimize takes a pipeline of diffusers'; got {type(pipeline).__name__}")
     found = {name: catalogue.take_over(component) for name, component in pipeline.components.items()}
     taken = {name: component for name, component in found.items() if component is not None}
-    if not taken:
+    if not taken and not any(map(catalogue.is_ours, pipeline.components.values())):
         *most, last = (*catalogue.NETWORKS, *catalogue.SCHEDULERS)
         raise ValueError(f"{type(pipeline).__name__} has no {', '.join(most)} or {last} to take over")
     for name, component in taken.items():

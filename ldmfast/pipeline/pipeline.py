@@ -287,7 +287,11 @@ class LatentDiffusionPipeline:
         """Latents [N, z, h, w] to pictures [N, 3, H, W] in [-1, 1], not clamped, float32 on the CPU."""
         decoded = decode_latents(self.vae, latents.to(self.vae.dtype)).float().cpu()
         if not torch.isfinite(decoded).all():
-            raise FloatingPointError(f"the decoded picture is not finite (weights in {self.vae.dtype}); use float32")
+            decoder = torch.isfinite(latents).all()
+            what, network = ("decoded picture is", self.vae) if decoder else ("latents are", self.unet)
+            debug = "with LDMFAST_DEBUG=1 a network names what it is given that is not"
+            mend = "use float32" if network.dtype is torch.float16 else debug
+            raise FloatingPointError(f"the {what} not finite (weights in {network.dtype}); {mend}")
         return decoded
 
     def _guidance(self, guidance):

@@ -14,11 +14,13 @@ import torch
 from ways import (
     SMALL,
     XL,
+    Given,
     adapters,
     added,
     call,
     controlled,
     optimized,
+    optimized_xl,
     ours,
     pipeline,
     residuals,
@@ -27,12 +29,15 @@ from ways import (
 )
 
 from ldmfast import UNet
+from ldmfast.conditioning.base import Unconditional
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
 from ldmfast.models.autoencoder import AutoencoderKL
 from ldmfast.models.unet2d import UNet2D
+from ldmfast.models.vq import VQModel
 
 LIST = {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 32), "time_ids": [[8, 8, 0, 0, 8, 8]] * 2}}
 IMG2IMG = {"kind": diffusers.StableDiffusionImg2ImgPipeline, "image": torch.rand(1, 3, 32, 32)}
+POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 PNDM, DDPM, DDIM = (getattr(diffusers, f"{name}Scheduler") for name in ("PNDM", "DDPM", "DDIM"))
 
 # row, way: (the call, the sentence)
@@ -58,6 +63,30 @@ REFUSED = {
     ("added", "UNet, both"): (lambda: call("sdxl", **added((2, 3), (2, 4))), r"text_embeds: .*; time_ids: expected"),
     ("added", "UNet, list"): (lambda: call("sdxl", **LIST), r"time_ids must be a tensor \(2, 6\); got list"),
     ("added", "UNet, tuple"): (lambda: call("sdxl", added_cond_kwargs=(1, 2)), "must be a dict of tensors; got tuple"),
+    ("added", "optimize, text"): (
+        lambda: optimized_xl(**dict.fromkeys(POOLED, torch.zeros(1, 16))),
+        r"^text_embeds: expected \(2, 32\), got \(2, 16\)",
+    ),
+    ("added", "optimize, ids"): (  # diffusers' own
+        lambda: optimized_xl(original_size=(8, 8, 8)),
+        "expects an added time embedding vector of length 80, but a vector of 88 was created",
+    ),
+    ("added", "pipeline"): (
+        lambda: given(unet("sdxl", cross_attention_dim=8), context=(None, 7, 8), text_embeds=(None, 16)),
+        r"^text_embeds: expected \(2, 32\), got \(2, 16\)",
+    ),
+    ("batch", "optimize"): (
+        lambda: optimized(latents=torch.zeros(3, 4, 8, 8)),
+        "encoder_hidden_states has batch 2, sample has batch 6",
+    ),
+    ("batch", "pipeline"): (lambda: given(context=(3, 7, 8)), "encoder_hidden_states has batch 6, sample has batch 2"),
+    ("no context", "optimize"): (  # diffusers' own
+        lambda: optimized(prompt_embeds=None, negative_prompt_embeds=None),
+        "Provide either `prompt` or `prompt_embeds`",
+    ),
+    ("no context", "pipeline"): (lambda: ours(conditioner=Unconditional())(1, steps=2), "tensor .*; got NoneType"),
+    ("no tokens", "pipeline"): (lambda: given(context=(None, 0, 8)), r"at least one token; got \(2, 0, 8\)"),
+    ("sizes", "optimize"): (lambda: optimized_xl(height=33), "have to be divisible by 8 but are 33"),  # diffusers' own
     ("batch", "UNet"): (lambda: call(encoder_hidden_states=torch.zeros(3, 7, 32)), "has batch 3, sample has batch 2"),
     ("list", "UNet"): (lambda: call(timestep=[1, 2]), "timestep must be an int, a float or a tensor.*got list"),
     ("list", "UNet2D"): (lambda: unet_2d(timestep=[1]), "timestep must be an int, a float or a tensor.*got list"),
@@ -118,6 +147,11 @@ def saved(tmp_path_factory):
     return folder
 
 
+def given(network=None, **shapes):
+    parts = {} if network is None else {"unet": network}
+    return ours(**parts, conditioner=Given(**shapes))([1], steps=2)
+
+
 def unet_2d(**changed):
     kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     model = UNet2D(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, sample_size=8, **kinds)
@@ -130,6 +164,59 @@ def test_the_sentence(case):
     with pytest.raises(ValueError, match=sentence) as raised:
         run()
     assert "\n" not in str(raised.value)
+
+
+def test_no_tokens_under_optimize_ends_before_a_network():
+    """In diffusers' own encode_prompt, as without us."""
+    empty = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), torch.zeros(1, 0, 32))
+    with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
+        optimized(**empty)
+
+
+AUTOENCODERS = {  # the network, what it is asked for, its argument and that one's channels
+    "decode": (lambda: AutoencoderKL.adopt(tiny.vae()), "decode", "z", 4),
+    "encode": (lambda: AutoencoderKL.adopt(tiny.vae()), "encode", "x", 3),
+    "VQ decode": (lambda: VQModel.adopt(tiny.vq()), "decode", "h", 3),
+    "VQ encode": (lambda: VQModel.adopt(tiny.vq()), "encode", "x", 3),
+}
+FOR_AUTOENCODERS = {
+    "half": (lambda x: x.half(), "{name} is float16 and this autoencoder float32; cast one: {name}.to.torch.float32.$"),
+    "integers": (lambda x: x.byte(), "{name} is uint8 and this autoencoder float32"),
+    "wider": (lambda x: torch.cat([x, x], dim=1), "{name} has {twice} channels; this autoencoder expects {channels}$"),
+    "one": (lambda x: x[0], r"{name} must be a tensor .N, C, H, W.; got .{channels}, 8, 8."),
+    "numpy": (lambda x: x.numpy(), r"{name} must be a tensor .N, C, H, W.; got ndarray"),
+}
+
+
+@pytest.mark.parametrize("wrong", FOR_AUTOENCODERS)
+@pytest.mark.parametrize("way", AUTOENCODERS)
+def test_an_autoencoders_sentence(way, wrong):
+    make, method, name, channels = AUTOENCODERS[way]
+    change, sentence = FOR_AUTOENCODERS[wrong]
+    with pytest.raises(ValueError, match="^" + sentence.format(name=name, channels=channels, twice=2 * channels)):
+        getattr(make(), method)(change(torch.zeros(1, channels, 8, 8)))
+
+
+def first_of(output):
+    """The picture or latent of what a method of an autoencoder returns."""
+    found = output[0]
+    return found if isinstance(found, torch.Tensor) else found.mode()
+
+
+@pytest.mark.parametrize("way", AUTOENCODERS)
+def test_an_autoencoder_that_casts_what_it_is_given_is_not_asked(way):
+    """By a hook of the layer or of the part around it, or under autocast: as with stock's."""
+    make, method, _, channels = AUTOENCODERS[way]
+    model = make()
+    part = {"encode": "encoder", "decode": "quantize" if way.startswith("VQ") else "post_quant_conv"}[method]
+    given = torch.randn(1, channels, 8, 8)
+    with torch.no_grad():
+        wanted = getattr(model, method)(given)
+        with torch.autocast("cpu", torch.bfloat16):
+            getattr(model, method)(given.half() if not way.startswith("VQ d") else given)
+        getattr(model, part).register_forward_pre_hook(lambda m, args: tuple(x.float() for x in args))
+        got = getattr(model, method)(given.double())
+    assert tiny.error(*map(first_of, (got, wanted))) <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import shutil
 import warnings
 
 import diffusers
 import pytest
 import tiny
 import torch
+from lora_pipelines import stable_diffusion_xl
 from safetensors.torch import load_file, save_file
 from ways import SMALL, ours, said_by_sample, stock_pipeline, unet
 
@@ -17,6 +21,7 @@ from ldmfast import UNet
 from ldmfast.commands import cli
 from ldmfast.models.checks import head_counts
 from ldmfast.ops import attention
+from ldmfast.pipeline import LatentDiffusionPipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -93,19 +98,44 @@ def test_the_families_heads(channels, width, heads, sentence):
             head_counts.warn_of_heads(stock, "it")
 
 
-def test_a_head_that_no_kernel_takes_runs_by_the_reference_and_is_explained(monkeypatch):
-    """As on a GPU, whose kernels end at 256; the CPU's take any width."""
-    stock = tiny.unet(**{**SMALL, "block_out_channels": (288, 288)}, attention_head_dim=1)
-    model, inputs = UNet.from_unet(stock), tiny.inputs(stock, (4, 4))
-    assert model.explain() == []
+WIDE_HEADS = {**SMALL, "block_out_channels": (288, 288), "attention_head_dim": 1}
+
+
+@pytest.fixture
+def up_to_256(monkeypatch):
+    """Kernels of attention as on a GPU, which end at heads 256 wide; the CPU's take any width."""
     for backend in attention.op.automatic("cpu"):
         if backend.name != "torch":
             refuses = [*backend.conditions, lambda q, *others: "over 256" if q.shape[3] > 256 else None]
             monkeypatch.setattr(backend, "conditions", refuses)
+
+
+def explained(model):
+    said = model.explain()
+    return len(said) == 1 and "attention's reference runs" in said[0] and "over 256" in said[0]
+
+
+def test_a_head_that_no_kernel_takes_runs_by_the_reference_and_is_explained(up_to_256):
+    stock = tiny.unet(**WIDE_HEADS)
+    model, inputs = UNet.from_unet(stock), tiny.inputs(stock, (4, 4))
     with torch.no_grad():
         assert tiny.error(model(**inputs).sample, stock(**inputs).sample) <= 1e-5
-    said = model.explain()
-    assert len(said) == 1 and "attention's reference runs" in said[0] and "over 256" in said[0]
+    assert explained(model)
+
+
+def test_such_a_head_in_every_pipeline(up_to_256, tmp_path):
+    pipe = stock_pipeline(network=tiny.unet(**WIDE_HEADS))
+    prompt = {name: torch.randn(1, 7, 32) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    assert pipe(num_inference_steps=1, **prompt).images and explained(pipe.unet)
+    own = ours(unet=unet(**{**WIDE_HEADS, "cross_attention_dim": 8}))
+    assert own([1], steps=1) and explained(own.unet)
+    own.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "-o", str(tmp_path / "a.png"), "--quiet", "--class", "1"]
+    assert cli.main(["sample", *options, "--steps", "1"]) == 0
+
+
+def test_a_head_that_the_kernels_take_is_not_explained():
+    assert UNet.from_unet(tiny.unet(**WIDE_HEADS)).explain() == []
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -149,13 +179,98 @@ def test_a_damaged_file_is_refused_by_every_way(damage, folder, tmp_path, capsys
     assert DAMAGED[damage].replace(" .SDXL.", " (SDXL)") in said
 
 
-def test_an_overflowing_float16_autoencoder_under_optimize():
-    pipe = stock_pipeline()
-    with torch.no_grad():
-        pipe.vae.decoder.conv_in.weight *= 3e5
+# By the way that ends in diffusers' own loading: its sentence, or, of a missing weight, its warning.
+OF_DIFFUSERS = {
+    web_page: (OSError, "Unable to load weights from checkpoint file for .*diffusion_pytorch_model.safetensors"),
+    truncated: (OSError, "Unable to load weights from checkpoint file for .*diffusion_pytorch_model.safetensors"),
+    another_family: (ValueError, r"attn2.to_k.weight expected shape torch.Size\(\[16, 2048\]\), but got"),
+}
+
+
+@pytest.mark.parametrize("damage", OF_DIFFUSERS, ids=lambda each: each.__name__)
+def test_a_damaged_file_under_optimize_is_refused_by_diffusers(damage, tmp_path):
+    tiny.unet(**SMALL).save_pretrained(tmp_path)
+    damage(tmp_path / WEIGHTS)
+    kind, sentence = OF_DIFFUSERS[damage]
+    with pytest.raises(kind, match=sentence):
+        stock_pipeline(network=diffusers.UNet2DConditionModel.from_pretrained(tmp_path))
+
+
+def test_a_missing_weight_under_optimize_is_warned_of_by_diffusers(tmp_path, monkeypatch):
+    tiny.unet(**SMALL).save_pretrained(tmp_path)
+    missing(tmp_path / WEIGHTS)
+    said = []
+    monkeypatch.setattr(diffusers.models.modeling_utils.logger, "warning", lambda text, *_: said.append(text))
+    stock_pipeline(network=diffusers.UNet2DConditionModel.from_pretrained(tmp_path))
+    assert any("newly initialized: ['mid_block.resnets.0.conv1.weight']" in text for text in said)
+
+
+def test_a_conditioner_that_is_lost_is_refused_by_every_way(folder, tmp_path, capsys):
+    shutil.rmtree(folder / "conditioner")
+    sentence = "conditioner is missing: the ClassEmbedder that ldmfast.json names"
+    for load in (ldmfast.load, LatentDiffusionPipeline.from_pretrained):
+        with pytest.raises(FileNotFoundError, match=sentence):
+            load(folder)
+    assert sentence in said_by_sample(folder, tmp_path / "a.png", capsys)
+
+
+OVERFLOWED = "float16 autoencoder overflowed; decoded again in float32"
+
+
+def test_an_overflowing_float16_autoencoder_by_every_way(tmp_path):
+    stock, own = stock_pipeline(), ours()
+    for pipe in (stock, own):
+        pipe.vae.decoder.conv_in.weight.data *= 3e5
+    own.save_pretrained(tmp_path / "model")
+    for pipe in (stock, own):
         pipe.vae.half()
-        with pytest.warns(UserWarning, match="float16 autoencoder overflowed; decoded again in float32"):
-            assert torch.isfinite(pipe.vae.decode(torch.randn(1, 4, 8, 8).half()).sample).all()
+    with torch.no_grad(), pytest.warns(UserWarning, match=OVERFLOWED):
+        assert torch.isfinite(stock.vae.decode(torch.randn(1, 4, 8, 8).half()).sample).all()
+    with pytest.warns(UserWarning, match=OVERFLOWED):
+        own([1], steps=1)
+    options = ["--model", str(tmp_path / "model"), "-o", str(tmp_path / "a.png"), "--quiet", "--class", "1"]
+    with pytest.warns(UserWarning, match=OVERFLOWED):
+        assert cli.main(["sample", *options, "--steps", "1", "--dtype", "float16"]) == 0
+
+
+DEBUG = "with LDMFAST_DEBUG=1 a network names what it is given that is not"
+
+
+@pytest.mark.parametrize(
+    "spoil, dtype, sentence",
+    [
+        (lambda pipe: pipe.unet.conv_out, torch.float32, rf"^the latents are not finite \(weights in .*32\); {DEBUG}$"),
+        (
+            lambda pipe: pipe.unet.conv_out,
+            torch.float16,
+            r"^the latents are not finite \(weights in .*16\); use float32$",
+        ),
+        (
+            lambda pipe: pipe.vae.decoder.conv_out,
+            torch.float32,
+            rf"^the decoded picture is not finite \(.*32\); {DEBUG}$",
+        ),
+    ],
+)
+def test_weights_that_are_not_finite(spoil, dtype, sentence, tmp_path, capsys):
+    pipe = ours()
+    spoil(pipe).weight.data[:1] = float("nan")
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(FloatingPointError, match=sentence):
+        pipe.to(dtype)([1], steps=1)
+    name = str(dtype).removeprefix("torch.")
+    assert re.search(sentence[1:], said_by_sample(tmp_path / "model", tmp_path / "a.png", capsys, "--dtype", name))
+
+
+def test_wrong_text_embeds_from_the_command_line(tmp_path, capsys):
+    pipe = stable_diffusion_xl()
+    config = copy.deepcopy(pipe.text_encoder_2.config)
+    config.projection_dim = 16
+    pipe.register_modules(text_encoder_2=type(pipe.text_encoder_2)(config))
+    pipe.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "-o", str(tmp_path / "a.png"), "--quiet", "--steps", "1"]
+    assert cli.main(["sample", "a", *options]) == 2
+    assert capsys.readouterr().err.strip().endswith("ldmfast: text_embeds: expected (2, 32), got (2, 16)")
 
 
 def test_no_time_ids_from_the_command_line_either(folder, tmp_path, capsys):

@@ -9,11 +9,14 @@ from __future__ import annotations
 import diffusers
 import tiny
 import torch
+from lora_pipelines import stable_diffusion_xl
 
 import ldmfast
 from ldmfast import UNet
 from ldmfast.commands import cli
+from ldmfast.conditioning.base import Conditioner
 from ldmfast.conditioning.classes_and_boxes import ClassEmbedder
+from ldmfast.conditioning.condition import Condition
 from ldmfast.models.autoencoder import AutoencoderKL
 from ldmfast.pipeline import LatentDiffusionPipeline
 
@@ -54,6 +57,33 @@ def optimized(scheduler=None, kind=diffusers.StableDiffusionPipeline, network=No
     pipe = stock_pipeline(scheduler, kind, network, **(parts or {}))
     prompt = {name: torch.randn(1, 7, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
     return pipe(**{"num_inference_steps": 2, "output_type": "np", **prompt, **changed})
+
+
+def optimized_xl(**changed):
+    """Two steps of a small SDXL with its text towers, one argument changed."""
+    pipe = ldmfast.optimize(stable_diffusion_xl())
+    width = pipe.unet.config.cross_attention_dim
+    prompt = {"prompt_embeds": torch.randn(1, 7, width), "pooled_prompt_embeds": torch.randn(1, 32)}
+    prompt |= {f"negative_{name}": torch.zeros_like(value) for name, value in prompt.items()}
+    return pipe(**{"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", **prompt, **changed})
+
+
+class Given(Conditioner):
+    """Conditions of these shapes, n pictures in place of None."""
+
+    mode = "crossattn"
+
+    def __init__(self, **shapes):
+        super().__init__()
+        self.shapes = shapes
+
+    def forward(self, inputs):
+        return self.empty(len(inputs))
+
+    def empty(self, n):
+        return Condition(
+            **{k: torch.randn([n if side is None else side for side in v]) for k, v in self.shapes.items()}
+        )
 
 
 def ours(**parts):

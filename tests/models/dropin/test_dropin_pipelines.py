@@ -12,6 +12,7 @@ import tiny
 import torch
 from both_networks import pair, randomise, sequential_offload
 
+from ldmfast.models.autoencoder import AutoencoderKL
 from ldmfast.models.unet import UNet
 from ldmfast.pipeline.optimize import optimize
 
@@ -181,9 +182,23 @@ def test_components_and_other_pipelines_of_the_same_parts():
     assert (there.unet, there.vae, there.scheduler) == (ours.unet, ours.vae, ours.scheduler)
     back = diffusers.StableDiffusionPipeline.from_pipe(there)
     assert back.unet is ours.unet and dict(back.config) == dict(ours.config)
-    optimize(stable_diffusion())
+
+
+def test_optimize_again_takes_over_what_was_put_there_since():
+    pipe = optimize(stable_diffusion())
+    parts = dict(pipe.components)
+    assert optimize(pipe) is pipe and all(pipe.components[name] is part for name, part in parts.items())
+    pipe.vae, pipe.scheduler = tiny.vae(), diffusers.EulerDiscreteScheduler()
+    optimize(pipe)
+    assert pipe.unet is parts["unet"] and type(pipe.vae) is AutoencoderKL
+
+
+def test_a_pipeline_with_nothing_to_take_over_is_refused():
+    pipe = stable_diffusion()
+    pipe.unet.__class__ = type("TheirUNet", (diffusers.UNet2DConditionModel,), {})
+    pipe.vae, pipe.scheduler = diffusers.AutoencoderTiny(), diffusers.EulerDiscreteScheduler()
     with pytest.raises(ValueError, match="has no UNet2DConditionModel.* to take over"):
-        optimize(ours)
+        optimize(pipe)
 
 
 def test_animatediff_and_register_to_config():
