@@ -12,7 +12,7 @@ namespace {
 using Args = GroupNormSiluBackwardArgs;
 
 constexpr int64_t kSerial = 8 * 1024;   // elements below which waking threads costs more than it gives
-constexpr int64_t kPixels = 128;        // channels_last: pixels of a chunk, whose sums are made in float32
+constexpr int64_t kPixels = 64;         // channels_last: pixels of a chunk, whose sums are made in float32
 constexpr int64_t kGroup = 128 * 1024;  // contiguous: elements of a group whose g stays in cache from pass to pass
 constexpr int64_t kSample = 256 * 1024;  // channels_last: elements of a sample, likewise
 constexpr int64_t kBytes = 4 << 20;     // channels_last: of x, dy and dx that all threads go through at a time
