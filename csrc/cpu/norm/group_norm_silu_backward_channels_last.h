@@ -45,6 +45,21 @@ LDMFAST_INLINE void add_to(float* sum, VecF u, VecF v) {
   store(sum + kLanes, load(sum + kLanes) + v);
 }
 
+// sum += x - about over the pixels, or its square; both of the block's channels
+template <bool kSquare, class T> LDMFAST_INLINE void add_pixels(const Block<T>& b, const float* about, float* sum) {
+  each(b, [&](int64_t p, int64_t count, int64_t i, int64_t n, auto whole) __attribute__((always_inline)) {
+    const VecF au = load(about + i), av = load(about + i + kLanes);
+    VecF su{}, sv{}, u, v;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < count; ++j) {
+      read_pair<decltype(whole)::value>(b.x + (p + j) * b.stride_x + i, n, u, v);
+      u -= au, v -= av;
+      su += kSquare ? u * u : u, sv += kSquare ? v * v : v;
+    }
+    add_to(sum + i, su, sv);
+  });
+}
+
 // sums: of x - pivot, and of squares about the chunk's mean
 template <class T> void chunk_moments(const Block<T>& b, const Pivot<T>& sample) {
   float mean[kSlab], sum[kSlab], square[kSlab];
@@ -59,28 +74,9 @@ template <class T> void chunk_moments(const Block<T>& b, const Pivot<T>& sample)
     store(mean + i, between(u[0], u[1], u[2])), store(mean + i + kLanes, between(v[0], v[1], v[2]));
     for (int64_t j = 0; j < kPair; j += kLanes) store(sum + i + j, VecF{}), store(square + i + j, VecF{});
   }
-  each(b, [&](int64_t p, int64_t count, int64_t i, int64_t n, auto whole) __attribute__((always_inline)) {
-    const VecF pu = load(mean + i), pv = load(mean + i + kLanes);
-    VecF su{}, sv{}, u, v;
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < count; ++j) {
-      read_pair<decltype(whole)::value>(b.x + (p + j) * b.stride_x + i, n, u, v);
-      su += u - pu, sv += v - pv;
-    }
-    add_to(sum + i, su, sv);
-  });
+  add_pixels<false>(b, mean, sum);
   for (int64_t i = 0; i < b.channels; i += kLanes) store(mean + i, load(mean + i) + load(sum + i) / (float)b.pixels);
-  each(b, [&](int64_t p, int64_t count, int64_t i, int64_t n, auto whole) __attribute__((always_inline)) {
-    const VecF mu = load(mean + i), mv = load(mean + i + kLanes);
-    VecF su{}, sv{}, u, v;
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < count; ++j) {
-      read_pair<decltype(whole)::value>(b.x + (p + j) * b.stride_x + i, n, u, v);
-      u -= mu, v -= mv;
-      su += u * u, sv += v * v;
-    }
-    add_to(square + i, su, sv);
-  });
+  add_pixels<true>(b, mean, square);
   float *sums = b.s.sums(b.chunk, 0) + b.c, *squares = b.s.sums(b.chunk, 1) + b.c;
   for (int64_t i = 0; i < b.channels; i += kLanes) store(sums + i, load(sum + i)), store(squares + i, load(square + i));
 }
