@@ -109,7 +109,7 @@ def prepared(engine: Engine, job: dict, wanted, reference: str) -> tuple[dict, o
     error = 0.0 if wanted is None else ((output - wanted).norm() / wanted.norm()).item()
     if not error <= TOLERANCE[job["dtype"]]:
         raise Failed(f"computes something else: {error:.1e} from {reference}, more than {TOLERANCE[job['dtype']]}")
-    return {**answer, "error": error, "times_s": []}, output if wanted is None else wanted
+    return {**answer, "error": error, "compared_with": reference, "times_s": []}, output if wanted is None else wanted
 
 
 def print_row(job: dict, found: dict) -> None:
@@ -119,7 +119,8 @@ def print_row(job: dict, found: dict) -> None:
         if "median_s" in row:
             ratio = f"{row['median_s'] / ours:6.2f} x ldmfast's" if ours else ""
             memory = f"{row['memory_mib']:8.0f} MiB"
-            print(f"  {name:20} {row['median_s']:8.3f} s {ratio} {memory}  {row['error']:.1e} from stock", flush=True)
+            apart = f"{row['error']:.1e} from {row['compared_with']}"
+            print(f"  {name:20} {row['median_s']:8.3f} s {ratio} {memory}  {apart}", flush=True)
 
 
 def write(path: Path | None, record: dict) -> None:

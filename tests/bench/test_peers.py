@@ -70,9 +70,17 @@ def test_engines_take_turns_and_a_row_has_their_medians(start):
     assert found["ldmfast"]["memory_mib"] == 7.0 and len(said) == 2
 
 
+def test_a_row_says_what_its_differences_are_from(start, capsys):
+    peers = {"ldmfast": (1, 9), "compile": (1, 9)}
+    found = compare.compared(["ldmfast", "compile"], JOB, 1, 60, start(peers), [].append)
+    compare.print_row(JOB, found)
+    assert capsys.readouterr().out.count("0.0e+00 from ldmfast") == 2  # there was no stock
+
+
 def test_a_group_without_stock_is_held_to_what_stock_computed_before(start):
     peers, wanted = {"ldmfast": (1.0001, 9), "compile": (1.1, 9)}, torch.full((8,), 1.0)
     found = compare.compared(["ldmfast", "compile"], JOB, 1, 60, start(peers), [].append, wanted)
+    assert found["ldmfast"]["compared_with"] == "stock"
     assert found["ldmfast"]["error"] == pytest.approx(1e-4, rel=1e-2)
     assert found["compile"] == {"left_out": "computes something else: 1.0e-01 from stock, more than 0.001"}
 
@@ -126,7 +134,8 @@ def test_the_record_is_written_after_every_row(tmp_path, monkeypatch):
 
     def compared(names, job, rounds, patience):
         seen.append(json.loads(file.read_text())["rows"] if file.exists() else None)
-        return {"stock": {"times_s": [2.0] * rounds, "median_s": 2.0, "memory_mib": 1.0, "error": 0.0}}
+        row = {"times_s": [2.0] * rounds, "median_s": 2.0, "memory_mib": 1.0, "error": 0.0, "compared_with": "stock"}
+        return {"stock": row}
 
     monkeypatch.setattr(compare, "compared", compared)
     monkeypatch.setattr(compare, "available", lambda: 100.0)
