@@ -79,10 +79,11 @@ template <class M> StreamedPlan streamed_plan(const Plan& p) {
   return s;
 }
 
-// totals[kR, kV * kLanes] = or += w[kR, words] x[words, kV * kLanes]; next: the rows that follow, to be fetched
+// totals[kR, kV * kLanes] = or += w[kR, words] x[words, kV * kLanes]; next: the rows that follow, to be fetched.
+// Not inlined: among run_task's variables the strides had no registers left and were loaded again with every word.
 template <class M, int kR, int kV>
-void multiply_streamed(const float* w, int64_t stride_w, const float* x, int64_t words, bool add, float* totals,
-                       int64_t stride_t, const float* next) {
+__attribute__((noinline)) void multiply_streamed(const float* w, int64_t stride_w, const float* x, int64_t words,
+                                                 bool add, float* totals, int64_t stride_t, const float* next) {
   constexpr int kAbreast = 3, kPointers = (kR + kAbreast - 1) / kAbreast;
   constexpr int64_t kLine = 16;  // words
   VecF sum[kR][kV] = {};
