@@ -4,11 +4,13 @@
     python bench/layers.py --small                       a few small shapes, some seconds
     python bench/layers.py --only unet 3x3 bfloat16      the rows that have all these words
 
-The three take turns; a row has their medians in ms. Prepacked is what torch.compile's freezing calls: the weight in
-oneDNN's own layout, made once, outside the time. It has none for a dtype that the processor lacks, nor for attention:
-the column is empty then. The share is of the processor's multiply-adds in that dtype, measured first by a loop of them
-(roofs/roof.py). Operations are counted as a direct convolution's, so that Winograd's forms, which make fewer, may pass
-100 %. The JSON is written after every row; at the end stands the share of each class of layers.
+Ours is the op as its users call it, with the backend that it chooses for the shape; where that is not the CPU kernel,
+the kernel has a column of its own. All take turns; a row has their medians in ms, and a ratio is the median of the
+turns' ratios, which a processor that is slower for a while changes less. Prepacked is what torch.compile's freezing
+calls: the weight in oneDNN's own layout, made once, outside the time. It has none for a dtype that the processor lacks,
+nor for attention: the column is empty then. The share is of the processor's multiply-adds in that dtype, measured first
+by a loop of them (roofs/roof.py). Operations are counted as a direct convolution's, so that Winograd's forms, which
+make fewer, may pass 100 %. The JSON is written after every row; at the end stands the share of each class of layers.
 """
 
 from __future__ import annotations
@@ -52,32 +54,42 @@ def packs(dtype) -> bool:
     return dtype is torch.float32 or supported._is_mkldnn_fp16_supported()
 
 
-def measured(layer, dtype, seconds: float) -> dict[str, float]:
+def measured(layer, dtype, seconds: float) -> tuple[str, dict[str, list[float]]]:
+    """The backend that the op chooses, and the seconds of every turn of each call."""
     torch.manual_seed(0)
-    tensors = layer.tensors(dtype)
+    tensors, named = layer.tensors(dtype), layer.named()
     function = getattr(ops, layer.op)
-    calls = {"ours": lambda: function(*tensors, **layer.named(), backend="cpu"), "eager": lambda: layer.eager(*tensors)}
+    chosen = OPS[layer.op].select(OPS[layer.op].normalise(*tensors, **named)).name
+    calls = {"ours": lambda: function(*tensors, **named), "eager": lambda: layer.eager(*tensors)}
+    if chosen != "cpu":
+        calls["cpu"] = lambda: function(*tensors, **named, backend="cpu")
     if layer.packed and packs(dtype):
         calls["packed"] = layer.packed(*tensors)
     wanted = calls["eager"]()
     for call in calls.values():  # all compute the same
         torch.testing.assert_close(call(), wanted, rtol=0.1, atol=0.1)
-    return {name: statistics.median(found) for name, found in turns(calls, seconds).items()}
+    return chosen, turns(calls, seconds)
 
 
-def row(layer: shapes.Layer, dtype, peak: float, seconds: float) -> dict:
-    found = measured(layer, dtype, seconds)
-    rate = layer.operations / found["ours"]
-    arguments = OPS[layer.op].normalise(*layer.tensors(dtype), **layer.named())
+def times(than: list[float], ours: list[float]) -> float:
+    """How many times the speed of another call ours has."""
+    return round(statistics.median(a / b for a, b in zip(than, ours, strict=True)), 3)
+
+
+def row(layer, dtype, peak: float, seconds: float) -> dict:
+    chosen, found = measured(layer, dtype, seconds)
+    medians = {name: statistics.median(turn) for name, turn in found.items()}
+    rate = layer.operations / medians["ours"]
+    others = [name for name in ("eager", "packed", "cpu") if name in found]
     return {
         "layer": layer.label,
         "class": layer.kind,
         "dtype": str(dtype).removeprefix("torch."),
-        **{f"{name}_ms": round(1e3 * value, 4) for name, value in found.items()},
+        **{f"{name}_ms": round(1e3 * value, 4) for name, value in medians.items()},
         "gflops": round(rate / 1e9, 1),
         "percent_of_peak": round(100 * rate / peak, 1),
-        **{f"times_{name}": round(found[name] / found["ours"], 3) for name in ("eager", "packed") if name in found},
-        "chosen": OPS[layer.op].select(arguments).name,
+        **{f"times_{name}": times(found[name], found["ours"]) for name in others},
+        "chosen": chosen,
     }
 
 
@@ -103,9 +115,10 @@ def classes(rows: list[dict]) -> list[dict]:
 
 
 def print_row(row: dict) -> None:
-    times = f"{row['times_eager']:8.2f} {row.get('times_packed', float('nan')):8.2f}"
+    ratios = f"{row['times_eager']:8.2f} {row.get('times_packed', float('nan')):8.2f}"
     rates = f"{row['ours_ms']:9.3f} {row['gflops']:8.1f} {row['percent_of_peak']:7.1f}%"
-    print(f"{row['layer'] + ' ' + row['dtype']:52} {rates} {times}  {row['chosen']}", flush=True)
+    chosen = row["chosen"] + (f"  (the kernel: {row['cpu_ms']:.3f} ms)" if "cpu_ms" in row else "")
+    print(f"{row['layer'] + ' ' + row['dtype']:52} {rates} {ratios}  {chosen}", flush=True)
 
 
 @torch.inference_mode()
