@@ -6,6 +6,10 @@ run this file, too (test_instruction_sets.py).
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import CASES, DTYPES, errors, tuples
@@ -186,6 +190,28 @@ def test_exact_products_are_within_the_budget_of_cpu(op, dtype):
 def _arguments(case, dtype):
     args, kwargs = case.make(dtype)
     return OPS[case.op].normalise(*args, **kwargs)
+
+
+_TEAM = """
+import torch
+from ldmfast import ops
+torch.set_num_threads(4)
+for M, K, N in ((256, 200, 1056), (136, 40, 600), (200, 1000, 520), (64, 72, 512), (300, 64, 512)):
+    x, w = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((M, K), (N, K)))
+    product = ops.linear(x, w, backend="cpu")
+    torch.testing.assert_close(product, x @ w.T, rtol=1e-4, atol=1e-4)
+    picture = x.reshape(1, M // 4, 4, K).permute(0, 3, 1, 2)
+    convolved = ops.conv2d(picture, w[:, :, None, None], backend="cpu")
+    torch.testing.assert_close(convolved.permute(0, 2, 3, 1).reshape(M, N), product, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 9])
+def test_products_by_fewer_threads_than_were_asked_for(limit):
+    """As inside another parallel region: OpenMP gives a team as large as it may be."""
+    environment = os.environ | {"OMP_THREAD_LIMIT": str(limit)}
+    done = subprocess.run([sys.executable, "-c", _TEAM], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_exact_asks_for_no_faster_backend():

@@ -66,7 +66,9 @@ template <class M, class T> struct Linear {
   }
 
   void across(int64_t m, int64_t valid, int64_t i, float* rows, float* to, int64_t stride) const {
-    pack_across(*this, m, valid, i, rows, to, stride);
+    if (a.normalised || a.stride_x % M::kPack) return pack_across(*this, m, valid, i, rows, to, stride);
+    const float* x = (const float*)((const T*)a.x + m * a.stride_x + from(i));
+    pack_transposed<Single>(x, a.stride_x / M::kPack, valid, words(i), to, stride);
   }
   int64_t outputs() const { return a.N; }
   int64_t weight_stride() const { return a.stride_w / M::kPack; }

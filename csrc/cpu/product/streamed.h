@@ -8,7 +8,8 @@
 //           totals[kR, kV * kLanes] += weight * X                            # in registers
 //     finish(the totals, turned round)                                       # a tile of kTile channels of kLanes tokens
 //
-// Where a thread has columns enough it packs all of X for itself: what another one packed would come from its cache.
+// Where a thread has columns enough it packs X for itself: what another one packed would come from its cache. Of more
+// tokens than its own cache holds it takes a range, if the ranges can be shared out evenly.
 // The blocks of the depth are product.h's and so is the order of every sum: both give the same bits.
 #pragma once
 #include "product.h"
@@ -27,6 +28,7 @@ constexpr int streamed_rows(int vectors) {          // rows of the weight likewi
 }
 
 constexpr int64_t kOwnColumns = 128;  // of a thread, from which on it packs X for itself
+constexpr int64_t kOwnTokens = 128;   // of a thread's range, at most
 constexpr int64_t kRangeTokens = 320, kRangeColumns = 160;  // of a task, at most: its part of X is in the second level
 
 struct StreamedPlan {
@@ -36,6 +38,7 @@ struct StreamedPlan {
   int64_t columns, range;       // of a task; groups of one
   int64_t column_tasks, ranges, threads;
   bool own;                     // whether each thread has an X of its own
+  int64_t queues;               // of tasks: one, or one for each range, which a thread keeps to
   int64_t floats_x, scratch;    // of all X; of a thread
   int64_t lanes() const { return groups * vectors * kLanes; }
   int64_t stride() const { return range * vectors * kLanes; }  // of the totals
@@ -68,11 +71,15 @@ template <class M> StreamedPlan streamed_plan(const Plan& p) {
   const int64_t vectors = ceil_div(p.M, kLanes);
   s.vectors = M::kTiles ? (vectors > 2 ? 4 : 2) : even_vectors(vectors, kMostVectors<M>);
   s.groups = ceil_div(vectors, M::kTiles ? kMostVectors<M> : s.vectors);
-  s.columns = even_tiles(ceil_div(p.N, kTile), s.threads) * kTile;
-  s.column_tasks = ceil_div(p.N, s.columns);
-  s.ranges = ceil_div(s.groups * s.vectors * kLanes, kRangeTokens);
-  s.range = ceil_div(s.groups, s.ranges), s.ranges = ceil_div(s.groups, s.range);
+  const auto split = [&](int64_t most) {
+    s.range = ceil_div(s.groups, ceil_div(s.groups * s.vectors * kLanes, most)), s.ranges = ceil_div(s.groups, s.range);
+  };
   s.own = p.N >= s.threads * kOwnColumns;
+  split(kOwnTokens);
+  s.queues = s.own && s.threads % s.ranges == 0 ? s.ranges : 1;
+  if (s.queues < s.ranges) split(kRangeTokens);
+  s.columns = even_tiles(ceil_div(p.N, kTile), s.threads / s.queues) * kTile;
+  s.column_tasks = ceil_div(p.N, s.columns);
   s.floats_x = ceil_div(s.blocks * s.block_words * s.lanes(), 16) * 16;
   const int64_t rows = ceil_div(s.block_words, kPart) * kPart * kLanes;
   s.scratch = max64(rows, s.columns * s.stride() + kLanes * kTile) + 16;
@@ -184,7 +191,7 @@ template <class M, class Source> struct Streamed {
       }
     }
     if constexpr (kR > 1) {
-      if (row < end) some_rows<(kR > 3 ? 3 : 1), kV>(row, end, block, g0, g1, next, totals);
+      if (row < end) some_rows<(kR > 4 ? 4 : kR > 2 ? 2 : 1), kV>(row, end, block, g0, g1, next, totals);
     }
   }
   template <int kV = kMostVectors<M>>
@@ -214,7 +221,8 @@ template <class M, class Source> struct Streamed {
     const int64_t n0 = task / p.ranges * p.columns, n1 = min64(p.N, n0 + p.columns);
     const int runs = source.gated() ? 2 : 1;
     const int64_t first = n0 / runs, length = min64(source.outputs(), ceil_div(n1, runs)) - first;
-    const int64_t later = p.ranges == 1 ? (n0 + p.threads * p.columns) / runs : first;  // a task of this thread, likely
+    const int64_t step = p.queues == p.ranges ? p.threads / p.queues * p.columns : 0;
+    const int64_t later = (n0 + step) / runs;  // a task of this thread, likely
     for (int64_t block = 0; block < p.blocks; ++block) {
       const bool last = block + 1 == p.blocks;
       const int64_t follows = min64(last ? later : first, source.outputs() - 1);
@@ -237,21 +245,29 @@ template <class M, class Source> struct Streamed {
 
 template <class M, class Source> void run_streamed(const StreamedPlan& p, const Source& source, float* workspace) {
   float* shared = aligned(workspace);
+  const int64_t tasks = p.column_tasks * p.ranges / p.queues;  // of a queue
+  int64_t taken[kMostStreamed<Single> / kOwnTokens + 1] = {};
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
-    const int64_t thread = omp_get_thread_num(), packings = p.blocks * p.groups * p.vectors;
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();  // perhaps fewer than were asked for
+    const int64_t packings = p.blocks * p.groups * p.vectors;
+    const int64_t share = p.queues > 1 ? p.range * p.vectors * p.blocks : packings;  // of a queue
     const Streamed<M, Source> product{p, source, shared + (p.own ? thread * p.floats_x : 0)};
     float* scratch = aligned(shared + (p.own ? p.threads : 1) * p.floats_x + thread * p.scratch);
     [[maybe_unused]] const TilesOf<M> tiles;
     const auto pack = [&](int64_t i) { product.pack(i / p.blocks, i % p.blocks, scratch); };
-    if (p.own) {
-      for (int64_t i = 0; i < packings; ++i) pack(i);
-    } else {
+    if (!p.own) {
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < packings; ++i) pack(i);
     }
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t i = 0; i < p.column_tasks * p.ranges; ++i) product.run_task(i, scratch);
+    for (int64_t queue = thread % p.queues; queue < p.queues; queue += team) {
+      if (p.own) {
+        for (int64_t i = queue * share; i < min64(packings, (queue + 1) * share); ++i) pack(i);
+      }
+      for (int64_t i; (i = __atomic_fetch_add(&taken[queue], 1, __ATOMIC_RELAXED)) < tasks;) {
+        product.run_task(i * p.queues + queue, scratch);
+      }
+    }
   }
 }
 
