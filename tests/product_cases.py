@@ -77,6 +77,9 @@ def linear_cases():
     yield Case(LI, "no-outputs", layer(3, K=4, N=0))
     yield Case(LI, "one-output", layer(5, K=9, N=1))
     yield Case(LI, "one-input", layer(5, K=1, N=9, plain=True))
+    for rows, K, N in ((1, 3, 4), (70, 4, 4), (65, 8, 8), (131, 5, 3)):  # a form of its own, by 64 rows
+        around = {"activation": "gelu", "sliced": True, "output_scale": 0.7}
+        yield Case(LI, f"narrow-{rows}x{K}x{N}", layer(2, rows, K=K, N=N, **around))
     yield Case(LI, "normed-no-affine", layer(9, K=100, N=20, norm=True, affine=False))
     for activation in ("none", "silu", "gelu", "geglu"):
         everything = layer(2, 9, K=45, N=33, activation=activation, sliced=True, norm=True, output_scale=-1.5)
@@ -150,6 +153,7 @@ def convolution_cases():
     for sliced in (False, True):  # a 1x1 with nothing folded into it is a linear layer where pixels lie close
         pixels = convolution(40, 35, 9, 7, N=2, k=1, output_scale=0.7, sliced=sliced)
         yield Case(CV, f"pixels-{'sliced' if sliced else 'dense'}", pixels)
+        yield Case(CV, f"latents-{'sliced' if sliced else 'dense'}", convolution(4, 4, 9, 13, N=2, k=1, sliced=sliced))
     for k in (1, 3):
         yield from _of_kernel(k)
 

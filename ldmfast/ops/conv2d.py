@@ -179,6 +179,9 @@ def _reference(x, weight, bias, x2, add, residual, norm_scale, norm_shift, norm_
     y = y if output_scale == 1.0 else y * output_scale
     if vmapped():
         return y
+    C, H, W = y.shape[1:]
+    if C * H * W > 1 and y.stride() == (C * H * W, 1, C * W, C):  # channels_last already
+        return y
     out = torch.empty_like(y, memory_format=torch.channels_last)
     return y if y.stride() == out.stride() else out.copy_(y)
 
@@ -247,7 +250,8 @@ def _sizes(x, weight, bias, x2, add, residual, norm_scale, norm_shift, norm_silu
     sizes = {"k": weight.shape[2], "stride": stride, "Ci": weight.shape[1], "Co": Co, "pixels": N * Ho * Wo}
     folded = sum(tensor is not None for tensor in (x2, add, residual, norm_scale)) + (upsample > 1)
     how = {"lanes": native.lanes(), "pairs": native.pairs(), "tiles": native.tiles(x.dtype)}
-    return sizes | how | {"folded": folded}
+    narrow = weight.shape[2] == stride == 1 and weight.shape[1] <= 8 and Co <= min(8, how["lanes"])
+    return sizes | how | {"folded": folded, "narrow": int(narrow)}
 
 
 speeds.register(op, _sizes)

@@ -191,14 +191,16 @@ for _name in ("cpu", "triton"):
 
 def _sizes(x, weight, bias, residual, activation, output_scale, norm_weight, norm_bias, eps):
     folded = (residual is not None) + (activation != "none") + (eps is not None)
+    lanes = 0 if native.missing("cpu") else native.lanes()
     return {
         "M": x.shape[:-1].numel(),
         "K": weight.shape[1],
         "C": weight.shape[0],
-        "lanes": 0 if native.missing("cpu") else native.lanes(),
+        "lanes": lanes,
         "pairs": native.pairs(),
         "tiles": native.tiles(x.dtype),
         "folded": folded,
+        "narrow": int(max(weight.shape) <= min(8, lanes)),
     }
 
 

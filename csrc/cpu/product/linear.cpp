@@ -1,6 +1,7 @@
 // out = (act(norm(x) w^T + bias) + residual) * output_scale; see gemm.h for the product.
 //
 //   rows of the product: tokens; columns: output channels; depth: input channels, two a word where M::kPack is 2
+//   a few inputs and outputs: a row's are one vector, and packing would take longer than the products
 //   up to 4 rows: scalar products instead, without packing; not where exact, for they sum in another order
 //   GEGLU: a tile of columns is kLanes of h beside kLanes of g, so that finish has both
 //   LayerNorm: mean and 1 / deviation of every row first, applied where a panel is packed; by tiles into a copy, for
@@ -165,6 +166,33 @@ template <class M, class T, int kR = kFewRows> void few_rows(const Linear<M, T>&
   }
 }
 
+// A few inputs and outputs, as between an autoencoder's latents: lanes are outputs, and the weight is in registers.
+constexpr int64_t kNarrow = 8;
+
+inline bool is_narrow(const LinearArgs& a) {
+  return a.K <= kNarrow && a.N <= kLanes && !a.normalised && a.activation != Activation::kGeglu;
+}
+template <class M, class T> void run_narrow(const Linear<M, T>& source, int64_t threads) {
+  constexpr int64_t kTogether = 64;  // rows
+  const LinearArgs& a = source.a;
+  VecF w[kNarrow] = {};
+  for (int64_t k = 0; k < a.K; ++k) {
+    for (int64_t n = 0; n < a.N; ++n) w[k][n] = to_float(((const T*)a.weight)[n * a.stride_w + k]);
+  }
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t m = 0; m < a.M; m += kTogether) {
+    const int64_t rows = min64(kTogether, a.M - m);
+    float sums[kTogether * kTile] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* x = (const T*)a.x + (m + r) * a.stride_x;
+      VecF sum = {};
+      for (int64_t k = 0; k < a.K; ++k) sum += splat(to_float(x[k])) * w[k];
+      store(sums + r * kTile, sum);
+    }
+    source.finish(m, (int)rows, 0, sums, kTile);
+  }
+}
+
 template <class M> Plan linear_plan(const LinearArgs& a) {
   const int64_t words = ceil_div(a.K, M::kPack), block = even_block<M>(words);
   const int64_t columns = a.activation == Activation::kGeglu ? ceil_div(a.N, kLanes) * kTile : a.N;
@@ -193,6 +221,7 @@ template <class M, class T> void run_rows(const LinearArgs& a, const Plan& p, co
 template <class T> void run(const LinearArgs& a) {
   using M = typename MathOf<T>::type;
   const Plan p = linear_plan<M>(a);
+  if (is_narrow(a)) return run_narrow(Linear<M, T>{a, 0, nullptr}, p.split.threads);
   if (a.M <= kFewRows && !a.exact && !a.normalised && a.activation != Activation::kGeglu) {
     return few_rows(Linear<M, T>{a, 0, nullptr}, p.split.threads);
   }
