@@ -101,6 +101,12 @@ void interleave(const T* from, int64_t stride, int64_t valid, int64_t D, int64_t
   }
 }
 
+// kTile rows likewise: to[2, depth, kLanes]
+template <class M, class T>
+void interleave_tile(const T* from, int64_t stride, int64_t valid, int64_t D, int64_t depth, float* to) {
+  for (int i = 0; i < kTile; i += kLanes) interleave<M>(from + i * stride, stride, valid - i, D, depth, to + i * depth);
+}
+
 // s[kRows, kVectors * kLanes] = q k^T, or += it, of q [kRows, kPart] and k [kVectors, depth, kLanes], of which count
 // words are taken. Long sums are made in parts, so that float32 keeps its last bits.
 template <class M, int kVectors>

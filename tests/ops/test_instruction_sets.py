@@ -15,6 +15,7 @@ from ldmfast import ops
 from ldmfast.ops import native
 
 HERE = Path(__file__).parent
+RUN = ("ops_numbers", "backward", "exact_rows", "weight_backward", "elements", "attention_integers")
 NOT_HERE = "this processor does not have it"
 
 
@@ -36,7 +37,7 @@ def test_the_numbers_of_an_instruction_set(isa):
     if probe.returncode and NOT_HERE in probe.stderr:
         pytest.skip(f"{isa}: {NOT_HERE}")
     assert probe.stdout.strip() == isa, probe.stderr
-    names = [f"test_{name}.py" for name in ("ops_numbers", "backward", "exact_rows", "weight_backward", "elements")]
+    names = [f"test_{name}.py" for name in RUN]
     found = ran(isa, "-m", "pytest", "-q", "-k", "cpu and not host", *(str(HERE / name) for name in names))
     assert found.returncode == 0, found.stdout[-4000:]
     assert "passed" in found.stdout.splitlines()[-1]
