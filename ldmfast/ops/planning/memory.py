@@ -105,7 +105,7 @@ def give_back_freed() -> None:
 
     What a process frees between two blocks in use, or in blocks of up to 32 MiB, it goes on holding otherwise.
     """
-    trim = _malloc_trim()
+    trim = None if torch.compiler.is_compiling() else _malloc_trim()
     if trim is not None:
         trim(0)
 
