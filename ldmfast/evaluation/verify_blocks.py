@@ -230,9 +230,9 @@ _BLOCKS = {  # (in an autoencoder, place)
     (False, "up"): lambda m, x, given: blocks.up_block(
         m, x, given["res_hidden_states_tuple"], _inputs(given), given.get("upsample_size")
     ),
-    (True, "down"): lambda m, x, given: autoencoder.level(m, x, _inputs(given), blocks.downsample, "downsamplers"),
+    (True, "down"): lambda m, x, given: autoencoder.level(m, [x], _inputs(given), blocks.downsample, "downsamplers")[0],
     (True, "mid"): lambda m, x, given: blocks.mid_block(m, x, _inputs(given)),
-    (True, "up"): lambda m, x, given: autoencoder.level(m, x, _inputs(given), blocks.upsample, "upsamplers"),
+    (True, "up"): lambda m, x, given: autoencoder.level(m, [x], _inputs(given), blocks.upsample, "upsamplers")[0],
 }
 
 

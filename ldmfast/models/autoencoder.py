@@ -13,19 +13,38 @@ from collections.abc import Callable, Iterator
 import diffusers
 import torch
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ldmfast import ops
 from ldmfast.models.blocks import BlockInputs, downsample, image_attention, mid_block, resnet, upsample
 from ldmfast.models.drop_in import DropIn
-from ldmfast.models.guard import obstacle, obstacles
+from ldmfast.models.guard import obstacle, obstacles, plain
 from ldmfast.models.input_checks import check_picture, check_values
-from ldmfast.models.layers import activated_conv2d, channels_last, conv2d, for_stock, from_stock, in_layout_of
+from ldmfast.models.layers import (
+    activated_conv2d,
+    channels_last,
+    conv2d,
+    folds,
+    for_stock,
+    from_stock,
+    in_layout_of,
+    kernel_takes,
+)
 from ldmfast.models.limits import modified
 from ldmfast.models.missing_weights import SingleFile
 from ldmfast.models.tiled_decode import decode_in_strips
 from ldmfast.ops.contract.stock_ops import in_fixed_order
 from ldmfast.ops.dispatcher import transformed
+from ldmfast.ops.measured.ranges import block as named
+from ldmfast.ops.planning.memory import give_back_freed
+
+# Bytes of a picture from which on memory is worth a little time. malloc takes blocks of more than half of that from the
+# system and gives them back (M_MMAP_THRESHOLD); what it frees of smaller ones the process goes on holding.
+LARGE = 64 << 20
+STRIP = 2 << 20  # bytes of a 1x1 convolution's result, still in the cache when it is copied to where it stays
 
 
 class AutoencoderKL(SingleFile, DropIn, diffusers.AutoencoderKL):
@@ -113,7 +132,7 @@ def encode(m: Encoder, x: torch.Tensor) -> torch.Tensor:
     cond = BlockInputs()
     held = [conv2d(m.conv_in, x)]
     for block in m.down_blocks:
-        held.append(level(block, held.pop(), cond, downsample, "downsamplers"))  # half the size, but at the last level
+        held = level(block, held, cond, downsample, "downsamplers")  # half the size, but at the last level
     return _out(m, mid_block(m.mid_block, held.pop(), cond))  # [N, 2c, H/f, W/f]
 
 
@@ -123,30 +142,97 @@ def decode(m: Decoder, z: torch.Tensor) -> torch.Tensor:
         return from_stock(m(for_stock(z)))
     cond = BlockInputs()
     held = [mid_block(m.mid_block, conv2d(m.conv_in, z), cond)]
-    for block in m.up_blocks:
-        held.append(level(block, held.pop(), cond, upsample, "upsamplers"))  # twice the size, but at the last level
-    return _out(m, held.pop())  # [N, 3, f h, f w]
+    *blocks, last = m.up_blocks
+    for block in blocks:
+        following = last if block is blocks[-1] else None
+        held = level(block, held, cond, upsample, "upsamplers", following)  # twice the size
+    return _out(m, level(last, held, cond, upsample, "upsamplers").pop())  # [N, 3, f h, f w]
 
 
 def level(
-    m: nn.Module, x: torch.Tensor, cond: BlockInputs, resample: Callable[..., torch.Tensor], name: str
-) -> torch.Tensor:
+    m: nn.Module,
+    held: list[torch.Tensor],
+    cond: BlockInputs,
+    resample: Callable[..., torch.Tensor],
+    name: str,
+    following: nn.Module | None = None,
+) -> list[torch.Tensor]:
     """One size: its resnets, each with its attention where there is one, then the step to the next size.
 
+    held       [picture], or its halves by channels, in a list that this call takes over
+    following  the block of the next size, where that may be given halves: the last, at which memory is at its most
+    returns    as held
+
+    Before a large picture's memory that was freed goes back to the system: at 512x512 up to 240 MiB, in 10 ms.
     A picture is given away with the call that takes it (Python 3.10 keeps it until that returns): at 512x512 one of 256
     channels is 256 MiB, and no caller's name for it outlives its use.
     """
     if obstacle(m):
-        return from_stock(m(for_stock(x)))
-    held = [x]
-    del x
+        return [from_stock(m(for_stock(held.pop())))]
+    if _is_large(held[0], len(held) * held[0].numel()):
+        give_back_freed()
     for i, layer in enumerate(m.resnets):
-        held.append(resnet(layer, held.pop(), cond))
+        held.append(_resnet_of_halves(layer, held) if len(held) == 2 else resnet(layer, held.pop(), cond))
         if hasattr(m, "attentions"):
             held.append(image_attention(m.attentions[i], held.pop(), cond))
-    for layer in getattr(m, name) or ():
+    layers = list(getattr(m, name) or ())
+    for layer in layers:
+        if following is not None and layer is layers[-1] and _leaves_halves(layer, following, held[0]):
+            return _upsampled_halves(layer, held.pop())
         held.append(resample(layer, held.pop()))
-    return held.pop()
+    return held
+
+
+def _is_large(x: torch.Tensor, size: int) -> bool:
+    """Whether `size` values of x's dtype are a large picture, which our functions alone see, on a CPU."""
+    return not torch.compiler.is_compiling() and folds(x) and size * x.element_size() >= LARGE
+
+
+def _leaves_halves(m: Upsample2D, following: nn.Module, x: torch.Tensor) -> bool:
+    """Whether x, enlarged, is left in halves: it is large, and the next level's first resnet, which takes them, leaves
+    half of its channels."""
+    if not (plain(m) and plain(following) and _is_large(x, 4 * x[:, 0].numel() * m.out_channels)):
+        return False
+    first = following.resnets[0]
+    if not plain(first) or first.conv_shortcut is None:
+        return False
+    convolutions = m.conv, first.conv1, first.conv2, first.conv_shortcut
+    return (
+        all(plain(layer) for layer in (first.norm1, first.norm2, first.dropout, *convolutions))
+        and all(kernel_takes(layer, x) for layer in convolutions)
+        and m.interpolate
+        and first.upsample is first.downsample is None
+        and first.conv_shortcut.kernel_size == (1, 1)
+        and m.out_channels == 2 * first.out_channels
+    )
+
+
+@named
+def _upsampled_halves(m: Upsample2D, x: torch.Tensor) -> list[torch.Tensor]:
+    """As blocks.upsample, one half of the channels after the other: each has its own memory."""
+    m, (stride, _), (padding, _) = m.conv, m.conv.stride, m.conv.padding
+    weights = m.weight.chunk(2)
+    biases = (None, None) if m.bias is None else m.bias.chunk(2)
+    around = {"stride": stride, "padding": padding, "upsample": 2}
+    return [ops.conv2d(x, weight, bias, **around) for weight, bias in zip(weights, biases, strict=True)]
+
+
+@named
+def _resnet_of_halves(m: ResnetBlock2D, halves: list[torch.Tensor]) -> torch.Tensor:
+    """As blocks.resnet, without a time, of a picture in halves, which it takes out of the list.
+
+    What the 1x1 convolution leaves takes the place of the first half, and the second is free when the last convolution
+    makes the result: three halves are there at most, where four would be.
+    """
+    x, second = halves
+    halves.clear()
+    h = conv2d(m.conv1, x, skip=second, norm=m.norm1, silu=True)
+    rows = max(1, STRIP // (x[:, :, 0].numel() * x.element_size()))
+    for first in range(0, x.shape[2], rows):
+        strip = x[:, :, first : first + rows]
+        strip.copy_(conv2d(m.conv_shortcut, strip, skip=second[:, :, first : first + rows]))
+    del second
+    return conv2d(m.conv2, h, norm=m.norm2, silu=True, residual=x, output_scale=1 / m.output_scale_factor)
 
 
 def _out(m: Encoder | Decoder, x: torch.Tensor) -> torch.Tensor:

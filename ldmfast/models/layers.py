@@ -123,7 +123,7 @@ def folds(x: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and _taken(x)
 
 
-def _kernel_takes(m: nn.Linear | nn.Conv2d, x: torch.Tensor) -> bool:
+def kernel_takes(m: nn.Linear | nn.Conv2d, x: torch.Tensor) -> bool:
     """Whether our kernel computes m(x), surroundings apart.
 
     With gradients, a linear layer and a 1x1 convolution are torch's, where it multiplies the type: unfolded they gain
@@ -161,7 +161,7 @@ def linear(
     output_scale: float = 1.0,
 ) -> torch.Tensor:
     """(activation(m(norm(x))) + residual) * output_scale; x [..., I] -> [..., O]. activation: none or geglu."""
-    taken = _kernel_takes(m, x)
+    taken = kernel_takes(m, x)
     alone = norm is None and activation == "none" and residual is None and output_scale == 1.0
     if (taken and folds(x)) or (not alone and folds_product(m, x)):
         if norm is not None and not folds_norm(norm, x):
@@ -207,7 +207,7 @@ def conv2d(
     whose place table has it as ops.group_norm_affine leaves it; upsample 2: each pixel is repeated; biased False: what
     follows adds m's bias, which `lends_bias` says of m on a GPU.
     """
-    taken = _kernel_takes(m, x)
+    taken = kernel_takes(m, x)
     if taken and folds(x) and (norm is None or plain(norm)):
         table = table if norm is None else _affine(norm, x, skip, scale, shift)
         named = {} if table is None else {"norm_scale": table[0], "norm_shift": table[1], "norm_silu": silu}
@@ -277,7 +277,7 @@ def projected(m: nn.Module, x: torch.Tensor, norm: nn.GroupNorm, *, is_linear: b
     """A 1x1 convolution, or a linear layer over the pixels, of norm(x): [N, C, H, W] -> tokens [N, HW, O]."""
     if not is_linear:
         return tokens(conv2d(m, x, norm=norm))
-    if _kernel_takes(m, x) and folds(x) and plain(norm):
+    if kernel_takes(m, x) and folds(x) and plain(norm):
         norm_scale, norm_shift = _affine(norm, x, None, None, None)
         weight = m.weight[:, :, None, None]
         return tokens(ops.conv2d(x, weight, m.bias, norm_scale=norm_scale, norm_shift=norm_shift))

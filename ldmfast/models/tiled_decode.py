@@ -22,6 +22,7 @@ from ldmfast import ops
 from ldmfast.models.blocks import BlockInputs, mid_block
 from ldmfast.models.guard import obstacle
 from ldmfast.models.layers import conv2d
+from ldmfast.ops.planning.memory import give_back_freed
 
 # Rows on either side of a strip. A convolution reaches one; with four, and strips of a multiple of four, Winograd's
 # tiles lie as they do in the whole picture, and so do their roundings. A norm's sums are made over so many pixels.
@@ -66,6 +67,8 @@ def decode_in_strips(m: Decoder, z: torch.Tensor, tile: int) -> torch.Tensor:
     x = mid_block(m.mid_block, conv2d(m.conv_in, z), BlockInputs())
     picture = Picture(x)
     for block in m.up_blocks:
+        if x.device.type == "cpu":
+            give_back_freed()  # what malloc keeps of the level before would be the larger part
         for layer in block.resnets:
             picture = Picture(_resnet(layer, picture, strip))
         for layer in block.upsamplers or ():

@@ -188,14 +188,25 @@ template <class M, class T, class F> struct WinogradConv {
   // the groups of a chunk end here, which a task takes of a strip
   int64_t chunk_end(int64_t i) const { return (i + 1) * (p.words / kLanes) / p.chunks; }
 
+  // From the channels of group g to those of another group, of a pixel so many tiles further on. From one part of the
+  // input to the other it is the same everywhere only where their strides are; else there is nothing to fetch ahead.
+  int64_t distance(int64_t g, int64_t other, int64_t tiles) const {
+    const Group from = group_of<M>(a, g), to = group_of<M>(a, other);
+    const int64_t aside = tiles * F::kStep * F::kEnlarged / a.upsample * (to.second ? a.stride_x2w : a.stride_x1w);
+    if (from.second == to.second) return to.at - from.at + aside;
+    if (a.stride_x1n != a.stride_x2n || a.stride_x1h != a.stride_x2h || a.stride_x1w != a.stride_x2w) return 0;
+    const int64_t apart = ((intptr_t)a.x2 - (intptr_t)a.x1) / (int64_t)sizeof(T);
+    return (to.second ? apart : -apart) + to.at - from.at + aside;
+  }
+
   // part i of the block's V
   void run_strip(int64_t first_row, int64_t i, float* scratch) const {
     const int64_t strip = i / p.chunks, row = first_row + strip / p.strips, column = strip % p.strips * kStripTiles;
     const int64_t first = chunk_end(i % p.chunks - 1), end = chunk_end(i % p.chunks);
     for (int64_t g = first; g < end; g += kStripGroups) {
       const int64_t groups = min64(kStripGroups, end - g);
-      const int64_t aside = kStripTiles * F::kStep * F::kEnlarged / a.upsample * a.stride_x1w - (g - first) * kChannels;
-      transform_strip(first_row, row, column, g, groups, g + groups < end ? groups * kChannels : aside, scratch);
+      const int64_t next = g + groups < end ? distance(g, g + groups, 0) : distance(g, first, kStripTiles);
+      transform_strip(first_row, row, column, g, groups, next, scratch);
     }
   }
 

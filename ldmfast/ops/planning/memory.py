@@ -9,8 +9,10 @@ its tensors by `maker_of` and `allocator`.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,3 +98,18 @@ def _maker(lines: str, known: tuple[str, ...]) -> Callable:
     found: dict[str, Any] = {"__name__": __name__}
     exec(f"def make({', '.join(known)}):\n    def plan(args):\n        {lines}\n    return plan", found)
     return found["make"]
+
+
+def give_back_freed() -> None:
+    """Gives freed memory that malloc keeps back to the system, where the C library can (glibc).
+
+    What a process frees between two blocks in use, or in blocks of up to 32 MiB, it goes on holding otherwise.
+    """
+    trim = None if torch.compiler.is_compiling() else _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
