@@ -119,6 +119,8 @@ def print_row(job: dict, found: dict) -> None:
         if "median_s" in row:
             ratio = f"{row['median_s'] / ours:6.2f} x ldmfast's" if ours else ""
             memory = f"{row['memory_mib']:8.0f} MiB"
+            if "held_mib" in row:
+                memory += f" ({row['memory_mib'] - row['held_mib']:.0f} over what it held before)"
             apart = f"{row['error']:.1e} from {row['compared_with']}"
             print(f"  {name:20} {row['median_s']:8.3f} s {ratio} {memory}  {apart}", flush=True)
 

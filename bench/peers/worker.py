@@ -7,7 +7,8 @@ bench/peers/compare.py starts it and writes a line of JSON for each wish, and re
     {"run": true}    -> {"seconds": ..., "idle_cpu_s": what it took of the processor while the others ran}
 
 `prepare_mib` is the most that the process has held until its first call is done, `memory_mib` in the calls after it:
-pages in memory, weights and those of mapped files included. Networks have random weights of one seed.
+pages in memory, weights and those of mapped files included; `held_mib` is what it holds before the
+first call. Networks have random weights of one seed.
 """
 
 from __future__ import annotations
@@ -149,12 +150,12 @@ def prepared(engine: Callable, work: str, dtype: str, size: int, batch: int, cac
     return lambda: call(*inputs)
 
 
-def peak_memory() -> float:
-    """MiB that this process has held at most since `forget_peak`."""
+def memory(field: str = "VmHWM") -> float:
+    """MiB that this process has held at most since `forget_peak`, or with VmRSS holds now."""
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
-    return round(int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024, 1)
+    return round(int(status.read_text().partition(f"{field}:")[2].split()[0]) / 1024, 1)
 
 
 def forget_peak() -> None:
@@ -169,13 +170,13 @@ def first_answer(engine: Callable, wish: dict) -> tuple[Callable, dict]:
     """(what a round calls, the answer to `prepare`)"""
     begin = time.perf_counter()
     run = prepared(engine, **wish)
-    ready = time.perf_counter()
+    ready, held = time.perf_counter(), memory("VmRSS")
     output = run()
     first = time.perf_counter()
     path = Path(wish["cache"]) / f"{engine.__name__}.pt"
     torch.save(output.float(), path)
     answer = {"output": str(path), "prepare_s": round(ready - begin, 3), "first_s": round(first - ready, 4)}
-    answer["prepare_mib"] = peak_memory()
+    answer |= {"held_mib": held, "prepare_mib": memory()}
     forget_peak()
     return run, answer
 
@@ -192,7 +193,7 @@ def serve(engine: Callable, answers) -> None:
             idle = 0.0 if rest is None else time.process_time() - rest
             begin = time.perf_counter()
             run()
-            answer = {"seconds": time.perf_counter() - begin, "idle_cpu_s": round(idle, 3), "memory_mib": peak_memory()}
+            answer = {"seconds": time.perf_counter() - begin, "idle_cpu_s": round(idle, 3), "memory_mib": memory()}
         rest = time.process_time()
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -29,7 +29,7 @@ for wish in map(json.loads, iter(sys.stdin.readline, "")):
     if "prepare" in wish:
         path = f"{log}.{name}.pt"
         torch.save(torch.full((8,), value), path)
-        answer = {"output": path, "prepare_s": 0.1, "first_s": 0.2, "prepare_mib": 9.0}
+        answer = {"output": path, "prepare_s": 0.1, "first_s": 0.2, "prepare_mib": 9.0, "held_mib": 4.0}
     else:
         runs += 1
         if runs > ends_after:
@@ -74,7 +74,9 @@ def test_a_row_says_what_its_differences_are_from(start, capsys):
     peers = {"ldmfast": (1, 9), "compile": (1, 9)}
     found = compare.compared(["ldmfast", "compile"], JOB, 1, 60, start(peers), [].append)
     compare.print_row(JOB, found)
-    assert capsys.readouterr().out.count("0.0e+00 from ldmfast") == 2  # there was no stock
+    said = capsys.readouterr().out
+    assert said.count("0.0e+00 from ldmfast") == 2  # there was no stock
+    assert said.count("7 MiB (3 over what it held before)") == 2
 
 
 def test_a_group_without_stock_is_held_to_what_stock_computed_before(start):
