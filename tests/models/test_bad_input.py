@@ -216,7 +216,7 @@ def test_an_autoencoder_that_casts_what_it_is_given_is_not_asked(way):
             getattr(model, method)(given.half() if not way.startswith("VQ d") else given)
         getattr(model, part).register_forward_pre_hook(lambda m, args: tuple(x.float() for x in args))
         got = getattr(model, method)(given.double())
-    assert tiny.error(*map(first_of, (got, wanted))) <= 1e-6
+    assert tiny.error(*map(first_of, (got, wanted))) <= 1e-5  # a hooked layer is torch's; float16 would be 1e-3 off
 
 
 @pytest.mark.parametrize(
