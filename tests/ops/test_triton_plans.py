@@ -168,7 +168,7 @@ def plan_of(op, args):
 # nothing to launch or zeros in its place; copies of what has gaps or another layout; timesteps that are ints;
 # over 512 queries, whose parts of the gradients of k and v are added by torch
 WITHOUT = r".*-(empty.*|no-(queries|keys.*|outputs|hidden-layer)|width-slice|sliced|another-layout)"
-WITHOUT += r"|timestep_mlp.*(?<!float-t)|linear-everything-.*|qkv_projection-odd-.*"
+WITHOUT += r"|timestep_mlp.*(?<!float-t)|linear-(everything|narrow)-.*|qkv_projection-odd-.*"
 WITHOUT += r"|attention_backward-shared-queries-.*"
 
 
