@@ -87,7 +87,7 @@ class AutoencoderKL(SingleFile, DropIn, diffusers.AutoencoderKL):
     ) -> DecoderOutput | tuple:
         """Latents [N, c, h, w], unscaled, to pictures [N, 3, f h, f w], as AutoencoderKL.decode.
 
-        tile  rows of latents that are decoded at a time, 1 or more: the same picture, to rounding, in longer time but in
+        tile  rows of latents that are decoded at a time, 1 or more: the same picture, to rounding, in longer time but
               the memory of two pictures of the last width and some strips, where all at once takes that of three
               (tiled_decode.py); no gradient. None: all at once.
         Raises ValueError for a tile below 1, or for a decoder that something is attached to.
