@@ -167,10 +167,10 @@ LDMFAST_INLINE VecF largest_of_rows(const VecF* rows) {
 }
 
 // scores to weights, in their place, for 32 * steps keys of one query
-LDMFAST_INLINE void soften_row(float* row, int64_t steps, float factor, float shift) {
+template <bool kRound> LDMFAST_INLINE void soften_row(float* row, int64_t steps, float factor, float shift) {
   for (int64_t i = 0; i < steps; ++i) {
-    const VecU a = (VecU)weight_of(load(row + 32 * i) * factor - shift);
-    const VecU b = (VecU)weight_of(load(row + 32 * i + 16) * factor - shift);
+    const VecU a = (VecU)weight_of(exponent_of<kRound>(load(row + 32 * i), factor, shift));
+    const VecU b = (VecU)weight_of(exponent_of<kRound>(load(row + 32 * i + 16), factor, shift));
     _mm512_storeu_si512(row + 16 * i, _mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)(a >> 16), (__m512i)b));
   }
 }
@@ -267,7 +267,11 @@ struct TiledTask {
   void soften(Unit& unit) {
     const int64_t steps = ceil_div(unit.count, 32);
     const float by = a.mask ? 1.0f : factor;
-    for (int64_t i = 0; i < unit.rows; ++i) soften_row(unit.scores + i * kRow, steps, by, unit.shift[i]);
+    for (int64_t i = 0; i < unit.rows; ++i) {
+      float* row = unit.scores + i * kRow;
+      if (std::fabs(unit.shift[i]) < kRounded) soften_row<false>(row, steps, by, unit.shift[i]);
+      else soften_row<true>(row, steps, by, unit.shift[i]);
+    }
   }
 
   void multiply_values(const Unit& unit) {

@@ -1,5 +1,6 @@
 // The inner loops of attention.cpp, on operands packed as 32-bit words, the packing, and the mask.
 #pragma once
+#include <cmath>
 #include "exponential.h"
 #include "transpose.h"
 
@@ -209,19 +210,37 @@ LDMFAST_INLINE void hide_from(int64_t count, int64_t padded, float* s) {
   }
 }
 
+// s * factor - maximum, not above 0. The maximum is a rounded product; from kRounded on the scores' products are to be
+// rounded likewise, for a multiply-add would leave what rounding took of the maximum: from 2^31 on more than 2^x holds.
+// Below that it is in each weight of the row, and cancels.
+constexpr float kRounded = 0x1p20f;
+template <bool kRound> LDMFAST_INLINE VecF exponent_of(VecF s, float factor, float maximum) {
+  VecF product = s * factor;
+#if defined(__x86_64__)
+  if (kRound) asm("" : "+x"(product));  // keeps the compiler from a multiply-add
+#elif defined(__aarch64__)
+  if (kRound) asm("" : "+w"(product));
+#endif
+  return product - maximum;
+}
+
 // p = 2^(s * factor - maximum), the weights of count keys (padded to kTile) for one query; returns their lane sums.
-// The exponents are not above 0.
-template <class M, Accuracy A>
-LDMFAST_INLINE VecF weights(const float* s, int64_t count, float factor, float maximum, float* p) {
+template <class M, Accuracy A, bool kRound>
+LDMFAST_INLINE VecF weights_of(const float* s, int64_t count, float factor, float maximum, float* p) {
   VecF total0{}, total1{};
   for (int64_t i = 0; i < count; i += kTile) {
-    const VecF a = exp2v<A, false>(load(s + i) * factor - maximum);
-    const VecF b = exp2v<A, false>(load(s + i + kLanes) * factor - maximum);
+    const VecF a = exp2v<A, false>(exponent_of<kRound>(load(s + i), factor, maximum));
+    const VecF b = exp2v<A, false>(exponent_of<kRound>(load(s + i + kLanes), factor, maximum));
     total0 += a;
     total1 += b;
     M::store_weights(p + i / M::kPack, a, b);
   }
   return total0 + total1;
+}
+template <class M, Accuracy A>
+LDMFAST_INLINE VecF weights(const float* s, int64_t count, float factor, float maximum, float* p) {
+  if (std::fabs(maximum) < kRounded) return weights_of<M, A, false>(s, count, factor, maximum, p);
+  return weights_of<M, A, true>(s, count, factor, maximum, p);
 }
 
 LDMFAST_INLINE float row_maximum(const float* s, int64_t count) {

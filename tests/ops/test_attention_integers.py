@@ -116,9 +116,22 @@ def test_cpu_magnitudes_that_a_scale_makes_up_for(exponents):
     scale = 2.0 ** -sum(exponents) / math.sqrt(40)
     if scale < 1e38:
         close(q, k, v, scale=scale)
-    if sum(exponents) <= 0:  # or logits are of 1e13
-        close(q, k, v)
+    close(q, k, v)
     close(q, k, v, scale=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("L, S, D", [(26, 45, 40), (13, 700, 40), (9, 300, 160), (7, 20, 33)])
+@pytest.mark.parametrize("power", [12, 20, 28, 36, 43, 60])
+def test_cpu_logits_whose_rounding_is_beyond_an_exponent(power, L, S, D, dtype):
+    """One key has all of the weight. What rounding takes of the largest logit must not stay in the exponents."""
+    q, k, v = (x.to(dtype) for x in tensors(L, S, D=D))
+    ours = cpu(q, k, v, scale=2.0**power)
+    best = torch.einsum("nlhd,nshd->nlhs", q.double(), k.double()).topk(2)
+    wanted = torch.stack([v[0, best.indices[0, :, h, 0], h] for h in range(v.shape[2])], 1)[None]
+    clear = best.values[..., 0] - best.values[..., 1] > 0.1
+    assert clear.float().mean() > 0.8
+    torch.testing.assert_close(ours[clear], wanted[clear], rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", ["none", "additive", "boolean"])
