@@ -250,7 +250,7 @@ def _sizes(x, weight, bias, x2, add, residual, norm_scale, norm_shift, norm_silu
     sizes = {"k": weight.shape[2], "stride": stride, "Ci": weight.shape[1], "Co": Co, "pixels": N * Ho * Wo}
     folded = sum(tensor is not None for tensor in (x2, add, residual, norm_scale)) + (upsample > 1)
     how = {"lanes": native.lanes(), "pairs": native.pairs(), "tiles": native.tiles(x.dtype)}
-    narrow = weight.shape[2] == stride == 1 and weight.shape[1] <= 8 and Co <= min(8, how["lanes"])
+    narrow = weight.shape[2] == stride == 1 and padding == 0 and weight.shape[1] <= 8 and Co <= min(8, how["lanes"])
     return sizes | how | {"folded": folded, "narrow": int(narrow)}
 
 
