@@ -15,8 +15,6 @@ constexpr int kStrip = kRows == 6 ? 2 : 3;   // vectors of a row of V likewise
 constexpr int64_t kKeys = 256;               // most keys between two updates of the maximum; a multiple of kTile
 constexpr int64_t kPart = 128;               // words of a query that lie together, and products in one running sum
 constexpr int kHalf = kLanes == 16 ? 8 : 0;  // where half a vector costs half, head widths such as 40 end in one
-// words taken between two branches: loops of 40 end in a wrong guess, which costs 3 % where products are 8 wide
-constexpr int kUnroll = kLanes == 8 ? 8 : 1;
 
 typedef float VecHalf __attribute__((vector_size(32)));
 

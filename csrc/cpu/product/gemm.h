@@ -103,19 +103,30 @@ void multiply(const float* a, const float* b, int64_t words, bool add, float* c,
   if (add) {
     for (int r = 0; r < kR; ++r) for (int j = 0; j < kV; ++j) __builtin_prefetch(c + r * stride_c + j * kLanes);
   }
-  for (; words > 0; words -= kPart, a += kPanelPart<M>) {
-    const int64_t count = min64(kPart, words);
-    for (int64_t d = 0; d < count; ++d, b += kV * kLanes) {
-      __builtin_prefetch(a + kPanelPart<M> + d * M::kRows);  // the next part, which may come from memory
-      VecF x[kV];
+  const auto step = [&](int64_t d) __attribute__((always_inline)) {
+    VecF x[kV];
 #pragma GCC unroll 2
-      for (int j = 0; j < kV; ++j) x[j] = load(b + j * kLanes);
+    for (int j = 0; j < kV; ++j) x[j] = load(b + j * kLanes);
 #pragma GCC unroll 14
-      for (int r = 0; r < kR; ++r) {
-        const VecF w = broadcast(a + r * kPart + d);
+    for (int r = 0; r < kR; ++r) {
+      const VecF w = broadcast(a + r * kPart + d);
 #pragma GCC unroll 2
-        for (int j = 0; j < kV; ++j) sum[r][j] = M::dot(sum[r][j], w, x[j]);
-      }
+      for (int j = 0; j < kV; ++j) sum[r][j] = M::dot(sum[r][j], w, x[j]);
+    }
+    b += kV * kLanes;
+  };
+  for (; words > 0; words -= kPart, a += kPanelPart<M>) {
+    const float* next = a + kPanelPart<M>;  // part, which may come from memory; fetched word by word or at once
+#pragma GCC unroll 32
+    for (int64_t i = 0; kUnroll > 1 && i < kPanelPart<M>; i += 16) __builtin_prefetch(next + i);
+    if (words < kPart) {
+      for (int64_t d = 0; d < words; ++d) step(d);
+      break;
+    }
+#pragma GCC unroll kUnroll
+    for (int64_t d = 0; d < kPart; ++d) {
+      if (kUnroll == 1) __builtin_prefetch(next + d * M::kRows);
+      step(d);
     }
   }
 #pragma GCC unroll 14

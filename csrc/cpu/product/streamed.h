@@ -96,22 +96,30 @@ __attribute__((noinline)) void multiply_streamed(const float* w, int64_t stride_
   VecF sum[kR][kV] = {};
   const float* row[kPointers];
   for (int i = 0; i < kPointers; ++i) row[i] = w + i * kAbreast * stride_w;
-  for (int64_t begin = 0; begin < words; begin += kLine, next += kLine) {
+  const auto step = [&]() __attribute__((always_inline)) {
+    VecF tokens[kV];
+#pragma GCC unroll 5
+    for (int j = 0; j < kV; ++j) tokens[j] = load(x + j * kLanes);
+#pragma GCC unroll 14
+    for (int r = 0; r < kR; ++r) {
+      const VecF y = broadcast(row[r / kAbreast] + r % kAbreast * stride_w);
+#pragma GCC unroll 5
+      for (int j = 0; j < kV; ++j) sum[r][j] = M::dot(sum[r][j], y, tokens[j]);
+    }
+    x += kV * kLanes;
+#pragma GCC unroll 5
+    for (int i = 0; i < kPointers; ++i) ++row[i];
+  };
+  int64_t left = words;
+  for (; left > 0; left -= kLine, next += kLine) {
 #pragma GCC unroll 14
     for (int r = 0; r < kR; ++r) __builtin_prefetch(next + r * stride_w, 0, 2);
-    const int64_t count = min64(kLine, words - begin);
-    for (int64_t d = 0; d < count; ++d, x += kV * kLanes) {
-      VecF tokens[kV];
-#pragma GCC unroll 5
-      for (int j = 0; j < kV; ++j) tokens[j] = load(x + j * kLanes);
-#pragma GCC unroll 14
-      for (int r = 0; r < kR; ++r) {
-        const VecF y = broadcast(row[r / kAbreast] + r % kAbreast * stride_w);
-#pragma GCC unroll 5
-        for (int j = 0; j < kV; ++j) sum[r][j] = M::dot(sum[r][j], y, tokens[j]);
-      }
-#pragma GCC unroll 5
-      for (int i = 0; i < kPointers; ++i) ++row[i];
+    const int64_t count = min64(kLine, left);
+    if (count == kLine) {
+#pragma GCC unroll kUnroll
+      for (int d = 0; d < kLine; ++d) step();
+    } else {
+      for (int64_t d = 0; d < count; ++d) step();
     }
   }
 #pragma GCC unroll 14
