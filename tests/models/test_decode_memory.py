@@ -1,4 +1,4 @@
-"""What a decode holds at most: large pictures in halves, and freed memory given back before them."""
+"""What a network holds at most: a decode large pictures in halves, and freed memory given back before them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import tiny
 import torch
 
 from ldmfast import ops
-from ldmfast.models import autoencoder
+from ldmfast.models import autoencoder, blocks
 from ldmfast.models.autoencoder import AutoencoderKL
+from ldmfast.models.unet import UNet
+from ldmfast.models.unet2d import UNet2D
 from ldmfast.models.vq import VQModel
 from ldmfast.ops.planning import memory
 
@@ -194,3 +196,25 @@ def test_memory_is_given_back_before_large_pictures_alone(monkeypatch):
     with torch.enable_grad():
         ours(torch.randn(1, 3, 32, 32))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("make, adopt", [(tiny.unet, UNet), (tiny.unet2d, UNet2D)])
+def test_a_network_gives_freed_memory_back_before_each_large_level(make, adopt, monkeypatch):
+    """Beside a gradient nothing was freed; the answer is the same, and nothing changes at usual sizes."""
+    ours, given = adopt.adopt(make()), []
+    arguments = tiny.inputs(ours) if adopt is UNet else {"sample": torch.randn(2, 3, 16, 16), "timestep": 5}
+    monkeypatch.setattr(blocks, "give_back_freed", lambda: given.append(True) or memory.give_back_freed())
+    with torch.no_grad():
+        wanted = ours(**arguments).sample
+        assert not given
+        largest = 4 * 2 * ours.config.block_out_channels[0] * 16 * 16  # bytes, of the first level's picture
+        monkeypatch.setattr(blocks, "LARGE", largest)
+        assert torch.equal(ours(**arguments).sample, wanted)
+        assert 1 <= len(given) < len(ours.down_blocks) + len(ours.up_blocks)
+        monkeypatch.setattr(blocks, "LARGE", 0)
+        given.clear()
+        assert torch.equal(ours(**arguments).sample, wanted)
+        assert len(given) == len(ours.down_blocks) + len(ours.up_blocks)
+    given.clear()
+    ours(**arguments)
+    assert not given
