@@ -19,7 +19,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ldmfast import ops
-from ldmfast.models.blocks import BlockInputs, downsample, image_attention, mid_block, resnet, upsample
+from ldmfast.models.blocks import BlockInputs, downsample, image_attention, is_large, mid_block, resnet, upsample
 from ldmfast.models.drop_in import DropIn
 from ldmfast.models.guard import obstacle, obstacles, plain
 from ldmfast.models.input_checks import check_picture, check_values
@@ -27,7 +27,6 @@ from ldmfast.models.layers import (
     activated_conv2d,
     channels_last,
     conv2d,
-    folds,
     for_stock,
     from_stock,
     in_layout_of,
@@ -170,7 +169,7 @@ def level(
     """
     if obstacle(m):
         return [from_stock(m(for_stock(held.pop())))]
-    if _is_large(held[0], len(held) * held[0].numel()):
+    if is_large(held[0], len(held) * held[0].numel(), LARGE):
         give_back_freed()
     for i, layer in enumerate(m.resnets):
         held.append(_resnet_of_halves(layer, held) if len(held) == 2 else resnet(layer, held.pop(), cond))
@@ -184,15 +183,10 @@ def level(
     return held
 
 
-def _is_large(x: torch.Tensor, size: int) -> bool:
-    """Whether `size` values of x's dtype are a large picture, which our functions alone see, on a CPU."""
-    return not torch.compiler.is_compiling() and folds(x) and size * x.element_size() >= LARGE
-
-
 def _leaves_halves(m: Upsample2D, following: nn.Module, x: torch.Tensor) -> bool:
     """Whether x, enlarged, is left in halves: it is large, and the next level's first resnet, which takes them, leaves
     half of its channels."""
-    if not (plain(m) and plain(following) and _is_large(x, 4 * x[:, 0].numel() * m.out_channels)):
+    if not (plain(m) and plain(following) and is_large(x, 4 * x[:, 0].numel() * m.out_channels, LARGE)):
         return False
     first = following.resnets[0]
     if not plain(first) or first.conv_shortcut is None:

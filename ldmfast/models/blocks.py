@@ -387,8 +387,13 @@ def give_back_before(x: torch.Tensor) -> None:
 
     malloc keeps blocks of up to 32 MiB: of a 128x128 latent in SD1.5's size some 300 MiB, as much as is in use.
     """
-    if not torch.compiler.is_compiling() and folds(x) and x.nbytes >= LARGE:
+    if is_large(x, x.numel(), LARGE):
         give_back_freed()
+
+
+def is_large(x: torch.Tensor, size: int, least: int) -> bool:
+    """Whether `size` values of x's dtype are `least` bytes, of a picture that our functions alone see, on a CPU."""
+    return not torch.compiler.is_compiling() and folds(x) and size * x.element_size() >= least
 
 
 def has_cross_attention(m: nn.Module) -> bool:
